@@ -1,0 +1,76 @@
+"""The counter-based random numbers of the operator, in plain PyTorch.
+
+Philox4x32 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+turns a 64-bit key and a 128-bit counter into four 32-bit words. Seven rounds are the fewest that
+pass BigCrush in that paper (its table 2); the operator uses seven.
+
+Which word an output takes (the whole contract between the reference and the kernels):
+
+    key      the seed's low and high halves
+    counter  (ow, oh // 4, plane mod 2**32, plane div 2**32), plane = n * C + c
+    word     oh mod 4
+    number   u = (word >> 8) / 2**24, in [0, 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+ROUNDS = 7
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def philox4x32(key: tuple[torch.Tensor, torch.Tensor], counter: Words, rounds: int) -> Words:
+    """Four random words for each counter.
+
+    Args:
+        key: two int64 tensors that hold unsigned 32-bit words.
+        counter: four of them; all six broadcast together.
+        rounds: number of Philox rounds.
+    """
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(rounds):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniforms(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The number in [0, 1) that each output of an `(N, C, OH, OW)` pool draws.
+
+    Args:
+        seed: int64 scalar tensor; its device is that of the result.
+        shape: the output's logical shape.
+
+    Returns:
+        fp32 `(N, C, OH, OW)`, multiples of 2**-24 (so exact in fp64 too).
+    """
+    batch, channels, height, width = shape
+    device = seed.device
+    plane = torch.arange(batch * channels, device=device)[:, None, None]
+    group = torch.arange((height + 3) // 4, device=device)[:, None]
+    column = torch.arange(width, device=device)
+    words = philox4x32(
+        (seed & _MASK, (seed >> 32) & _MASK),
+        (column, group, plane & _MASK, plane >> 32),
+        ROUNDS,
+    )
+    # (planes, groups, 4, OW) -> (planes, 4 * groups, OW): row oh is word oh % 4 of group oh // 4.
+    rows = torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1, 2)[:, :height]
+    return ((rows >> 8).to(torch.float32) * 2.0**-24).reshape(shape)
+
+
+def _multiply(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low word of a 32 x 32 bit product; int64 wraps, which leaves the bits right."""
+    product = word * multiplier
+    return (product >> 32) & _MASK, product & _MASK

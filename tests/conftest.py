@@ -1,0 +1,50 @@
+"""What the tests share: the device they run on, poisoned allocations and the photographs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter; it must be chosen before the kernels
+# are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN (or a large odd number), so that an element nobody wrote shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x5B)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+@pytest.fixture
+def photographs() -> Path:
+    """The flower photographs beside the project; they are not part of it."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "flowers"
+    if not folder.is_dir():
+        pytest.skip("no flower photographs beside the project")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Each test draws its inputs from the same state, whichever tests ran before it."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    yield
+    torch.set_rng_state(state)

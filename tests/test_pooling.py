@@ -1,0 +1,353 @@
+"""The functions and modules that users import, on every backend that this machine has."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stochastic_pooling import (
+    StochasticPool1d,
+    StochasticPool2d,
+    ops,
+    stochastic_pool1d,
+    stochastic_pool2d,
+)
+
+from .windows import CASES, DTYPES, LAYOUTS
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
+WINDOW = ((3, 3), (1, 1), (1, 1), (1, 1), False)
+
+
+@pytest.fixture(params=["torch", "triton", "numba"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device) -> str:
+    """Force one backend; the tensors are on `device`, which numba serves only if it is a CPU."""
+    if request.param == "numba" and device.type != "cpu":
+        pytest.skip("numba serves CPU tensors")
+    module = "reference" if request.param == "torch" else f"{request.param}_kernels"
+    try:
+        importlib.import_module(f"stochastic_pooling.{module}")
+    except ImportError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", request.param)
+    return request.param
+
+
+def generator(device: torch.device, seed: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+# ---------------------------------------------------------------- beside F.max_pool2d
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_and_formats_are_those_of_max_pool2d(case):
+    shape, window = CASES[case]
+    arguments = (
+        (window.kernel_h, window.kernel_w),
+        (window.stride_h, window.stride_w),
+        (window.padding_h, window.padding_w),
+        (window.dilation_h, window.dilation_w),
+    )
+    for layout in LAYOUTS:
+        x = torch.randn(shape).contiguous(memory_format=layout)
+        expected = F.max_pool2d(x, *arguments, ceil_mode=window.ceil_mode)
+        for training in (True, False):
+            output = stochastic_pool2d(x, *arguments, ceil_mode=window.ceil_mode, training=training)
+            assert output.shape == expected.shape
+            assert output.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (3, 1, 2),
+        (3, 1, -1),
+        (3, 1, 0, 0),
+        (3, -1),
+        (7,),
+        ((3, 3, 3),),
+        (3, (1, 2, 3)),
+        (2.5,),
+        (3, 1, 1.0),
+    ],
+    ids=str,
+)
+def test_bad_arguments_raise_what_max_pool2d_raises(arguments):
+    x = torch.randn(1, 2, 5, 5)
+    errors = (RuntimeError, TypeError)
+    with pytest.raises(errors) as expected:
+        F.max_pool2d(x, *arguments)
+    with pytest.raises(expected.type):
+        stochastic_pool2d(x, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: stochastic_pool2d(x, 0), RuntimeError, "kernel size should be greater"),
+        (lambda x: stochastic_pool2d(x, 3, 1, 2), RuntimeError, "pad should be smaller"),
+        (lambda x: stochastic_pool2d(x, 7), RuntimeError, "Output size is too small"),
+        (lambda x: stochastic_pool2d(x[0, 0], 3), RuntimeError, r"Expected 3D or 4D .*\[5, 5\]"),
+        (lambda x: stochastic_pool2d(x[:, :0], 3), RuntimeError, "optional 0 dim batch size"),
+        (lambda x: stochastic_pool2d(x.long(), 3), NotImplementedError, "int64"),
+        (lambda x: stochastic_pool2d(x, 3, bias=torch.ones(3)), RuntimeError, r"shape \(2,\)"),
+        (lambda x: stochastic_pool2d(x, 3, bias=torch.ones(2).int()), RuntimeError, "int32"),
+        (
+            lambda x: stochastic_pool2d(x, 3, bias=torch.ones(2, device="meta")),
+            RuntimeError,
+            "on meta",
+        ),
+        (
+            lambda x: stochastic_pool2d(x, 3, return_indices=True, training=False),
+            RuntimeError,
+            "sample_in_eval=True",
+        ),
+        (lambda x: stochastic_pool1d(x, 3), RuntimeError, "Expected 2D or 3D"),
+        (lambda x: stochastic_pool1d(x[0], (2, 2)), RuntimeError, "a tuple of one int"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.randn(1, 2, 5, 5))
+
+
+def test_backend_that_cannot_serve(monkeypatch):
+    x = torch.randn(1, 2, 5, 5)
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="choose one of torch, triton, numba"):
+        stochastic_pool2d(x, 3)
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"):
+        stochastic_pool2d(x, 3)
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "numba")
+    with pytest.raises(RuntimeError, match="serves CPU tensors"):
+        ops.backend_for(torch.device("cuda", 0))
+
+
+def test_unbatched_empty_and_one_dimensional(backend, device):
+    x = torch.randn(3, 4, 6, device=device)
+    batched = stochastic_pool2d(x[None], 2, return_indices=True, generator=generator(device))
+    single = stochastic_pool2d(x, 2, return_indices=True, generator=generator(device))
+    for one, other in zip(single, batched, strict=True):
+        assert torch.equal(one, other[0])
+    signal = stochastic_pool1d(x, 3, 2, 1, return_indices=True, generator=generator(device))
+    plane = stochastic_pool2d(
+        x[:, :, None], (1, 3), (1, 2), (0, 1), return_indices=True, generator=generator(device)
+    )
+    for one, other in zip(signal, plane, strict=True):
+        assert torch.equal(one, other[:, :, 0])
+    assert torch.equal(signal[0], x.gather(2, signal[1]).relu())
+
+    empty = torch.randn(0, 3, 4, 6, device=device, requires_grad=True)
+    bias = torch.randn(3, device=device, requires_grad=True)
+    for training in (True, False):
+        output = stochastic_pool2d(empty, 2, bias=bias, training=training)
+        assert output.shape == (0, 3, 2, 3)
+        output.sum().backward()
+        assert empty.grad.shape == empty.shape
+        assert torch.equal(bias.grad, torch.zeros_like(bias))
+
+
+# ---------------------------------------------------------------- the draw
+
+
+def test_same_cells_in_every_dtype_and_format(backend, device):
+    """Halves of small integers are exact in every dtype, so one seed must give one answer."""
+    x = torch.randint(-8, 16, (2, 16, 6, 5), device=device) / 2
+    expected = None
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            _, indices = stochastic_pool2d(
+                x.to(dtype).contiguous(memory_format=layout),
+                *(3, 1, 1),
+                return_indices=True,
+                generator=generator(device),
+            )
+            expected = indices if expected is None else expected
+            assert torch.equal(indices, expected)
+
+
+def test_manual_seed_reproduces_and_every_call_draws_anew(backend, device):
+    x = torch.rand(2, 3, 6, 6, device=device) + 0.5
+    torch.manual_seed(1)
+    first, second = stochastic_pool2d(x, 3, 1, 1), stochastic_pool2d(x, 3, 1, 1)
+    torch.manual_seed(1)
+    assert torch.equal(stochastic_pool2d(x, 3, 1, 1), first)
+    assert not torch.equal(first, second)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", ["overlapping, padded", "dilated, strided, not square"])
+def test_gradcheck(case, training, backend, device):
+    shape, window = CASES[case]
+    # One image and weights well away from zero, where ReLU has no derivative.
+    x = torch.randn(1, *shape[1:], dtype=torch.float64, device=device)
+    x = (x + x.sign() * 0.1).requires_grad_()
+    bias = (torch.rand(shape[1], dtype=torch.float64, device=device) * 0.05).requires_grad_()
+
+    def pool(x, bias):
+        return stochastic_pool2d(
+            x,
+            (window.kernel_h, window.kernel_w),
+            (window.stride_h, window.stride_w),
+            (window.padding_h, window.padding_w),
+            (window.dilation_h, window.dilation_w),
+            ceil_mode=window.ceil_mode,
+            bias=bias,
+            training=training,
+            generator=generator(device),  # the same draw at every evaluation
+        )
+
+    # The fast mode compares random projections of the Jacobian: few calls, for the interpreter.
+    assert torch.autograd.gradcheck(pool, (x, bias), fast_mode=backend == "triton")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bias_and_relu_are_those_of_a_convolution_block(training, backend, device):
+    """Fused and not: the same values and gradients, the bias's in its own dtype."""
+    x = torch.randn(2, 3, 5, 6, device=device).half().requires_grad_()
+    bias = torch.randn(3, device=device).requires_grad_()
+    output = stochastic_pool2d(
+        x, 3, 1, 1, bias=bias, training=training, generator=generator(device)
+    )
+    assert output.dtype == torch.float16
+    grad = torch.randn_like(output)
+    fused = torch.autograd.grad(output, (x, bias), grad)
+    assert [g.dtype for g in fused] == [torch.float16, torch.float32]
+
+    # In fp32, so that the sum of fp16 and fp32 is as exact as inside the kernel.
+    wide = (x.float() + bias[:, None, None]).relu()
+    separate = stochastic_pool2d(wide, 3, 1, 1, training=training, generator=generator(device))
+    torch.testing.assert_close(output.float(), separate, rtol=1e-3, atol=1e-6)
+    expected = torch.autograd.grad(separate, (x, bias), grad.float())
+    torch.testing.assert_close(fused[0], expected[0], rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(fused[1], expected[1], rtol=1e-3, atol=1e-3)
+
+
+def test_bias_alone_may_want_a_gradient(backend, device):
+    x = torch.randn(1, 3, 5, 6, device=device)
+    bias = torch.randn(3, device=device, requires_grad=True)
+    output = stochastic_pool2d(x, 3, 1, 1, bias=bias)
+    output.sum().backward()
+    assert torch.equal(bias.grad, (output > 0).sum((0, 2, 3)).float())
+
+
+def test_what_is_kept_for_backward(backend, device):
+    """Training: a byte per output. Evaluation: the input, if a gradient is wanted."""
+    kept = []
+
+    def pack(tensor):
+        kept.append((tensor.dtype, tensor.nbytes))
+        return tensor
+
+    x = torch.randn(2, 3, 6, 7, device=device)
+    x_grad = x.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        stochastic_pool2d(x_grad, 3, 1, 1)
+        assert kept == [(torch.uint8, x.numel())]
+        kept.clear()
+        stochastic_pool2d(x_grad, 3, 1, 1, training=False)
+        assert kept == [(torch.float32, x.nbytes)]
+        kept.clear()
+        stochastic_pool2d(x, 3, 1, 1)
+        stochastic_pool2d(x, 3, 1, 1, training=False)
+        assert kept == []
+
+
+# ---------------------------------------------------------------- modules
+
+
+def test_module_follows_its_mode(device):
+    x = torch.rand(2, 3, 6, 6, device=device) + 0.5
+    pool = StochasticPool2d(3, 1, 1)
+    assert not torch.equal(pool(x), pool(x))
+    pool.eval()
+    assert torch.equal(pool(x), stochastic_pool2d(x, 3, 1, 1, training=False))
+    drawing = StochasticPool2d(3, 1, 1, sample_in_eval=True).eval()
+    assert not torch.equal(drawing(x), drawing(x))
+    output, indices = StochasticPool1d(2, return_indices=True)(x[:, :, 0])
+    assert torch.equal(x[:, :, 0].gather(2, indices), output)
+
+
+def test_module_manners():
+    pool = StochasticPool2d(3, stride=2, padding=1)
+    twin = nn.MaxPool2d(3, stride=2, padding=1)
+    assert repr(pool) == repr(twin).replace("MaxPool2d", "StochasticPool2d")
+    assert StochasticPool2d(2).stride == 2
+    assert "sample_in_eval=True" in repr(StochasticPool1d(2, sample_in_eval=True))
+    assert pool.state_dict() == {}
+    for other in (copy.deepcopy(pool), pickle.loads(pickle.dumps(pool))):
+        assert repr(other) == repr(pool)
+
+
+# ---------------------------------------------------------------- torch.compile and torch.library
+
+
+class TwoPools(nn.Module):
+    """Convolution, then its output pooled twice: the draws must differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.first, self.second = StochasticPool2d(3, 1, 1), StochasticPool2d(3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = F.conv2d(x, self.conv.weight)
+        bias = self.conv.bias + 2
+        return self.first(x, bias=bias), self.second(x, bias=bias)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_into_one_graph(training, backend, device):
+    network = TwoPools().to(device).train(training)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    x = torch.rand(2, 1, 8, 8, device=device)
+    torch.manual_seed(3)
+    expected = network(x)
+    sum(y.sum() for y in expected).backward()
+    gradients = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    torch.manual_seed(3)
+    outputs = compiled(x)
+    sum(y.sum() for y in outputs).backward()
+    for output, other in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, other)
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert torch.equal(*outputs) != training
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+def test_opcheck(layout, backend, device):
+    x = torch.randn(2, 4, 5, 6, device=device).half().contiguous(memory_format=layout)
+    bias, seed = torch.randn(4, device=device), torch.tensor(7, device=device)
+    output, code = ops.sample(x, bias, seed, *WINDOW)
+    for op, arguments in (
+        (ops.sample, (x, bias, seed, *WINDOW)),
+        (ops.sample_backward, (output, code, 5, 6, *WINDOW, True)),
+        (ops.expectation, (x, bias, *WINDOW)),
+        (ops.expectation_backward, (output, x, bias, *WINDOW, True)),
+    ):
+        torch.library.opcheck(op, arguments)
+
+
+def test_double_backward_is_refused(device):
+    """Not supported yet: it must say so rather than be wrong."""
+    x = torch.randn(1, 1, 4, 4, device=device, requires_grad=True)
+    for training in (True, False):
+        output = stochastic_pool2d(x, 3, 1, 1, training=training)
+        (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(grad.sum(), x)

@@ -1,0 +1,200 @@
+"""The reference: its random numbers, its definition at the edges, its statistics, its gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stochastic_pooling import philox, reference
+from stochastic_pooling.window import Window
+
+from .windows import CASES
+
+# counter and key, words after 7 and after 10 rounds: the known answers of Random123's philox4x32.
+KNOWN_ANSWERS = [
+    ([0] * 6, "5f6fb709 0d893f64 4f121f81 4f730a48", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    (
+        [0xFFFFFFFF] * 6,
+        "5207ddc2 45165e59 4d8ee751 8c52f662",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0],
+        "4dfccaba 190a87f0 c47362ba b6b5242a",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("inputs", "seven", "ten"), KNOWN_ANSWERS)
+def test_philox_known_answers(inputs, seven, ten):
+    c0, c1, c2, c3, k0, k1 = (torch.tensor(word) for word in inputs)
+    for rounds, answer in ((7, seven), (10, ten)):
+        words = philox.philox4x32((k0, k1), (c0, c1, c2, c3), rounds)
+        assert " ".join(f"{int(word):08x}" for word in words) == answer
+
+
+def test_uniforms_depend_on_seed_and_coordinates_alone():
+    seed = torch.tensor(2**40 + 5)
+    large = philox.uniforms(seed, (3, 4, 9, 6))
+    # Image n of a batch of 3 with 4 channels is planes 4n … 4n + 3, whatever the extent.
+    assert torch.equal(philox.uniforms(seed, (2, 4, 6, 3)), large[:2, :, :6, :3])
+    assert large.min() >= 0
+    assert large.max() < 1
+    assert large.unique().numel() > 0.999 * large.numel()
+    for other in (2**40 + 6, 2**41 + 5, -(2**40) - 5):
+        assert not torch.equal(philox.uniforms(torch.tensor(other), (3, 4, 9, 6)), large)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_definition_window_by_window(case):
+    """Against the definition read aloud: plain Python, one window at a time, in fp64."""
+    shape, window = CASES[case]
+    x = torch.randn(shape, dtype=torch.float64)
+    bias = torch.randn(shape[1], dtype=torch.float64)
+    seed = torch.tensor(11)
+    output, code = reference.sample(x, bias, seed, window)
+    mean = reference.expectation(x, bias, window)
+    u = philox.uniforms(seed, output.shape)
+    indices = window.flat_indices(code, *shape[2:])
+    assert output.shape == mean.shape == (*shape[:2], *window.output_size(*shape[2:]))
+    for n, c, oh, ow in itertools.product(*map(range, output.shape)):
+        cells = []
+        for i, j in itertools.product(range(window.kernel_h), range(window.kernel_w)):
+            row = oh * window.stride_h - window.padding_h + i * window.dilation_h
+            col = ow * window.stride_w - window.padding_w + j * window.dilation_w
+            if 0 <= row < shape[2] and 0 <= col < shape[3]:
+                w = max(float(x[n, c, row, col] + bias[c]), 0.0)
+                cells.append((w, i * window.kernel_w + j, row * shape[3] + col))
+        total = sum(w for w, _, _ in cells)
+        drawn = (n, c, oh, ow)
+        if total == 0:
+            first = cells[0][2] if cells else indices[drawn]
+            assert (output[drawn], code[drawn], indices[drawn]) == (0, window.dead_code, first)
+            assert mean[drawn] == 0
+            continue
+        running = itertools.accumulate(w for w, _, _ in cells)
+        below = sum(before <= float(u[drawn]) * total for before in running)
+        w, number, flat = cells[below]
+        assert (output[drawn], code[drawn], indices[drawn]) == (w, number, flat)
+        expected = sum(w * w for w, _, _ in cells) / total
+        assert float(mean[drawn]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("row", "sampled", "index", "gradient", "mean", "mean_gradient"),
+    [
+        ([-1, -2, -3], 0, 0, [0, 0, 0], 0, [0, 0, 0]),
+        ([-0.0, 0.0, -0.0], 0, 0, [0, 0, 0], 0, [0, 0, 0]),
+        ([-1, 4, 0], 4, 1, [0, 1, 0], 4, [0, 1, 0]),
+        ([1, "inf", 2], "inf", 1, [0, 1, 0], "inf", [-1, 1, -1]),
+        (["nan", 1, "nan"], "nan", 2, [0, 0, 1], "nan", None),
+        (["nan", "inf", 1], "nan", 0, [1, 0, 0], "nan", None),
+        ([1e-45, 0, -1], 1e-45, 0, [1, 0, 0], 1e-45, [0, 0, 0]),
+        ([-1, 3e38, 0], 3e38, 1, [0, 1, 0], 3e38, [0, 1, 0]),
+    ],
+    ids=["dead", "zeros", "one live", "inf", "nan", "nan and inf", "subnormal", "huge"],
+)
+def test_edges(row, sampled, index, gradient, mean, mean_gradient):
+    window = Window(1, 3, 1, 1, 0, 0, 1, 1, False)
+    x = torch.tensor([[[[float(value) for value in row]]]])
+    output, code = reference.sample(x, None, torch.tensor(3), window)
+    one = torch.ones_like(output)
+
+    def check(actual, expected):
+        expected = torch.tensor(expected, dtype=torch.float32)
+        torch.testing.assert_close(actual.squeeze(), expected, equal_nan=True)
+
+    check(output, float(sampled))
+    assert window.flat_indices(code, 1, 3) == index
+    grad_input, grad_bias = reference.sample_backward(one, code, 1, 3, window, True)
+    check(grad_input, [float(value) for value in gradient])
+    check(grad_bias, float(sum(gradient)))
+    check(reference.expectation(x, None, window), float(mean))
+    if mean_gradient is not None:
+        check(reference.expectation_backward(one, x, None, window, True)[0], mean_gradient)
+
+
+def test_sums_that_overflow():
+    """3e38, 3e38 and 1e38 sum to infinity in fp32, and are drawn by their weights all the same."""
+    window = Window(1, 3, 1, 3, 0, 0, 1, 1, False)
+    x = torch.tensor([3e38, 3e38, 1e38]).repeat(4000).reshape(1, 1, 1, -1)
+    output, code = reference.sample(x, None, torch.tensor(3), window)
+    assert output.isfinite().all()
+    counts = torch.bincount(code.flatten().long(), minlength=3)
+    assert_chi_square(counts, torch.tensor([3.0, 3, 1]))
+    mean = reference.expectation(x, None, window)
+    torch.testing.assert_close(mean, torch.full_like(mean, 19e38 / 7))
+    x = torch.tensor([torch.inf, torch.inf, 1.0]).repeat(4000).reshape(1, 1, 1, -1)
+    _, code = reference.sample(x, None, torch.tensor(4), window)
+    counts = torch.bincount(code.flatten().long(), minlength=3)
+    assert counts[2] == 0
+    assert_chi_square(counts[:2], torch.ones(2))
+
+
+@pytest.mark.parametrize("kernel", [(1, 3), (2, 2), (3, 3)])
+def test_draws_follow_the_weights(kernel):
+    """Chi-square over 200,000 windows of unequal weights at a fixed seed, dead cells among them."""
+    height, width = kernel
+    weights = torch.tensor([5.0, 1, -2, 0.25, 3, 0, 1, 2, 0.5])[: height * width].view(kernel)
+    x = weights.repeat(400, 500).expand(1, 1, -1, -1)
+    window = Window(*kernel, *kernel, 0, 0, 1, 1, False)
+    _, code = reference.sample(x, None, torch.tensor(1), window)
+    counts = torch.bincount(code.flatten().long(), minlength=height * width)
+    live = weights.flatten() > 0
+    assert counts.sum() == 200_000
+    assert counts[~live].sum() == 0
+    assert_chi_square(counts[live], weights.flatten()[live])
+
+
+def test_neighbours_draw_independently():
+    """Pairs of equal windows: next column, row (both inside a group of four and across), channel,
+    image and seed. Each pair is one of four equally likely outcomes."""
+    window = Window(1, 2, 1, 2, 0, 0, 1, 1, False)
+    x = torch.ones(8, 16, 32, 64)
+    code = reference.sample(x, None, torch.tensor(100), window)[1].long()
+    other = reference.sample(x, None, torch.tensor(101), window)[1].long()
+    pairs = {
+        "column": (code[..., :-1], code[..., 1:]),
+        "row": (code[:, :, :-1], code[:, :, 1:]),
+        "group of rows": (code[:, :, :-4], code[:, :, 4:]),
+        "channel": (code[:, :-1], code[:, 1:]),
+        "image": (code[:-1], code[1:]),
+        "seed": (code, other),
+    }
+    for first, second in pairs.values():
+        assert_chi_square(
+            torch.bincount((2 * first + second).flatten(), minlength=4), torch.ones(4)
+        )
+
+
+def assert_chi_square(counts: torch.Tensor, weights: torch.Tensor) -> None:
+    """Goodness of fit, with a p-value above 0.001 (the seeds are fixed, so this is no lottery)."""
+    expected = weights.double() / weights.sum() * counts.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
+    p_value = torch.special.gammaincc(freedom, statistic / 2)
+    assert p_value > 1e-3, f"counts {counts.tolist()}, expected {expected.tolist()}"
+
+
+def test_mean_of_the_draws_is_the_expectation():
+    window = CASES["overlapping, padded"][1]
+    x = torch.randn(1, 2, 6, 5)
+    repeats = 20_000
+    output, _ = reference.sample(x.expand(repeats, -1, -1, -1), None, torch.tensor(9), window)
+    output = output.double()
+    error = output.mean(0) - reference.expectation(x.double(), None, window)[0]
+    standard_error = output.std(0) / repeats**0.5
+    assert (error.abs() <= 4 * standard_error + 1e-7).all()
+
+
+def test_indices_are_those_of_max_unpool():
+    window = Window(2, 2, 2, 2, 0, 0, 1, 1, False)
+    x = torch.rand(2, 3, 8, 6) + 0.1
+    output, code = reference.sample(x, None, torch.tensor(5), window)
+    restored = F.max_unpool2d(output, window.flat_indices(code, 8, 6), 2)
+    assert torch.equal(restored[restored > 0], x[restored > 0])
+    assert (restored > 0).sum() == output.numel()

@@ -1,0 +1,158 @@
+"""The Triton kernels against the reference: on a GPU if there is one, else interpreted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stochastic_pooling import reference
+
+from .windows import CASES, COMBINATIONS, LAYOUTS, plane
+
+triton_kernels = pytest.importorskip("stochastic_pooling.triton_kernels")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    # numpy, under the interpreter, tells of the overflows and NaNs that the inputs are made for.
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
+]
+
+# Two roundings in the input's precision: one in each of the two results that are compared.
+TOLERANCE = {
+    torch.float16: {"rtol": 2**-10, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-30},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.float64: {"rtol": 1e-12, "atol": 1e-13},
+}
+SEED = -6_148_914_691_236_517_206  # all four 16-bit parts in use, and negative
+
+
+def case_ids(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+@pytest.fixture(params=LAYOUTS, ids=["contiguous", "channels_last"])
+def layout(request: pytest.FixtureRequest) -> torch.memory_format:
+    return request.param
+
+
+@pytest.mark.parametrize(("case", "dtype"), COMBINATIONS, ids=case_ids)
+def test_sample_draws_the_reference_cells(case, dtype, layout, device):
+    shape, window = CASES[case]
+    x = plane(shape, dtype, layout).to(device)
+    bias = torch.randn(shape[1], device=device) if shape[1] > 2 else None
+    seed = torch.tensor(SEED, device=device)
+    output, code = triton_kernels.sample(x, bias, seed, window)
+    expected, expected_code = reference.sample(x, bias, seed, window)
+    assert torch.equal(code, expected_code)
+    assert output.is_contiguous(memory_format=layout)
+    # The interpreter cuts bf16 off where a GPU rounds, so one unit in the last place is allowed.
+    exact = dtype != torch.bfloat16 or device.type == "cuda"
+    torch.testing.assert_close(
+        output,
+        expected,
+        equal_nan=True,
+        **({"rtol": 0, "atol": 0} if exact else TOLERANCE[dtype]),
+    )
+
+
+@pytest.mark.parametrize(("case", "dtype"), COMBINATIONS, ids=case_ids)
+def test_sample_backward(case, dtype, layout, device):
+    shape, window = CASES[case]
+    x = plane(shape, dtype, layout).to(device)
+    seed = torch.tensor(SEED, device=device)
+    output, code = reference.sample(x, None, seed, window)
+    grad = torch.randn_like(output)
+    result = triton_kernels.sample_backward(grad, code, *shape[2:], window, True)
+    expected = reference.sample_backward(grad, code, *shape[2:], window, True)
+    assert_gradients_close(result, expected, dtype)
+
+
+@pytest.mark.parametrize(("case", "dtype"), COMBINATIONS, ids=case_ids)
+def test_expectation(case, dtype, layout, device):
+    shape, window = CASES[case]
+    x = plane(shape, dtype, layout).to(device)
+    bias = torch.randn(shape[1], device=device) if shape[1] > 2 else None
+    result = triton_kernels.expectation(x, bias, window)
+    expected = reference.expectation(x, bias, window)
+    assert result.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(result, expected, equal_nan=True, **TOLERANCE[dtype])
+    grad = torch.randn_like(expected)
+    assert_gradients_close(
+        triton_kernels.expectation_backward(grad, x, bias, window, True),
+        reference.expectation_backward(grad, x, bias, window, True),
+        dtype,
+    )
+
+
+def assert_gradients_close(result, expected, dtype):
+    (grad_input, grad_bias), (expected_input, expected_bias) = result, expected
+    torch.testing.assert_close(grad_input, expected_input, equal_nan=True, **TOLERANCE[dtype])
+    # The bias's gradient sums the cells before they are rounded to the input's dtype.
+    loose = {"rtol": 1e-4, "atol": 1e-4} if dtype != torch.float64 else TOLERANCE[dtype]
+    torch.testing.assert_close(grad_bias, expected_bias, equal_nan=True, **loose)
+
+
+def test_any_strides(device):
+    """Views of an input, and expanded gradients, are read through their strides."""
+    window = CASES["overlapping, padded"][1]
+    storage = torch.randn(2, 8, 9, 6, device=device)
+    seed = torch.tensor(SEED, device=device)
+    for x in (storage[:, ::2, 1:, 1::2], storage.transpose(1, 3), storage[:1].expand(3, 8, 9, 6)):
+        output, code = triton_kernels.sample(x, None, seed, window)
+        expected, expected_code = reference.sample(x, None, seed, window)
+        assert torch.equal(code, expected_code)
+        assert torch.equal(output, expected)
+        grad = torch.ones((), device=device).expand(output.shape)
+        assert_gradients_close(
+            triton_kernels.sample_backward(grad, code, *x.shape[2:], window, True),
+            reference.sample_backward(grad, code, *x.shape[2:], window, True),
+            torch.float32,
+        )
+
+
+def test_64_bit_indices(device):
+    """Two rows that lie 2**31 elements apart, in memory that is reserved and hardly touched."""
+    window = CASES["overlapping, padded"][1]
+    storage = torch.zeros(1, dtype=torch.float16, device=device).new_empty(2**31 + 16)
+    x = storage.as_strided((1, 2, 2, 8), (2**31, 8, 2**31, 1))
+    x.copy_(torch.randn(x.shape))
+    seed = torch.tensor(SEED, device=device)
+    output, code = triton_kernels.sample(x, None, seed, window)
+    expected, expected_code = reference.sample(x, None, seed, window)
+    assert torch.equal(code, expected_code)
+    assert torch.equal(output, expected)
+    grad = x.detach()
+    assert_gradients_close(
+        triton_kernels.sample_backward(grad, code, 2, 8, window, True),
+        reference.sample_backward(grad, code, 2, 8, window, True),
+        torch.float16,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
+def test_every_kernel_compiles_for_every_target_without_spills(tmp_path):
+    """Half-sized and double-sized dtypes; the two between compile to the same instructions."""
+    root = Path(__file__).resolve().parents[1]
+    rows_file = tmp_path / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "bench/kernel_report.py", "--json", str(rows_file)]
+    run = subprocess.run(
+        [*command, "--dtype", "float16", "float64"],
+        cwd=root, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert rows_file.exists(), run.stderr
+    rows = json.loads(rows_file.read_text())
+    targets = {row["target"] for row in rows}
+    assert targets == {
+        "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942",
+    }  # fmt: skip
+    assert {row["kernel"] for row in rows} == {
+        "sample_kernel", "expectation_kernel", "gather_kernel",
+    }  # fmt: skip
+    assert [row for row in rows if row["spills"]] == []
