@@ -7,11 +7,13 @@ expectation of that draw, sum w * w / S (equation 3.2).
 
 The order of arithmetic, which decides the drawn cell and so is part of the contract:
 
-- w is taken in fp32 (fp64 for fp64 inputs); row i of the window sums to r_i = ((w_i0 + w_i1) + …),
-  R_i = ((r_0 + r_1) + … + r_i), S is the last R.
-- t = u * S. The draw takes the last cell (i, j) in row-major order with w_ij > 0,
-  R_(i-1) <= t and w_i0 + … + w_i(j-1) <= t - R_(i-1), where empty sums are 0. In exact arithmetic
-  that is the first cell whose running sum exceeds t; in floating point it is never a dead one.
+- w is taken in fp32 (fp64 for fp64 inputs). Row i of the window has the running sums
+  c_ij = ((w_i0 + w_i1) + … + w_ij) and the sum r_i, its last; R_i = ((r_0 + r_1) + … + r_i), and S
+  is the last R. The window's running sum at the cell (i, j) is R_(i-1) + c_ij.
+- The draw takes the first cell in row-major order whose running sum exceeds t = u * S. Rounding is
+  monotonic and the running sum at the end of row i is R_i, so that cell is live; and there is one
+  unless S is so small that u * S rounds to S, when it is the last live cell. Both are the last cell
+  with w_ij > 0 before which the running sum is at most t, which is how it is written below.
 - A window with a NaN takes its last NaN, as max pooling does.
 - Where S overflows to infinity, other weights v stand for w: with infinite cells 1 for those and 0
   for the others, else w * 2**-32.
@@ -56,10 +58,9 @@ def sample(
     code = torch.full_like(threshold, window.dead_code, dtype=torch.int32)
     before_row = torch.zeros_like(threshold)
     for i, row in enumerate(weights.rows()):
-        left = threshold - before_row
         before_cell = torch.zeros_like(threshold)
         for j, (w, v) in enumerate(row):
-            drawn = (v > 0) & (before_row <= threshold) & (before_cell <= left) | v.isnan()
+            drawn = (v > 0) & (before_row + before_cell <= threshold) | v.isnan()
             value = torch.where(drawn, w, value)
             code = torch.where(drawn, i * window.kernel_w + j, code)
             before_cell = before_cell + v

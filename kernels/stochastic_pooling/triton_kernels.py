@@ -193,12 +193,11 @@ def _sample_kernel(
     )  # fmt: skip
     threshold = _uniform(seed_ptr, image, channel, channels, out_row, out_col, ACC) * total
 
-    # The last live cell whose row, and which in its row, begins at or below the threshold.
+    # The last live cell before which the running sum is at most the threshold.
     value = tl.zeros(mask.shape, dtype=ACC)
     code = tl.full(mask.shape, DEAD, dtype=tl.int32)
     before_row = tl.zeros(mask.shape, dtype=ACC)
     for i in range(kernel_h):
-        left_over = threshold - before_row
         before_cell = tl.zeros(mask.shape, dtype=ACC)
         for j in range(kernel_w):
             w = _cell(
@@ -206,7 +205,7 @@ def _sample_kernel(
                 height, width, in_stride_h, in_stride_w, dilation_h, dilation_w, ACC,
             )  # fmt: skip
             v = _stand_in(w, infinite, scale)
-            drawn = (v > 0) & (before_row <= threshold) & (before_cell <= left_over)
+            drawn = (v > 0) & (before_row + before_cell <= threshold)
             drawn = drawn | (v != v)
             value = tl.where(drawn, w, value)
             code = tl.where(drawn, i * kernel_w + j, code)
