@@ -44,7 +44,8 @@ def test_uniforms_depend_on_seed_and_coordinates_alone():
     assert torch.equal(philox.uniforms(seed, (2, 4, 6, 3)), large[:2, :, :6, :3])
     assert large.min() >= 0
     assert large.max() < 1
-    assert large.unique().numel() > 0.999 * large.numel()
+    # 648 numbers out of 65536: about three coincide with another.
+    assert large.unique().numel() > 0.98 * large.numel()
     for other in (2**40 + 6, 2**41 + 5, -(2**40) - 5):
         assert not torch.equal(philox.uniforms(torch.tensor(other), (3, 4, 9, 6)), large)
 
@@ -151,7 +152,7 @@ def test_draws_follow_the_weights(kernel):
 
 
 def test_neighbours_draw_independently():
-    """Pairs of equal windows: next column, row (both inside a group of four and across), channel,
+    """Pairs of equal windows: next column, row (both inside a group of eight and across), channel,
     image and seed. Each pair is one of four equally likely outcomes."""
     window = Window(1, 2, 1, 2, 0, 0, 1, 1, False)
     x = torch.ones(8, 16, 32, 64)
@@ -160,7 +161,8 @@ def test_neighbours_draw_independently():
     pairs = {
         "column": (code[..., :-1], code[..., 1:]),
         "row": (code[:, :, :-1], code[:, :, 1:]),
-        "group of rows": (code[:, :, :-4], code[:, :, 4:]),
+        "half of a word": (code[:, :, 0::2], code[:, :, 1::2]),
+        "group of rows": (code[:, :, :-8], code[:, :, 8:]),
         "channel": (code[:, :-1], code[:, 1:]),
         "image": (code[:-1], code[1:]),
         "seed": (code, other),

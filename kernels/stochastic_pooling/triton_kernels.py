@@ -146,16 +146,17 @@ def _uniform(seed_ptr, image, channel, channels, out_row, out_col, ACC: tl.const
     word0, word1, word2, word3 = tl.philox(
         tl.load(seed_ptr),
         out_col.to(tl.uint32),
-        (out_row // 4).to(tl.uint32),
+        (out_row // 8).to(tl.uint32),
         (plane & 0xFFFFFFFF).to(tl.uint32),
         (plane >> 32).to(tl.uint32),
         PHILOX_ROUNDS,
     )
-    which = out_row % 4
-    low = tl.where(which == 0, word0, word1)
-    high = tl.where(which == 2, word2, word3)
-    word = tl.where(which < 2, low, high)
-    return (word >> 8).to(tl.float32).to(ACC) * 5.9604644775390625e-08  # 2**-24
+    which = out_row % 8
+    first = tl.where(which < 2, word0, word1)
+    last = tl.where(which < 6, word2, word3)
+    word = tl.where(which < 4, first, last)
+    half = tl.where(which % 2 == 0, word & 0xFFFF, word >> 16)
+    return half.to(tl.int32).to(ACC) * 0.0000152587890625  # 2**-16
 
 
 # ---------------------------------------------------------------- kernels
