@@ -1,0 +1,117 @@
+"""Choosing a training and a test set from a folder of photographs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def load_script() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "scripts" / "prepare_flowers.py"
+    spec = importlib.util.spec_from_file_location("prepare_flowers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+main = load_script().main
+SIZES = ["--train", "2", "--test", "3"]
+
+
+def picture(seed: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((120, 90), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path) -> Path:
+    """Seven different photographs of each class, nested as in Kaggle's archive."""
+    for number, name in enumerate(("daisy", "dandelion", "rose")):
+        folder = tmp_path / "archive" / "flowers" / name
+        folder.mkdir(parents=True)
+        for seed in range(7):
+            picture(10 * number + seed).save(folder / f"{name}{seed}.jpg", quality=95)
+    return tmp_path / "archive"
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*.jpg")}
+
+
+def test_splits_by_seed(kaggle: Path, tmp_path: Path) -> None:
+    for output, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        arguments = [str(kaggle), "--output", str(tmp_path / output), "--seed", seed, *SIZES]
+        assert main(arguments) == 0
+    assert names(tmp_path / "a") == names(tmp_path / "b") != names(tmp_path / "c")
+    for name in ("daisy", "dandelion", "rose"):
+        train = list((tmp_path / "a" / "train_data" / name).iterdir())
+        test = list((tmp_path / "a" / "test_data" / name).iterdir())
+        assert (len(train), len(test)) == (2, 3)
+        for path in (*train, *test):
+            assert path.read_bytes() == (kaggle / "flowers" / name / path.name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "archive", "b", "c"]
+
+
+def test_leaves_out_duplicates_and_unreadable_files(
+    kaggle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever file comes first; with a few seeds each of the bad ones is met."""
+    daisies = kaggle / "flowers" / "daisy"
+    original = daisies / "daisy0.jpg"
+    (daisies / "copy.jpg").write_bytes(original.read_bytes())
+    Image.open(original).resize((80, 60)).save(daisies / "smaller.jpg", quality=60)
+    (daisies / "cut.jpg").write_bytes(original.read_bytes()[:900])
+    (daisies / "page.jpg").write_text("<html>404</html>")
+    (daisies / ".DS_Store").write_bytes(b"junk")
+    for seed in range(4):
+        output = tmp_path / f"out{seed}"
+        arguments = ["--output", str(output), "--seed", str(seed), "--train", "3", "--test", "4"]
+        assert main([str(kaggle), *arguments]) == 0
+        chosen = [path for path in output.rglob("*.jpg") if path.parent.name == "daisy"]
+        assert len({path.read_bytes() for path in chosen}) == len(chosen) == 7
+        assert len({p.name for p in chosen} & {"daisy0.jpg", "copy.jpg", "smaller.jpg"}) == 1
+    printed = capsys.readouterr().out
+    assert "copy.jpg: the same file as" in printed or "daisy0.jpg: the same file as" in printed
+    assert "looks the same as" in printed
+    for name in ("cut.jpg", "page.jpg"):
+        assert f"left out {daisies / name}: not a readable image" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "source folder missing does not exist"),
+        (["{kaggle}", "--classes", "daisy", "tulip"], "tulip does not exist"),
+        (["{kaggle}", "--train", "5"], "has 7 usable photographs"),
+        (["{kaggle}", "--output", "{kaggle}"], "is not empty"),
+        (["{kaggle}", "--train", "0"], "--train: must be at least 1, got 0"),
+    ],
+)
+def test_bad_input(
+    kaggle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    before = names(tmp_path)
+    given = ["--output", str(tmp_path / "out"), *SIZES]
+    given += [argument.format(kaggle=kaggle) for argument in arguments]
+    try:
+        status = main(given)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prepare_flowers.py: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert names(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["archive"]

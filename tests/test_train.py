@@ -1,0 +1,336 @@
+"""The training script from end to end, on tiny sets, and what it says to bad input."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cnnsp import CNN_SP, synthetic
+from cnnsp.augment import ImageBank
+from cnnsp.data import ImageSet
+from cnnsp.training import evaluate
+
+
+def load_script() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
+    spec = importlib.util.spec_from_file_location("train", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+main = load_script().main
+CPU = ["--device", "cpu", "--log-interval", "1"]
+Edit = Callable[[Path], object]
+
+
+def make_photographs(folder: Path, classes: tuple[str, ...] = ("daisy", "rose")) -> Path:
+    """Two training images and one test image of each class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train_data", 2), ("test_data", 1)):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.jpg")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_photographs(tmp_path / "photos")
+
+
+@pytest.fixture
+def few_flowers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The default run, with four training and three test images, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthetic, "TRAIN_PER_CLASS", 2)
+    monkeypatch.setattr(synthetic, "TEST_PER_CLASS", 1)
+    monkeypatch.setattr(synthetic, "VARIANTS", synthetic.VARIANTS[:2])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of one step with max pooling on two classes."""
+    root = tmp_path_factory.mktemp("trained")
+    photos, output = make_photographs(root / "photos"), root / "run"
+    arguments = ["--pool", "max", "-b", "4", "--epochs", "2", "--max-steps", "1"]
+    arguments += ["--data-dir", str(photos), "--output-dir", str(output)]
+    assert main([*CPU, *arguments]) == 0
+    return output
+
+
+def read_summary(output: Path) -> list[dict[str, str]]:
+    with (output / "summary.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    return state
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Equal to the last bit, whatever it is made of."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_equal(one, other)
+    else:
+        assert a == b
+
+
+@pytest.mark.usefixtures("few_flowers")
+def test_default_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without photographs, the script draws its own and says so."""
+    assert main([*CPU, "--epochs", "1", "-b", "6"]) == 0
+    printed = capsys.readouterr().out
+    assert "synthetic" in printed
+    assert "--data-dir FOLDER" in printed
+    assert "1 epochs (30), batches of 6 (256), adam" in printed
+    assert "Test set: average loss " in printed
+    (output,) = (tmp_path / "runs").iterdir()
+    assert output.name.startswith("stochastic-")
+    names = {path.name.split(".tfevents")[0] for path in output.iterdir()}
+    expected = {"args.json", "best.pt", "last.pt", "summary.csv", "curves.png", "events.out"}
+    assert names == expected
+    assert json.loads((output / "args.json").read_text())["batch_size"] == 6
+    with Image.open(output / "curves.png") as curves:
+        assert curves.width > 1000
+    (row,) = read_summary(output)
+    assert row["epoch"] == "1"
+    assert 0 < float(row["train_loss"]) < 3
+    state = load(output / "best.pt")
+    assert state["classes"] == list(synthetic.CLASSES)
+    CNN_SP(3).load_state_dict(state["model"])
+
+
+@pytest.mark.usefixtures("few_flowers")
+@pytest.mark.parametrize("pool", ["stochastic", "max"])
+def test_resumed_run_equals_undisturbed_run(tmp_path: Path, pool: str) -> None:
+    """Stopped within the second of three epochs, and at the end of it."""
+    common = [*CPU, "--pool", pool, "-b", "6", "--epochs", "3", "--lr-step", "1", "--seed", "5"]
+    assert main([*common, "--output-dir", "whole"]) == 0
+    assert main([*common, "--output-dir", "parts", "--max-steps", "3"]) == 0
+    assert main(["--device", "cpu", "--resume", "parts/last.pt", "--max-steps", "1"]) == 0
+    assert main(["--device", "cpu", "--resume", "parts/last.pt"]) == 0
+
+    whole, parts = load(tmp_path / "whole" / "last.pt"), load(tmp_path / "parts" / "last.pt")
+    for part in ("model", "optimizer", "random"):
+        assert_equal(whole[part], parts[part])
+    timeless = ("epoch", "train_loss", "test_loss", "test_accuracy", "lr")
+    rows, others = read_summary(tmp_path / "whole"), read_summary(tmp_path / "parts")
+    assert [[r[k] for k in timeless] for r in rows] == [[r[k] for k in timeless] for r in others]
+    assert [row["lr"] for row in rows] == ["0.001", "0.0001", "1e-05"]
+
+
+def test_half_precision_and_compiled_options_run(photos: Path, tmp_path: Path) -> None:
+    arguments = ["--amp-dtype", "bfloat16", "--no-channels-last", "--opt", "adam", "-b", "2"]
+    arguments += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
+    assert main([*CPU, *arguments, "--max-steps", "1"]) == 0
+    assert load(tmp_path / "out" / "last.pt")["model"]["conv1.weight"].dtype == torch.float32
+
+
+def test_amp_on_a_cpu_without_bfloat16_says_so(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = load_script()
+    monkeypatch.setattr(script, "_has_bfloat16_instructions", lambda: False)
+    arguments = ["--amp", "--pool", "max", "-b", "2", "--max-steps", "1"]
+    arguments += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
+    assert script.main([*CPU, *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "no bf16 instructions" in printed
+    assert "on cpu, float32, channels_last" in printed
+
+
+def test_evaluation_counts_each_image_once_and_keeps_the_mode() -> None:
+    images = torch.randint(0, 256, (5, 3, 256, 256), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    bank = ImageBank(ImageSet(images, labels, ("a", "b", "c")))
+    model = CNN_SP(pooling="max")
+    result = evaluate(model, bank, batch_size=2)
+    assert model.training
+    batch, _ = bank.batch(torch.arange(5))
+    with torch.no_grad():
+        output = model.eval()(batch)
+    assert result.total == 5
+    assert result.correct == int((output.argmax(1) == labels).sum())
+    assert result.loss == pytest.approx(float(torch.nn.functional.nll_loss(output, labels)))
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "train_data" / "rose" / "1.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+
+
+BAD_PHOTOS: list[Any] = [
+    pytest.param(shutil.rmtree, "{photos} does not exist", id="missing-folder"),
+    pytest.param(
+        lambda p: shutil.rmtree(p / "test_data"), "{photos}/test_data is missing", id="no-split"
+    ),
+    pytest.param(
+        lambda p: [path.unlink() for path in (p / "train_data" / "rose").iterdir()],
+        "{photos}/train_data/rose holds no images",
+        id="empty-class",
+    ),
+    pytest.param(
+        lambda p: (p / "test_data" / "rose").rename(p / "test_data" / "tulip"),
+        "'rose' is only in train_data, 'tulip' is only in test_data",
+        id="classes-differ",
+    ),
+    pytest.param(_cut, "cannot decode {photos}/train_data/rose/1.jpg", id="truncated"),
+    pytest.param(
+        lambda p: (p / "test_data" / "rose" / "notes.txt").write_text("by the gate"),
+        "{photos}/test_data/rose/notes.txt is not an image",
+        id="not-an-image",
+    ),
+    pytest.param(
+        lambda p: (p / "train_data" / "rose" / "more").mkdir(),
+        "{photos}/train_data/rose/more is not a file",
+        id="nested-folder",
+    ),
+]
+
+
+def assert_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2, and one line on stderr."""
+    capsys.readouterr()
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("train.py: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("edit", "message"), BAD_PHOTOS)
+def test_bad_photographs(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], edit: Edit, message: str
+) -> None:
+    edit(photos)
+    output = tmp_path / "out"
+    arguments = [*CPU, "--data-dir", str(photos), "--output-dir", str(output)]
+    assert_refused(arguments, message.format(photos=photos), capsys)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
+        (["-b", "-3"], "--batch-size: must be at least 1, got -3"),
+        (["--lr", "nan"], "--lr: must be above 0, got nan"),
+        (["--epochs", "two"], "--epochs: must be an integer, got 'two'"),
+        (["--pool", "median"], "--pool: invalid choice: 'median'"),
+        (["--device", "tpu9"], "--device tpu9: PyTorch knows no such device"),
+        (["--resume", "no/last.pt"], "checkpoint no/last.pt does not exist"),
+        (["--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_bad_flags(
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["--data-dir", str(photos), "--output-dir", str(output), *flags]
+    assert_refused(arguments, message, capsys)
+    assert not output.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_asked_for_and_absent(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
+    assert_refused([*arguments, "--device", "cuda"], "--device cuda", capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_that_cannot_be_used(
+    photos: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = [*CPU, "--data-dir", str(photos), "--output-dir"]
+    inside = str(tmp_path / "file" / "run")
+    assert_refused([*arguments, inside], f"{tmp_path}/file is not a folder", capsys)
+    before = (trained / "last.pt").read_bytes()
+    assert_refused([*arguments, str(trained)], "holds another run", capsys)
+    assert (trained / "last.pt").read_bytes() == before
+
+
+def test_checkpoints_that_do_not_fit(
+    photos: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    last, other = str(trained / "last.pt"), make_photographs(tmp_path / "three", tuple("abc"))
+    names = make_photographs(tmp_path / "names", ("daisy", "tulip"))
+    resume = [*CPU, "--output-dir", str(output), "--resume"]
+    refusals = [
+        (["--pool", "stochastic"], f"{last} was trained with --pool max, not stochastic"),
+        (["--data-dir", str(other)], f"{last} has 2 classes, the data 3"),
+        (["--data-dir", str(names)], "has the classes daisy, rose, the data daisy, tulip"),
+        (["--opt", "adam"], f"{last} was trained with --opt sgd"),
+        (["-b", "2"], "goes on only with the same images, --batch-size 4 and --seed 0"),
+    ]
+    for flags, message in refusals:
+        assert_refused([*resume, last, *flags], message, capsys)
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes((trained / "last.pt").read_bytes()[:5000])
+    assert_refused([*resume, str(damaged)], f"{damaged} is damaged", capsys)
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    assert_refused([*resume, str(tmp_path / "other.pt")], "no checkpoint that train.py", capsys)
+    assert not output.exists()
+
+
+def test_finished_run_is_not_resumed(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load(trained / "last.pt")
+    state["progress"]["epoch"] = 2
+    torch.save(state, tmp_path / "last.pt")
+    arguments = ["--device", "cpu", "--resume", str(tmp_path / "last.pt")]
+    assert_refused(arguments, "has finished 2 of 2 epochs", capsys)
+
+
+def test_photographs_train(photographs: Path, tmp_path: Path) -> None:
+    """One step on the real thing."""
+    small = tmp_path / "small"
+    for split in ("train_data", "test_data"):
+        for folder in (photographs / split).iterdir():
+            (small / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:2]:
+                shutil.copyfile(path, small / split / folder.name / path.name)
+    output = tmp_path / "out"
+    arguments = ["--data-dir", str(small), "--output-dir", str(output), "-b", "8"]
+    assert main([*CPU, *arguments, "--max-steps", "1"]) == 0
+    assert len(read_summary(output)) == 1
