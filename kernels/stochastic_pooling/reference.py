@@ -24,6 +24,7 @@ window (`Window.code_dtype`), `Window.dead_code` where S = 0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -55,12 +56,14 @@ def sample(
     u = uniforms(seed, weights.sum.shape).to(weights.sum.dtype)
     threshold = u * weights.sum
     value = torch.zeros_like(threshold)
-    code = torch.full_like(threshold, window.dead_code, dtype=torch.int32)
+    code = torch.full_like(threshold, window.dead_code, dtype=window.code_dtype)
     before_row = torch.zeros_like(threshold)
     for i, row in enumerate(weights.rows()):
         before_cell = torch.zeros_like(threshold)
         for j, (w, v) in enumerate(row):
-            drawn = (v > 0) & (before_row + before_cell <= threshold) | v.isnan()
+            drawn = (v > 0) & (before_row + before_cell <= threshold)
+            if weights.unusual:
+                drawn |= v.isnan()
             value = torch.where(drawn, w, value)
             code = torch.where(drawn, i * window.kernel_w + j, code)
             before_cell = before_cell + v
@@ -68,7 +71,7 @@ def sample(
     layout = memory_format(input)
     return (
         value.to(input.dtype).contiguous(memory_format=layout),
-        code.to(window.code_dtype).contiguous(memory_format=layout),
+        code.contiguous(memory_format=layout),
     )
 
 
@@ -168,8 +171,9 @@ class _Weights:
 
     Attributes:
         sum: S, or the sum of v where S overflows, `(N, C, OH, OW)`.
-        infinite: where a window holds an infinite cell and no NaN.
+        infinite: where a window holds an infinite cell and no NaN; a scalar if nowhere.
         scale: v / w, `OVERFLOW_SCALE` where S overflows without an infinite cell, else 1.
+        unusual: whether some S may be NaN, or overflow so that other weights stand in.
     """
 
     def __init__(self, input: torch.Tensor, bias: torch.Tensor | None, window: Window):
@@ -182,18 +186,22 @@ class _Weights:
         bottom = padded_height - height - window.padding_h
         right = padded_width - width - window.padding_w
         self.padded = F.pad(w, (window.padding_w, right, window.padding_h, bottom))
-        shape = (*input.shape[:2], *self.output_size)
-        self.infinite = torch.zeros(shape, dtype=torch.bool, device=input.device)
-        self.scale = w.new_ones(shape)
-        plain_sum = self._sum()
-        overflow = plain_sum.isinf()
-        holds_infinity = torch.zeros_like(overflow)
-        for row in self.rows():
-            for w_cell, _ in row:
-                holds_infinity |= w_cell.isinf()
-        self.infinite = overflow & holds_infinity
-        self.scale = torch.where(overflow & ~holds_infinity, OVERFLOW_SCALE, self.scale)
-        self.sum = torch.where(overflow, self._sum(), plain_sum)
+        self.infinite = w.new_zeros((), dtype=torch.bool)
+        self.scale = w.new_ones(())
+        self.unusual = False
+        self.sum = self._sum()
+        # On a CPU it costs nothing to ask whether some sum is not finite; elsewhere asking would
+        # wait for the device, so all is done as if one were not.
+        self.unusual = input.device.type != "cpu" or not bool(self.sum.isfinite().all())
+        if self.unusual:
+            overflow = self.sum.isinf()
+            holds_infinity = torch.zeros_like(overflow)
+            for row in self.rows():
+                for w_cell, _ in row:
+                    holds_infinity |= w_cell.isinf()
+            self.infinite = overflow & holds_infinity
+            self.scale = torch.where(overflow & ~holds_infinity, OVERFLOW_SCALE, self.scale)
+            self.sum = torch.where(overflow, self._sum(), self.sum)
 
     def rows(self) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
         """Rows of cells; a cell is (w, v), two `(N, C, OH, OW)` tensors."""
@@ -202,28 +210,28 @@ class _Weights:
             yield ((w, self._stand_in(w)) for w in views[start : start + self.window.kernel_w])
 
     def _stand_in(self, w: torch.Tensor) -> torch.Tensor:
+        if not self.unusual:
+            return w
         return torch.where(self.infinite, w.isinf().to(w.dtype), w * self.scale)
 
     def _sum(self) -> torch.Tensor:
-        total = torch.zeros_like(self.scale)
-        for row in self.rows():
-            row_sum = torch.zeros_like(total)
-            for _, v in row:
-                row_sum = row_sum + v
-            total = total + row_sum
-        return total
+        row_sums = (functools.reduce(torch.add, (v for _, v in row)) for row in self.rows())
+        return functools.reduce(torch.add, row_sums)
 
     def scaled_expectation(self) -> torch.Tensor:
         """sum v * v / S, 0 for a dead window."""
+        divisor = torch.where(self.sum == 0, 1, self.sum)
         total = torch.zeros_like(self.sum)
         for row in self.rows():
             for _, v in row:
-                total = total + v * (v / self.sum)
-        return torch.where(self.sum == 0, 0, total)
+                total.addcmul_(v, v / divisor)
+        return total
 
     def expectation(self) -> torch.Tensor:
-        expectation = self.scaled_expectation() / self.scale
-        return torch.where(self.infinite, torch.inf, expectation)
+        expectation = self.scaled_expectation()
+        if not self.unusual:
+            return expectation
+        return torch.where(self.infinite, torch.inf, expectation / self.scale)
 
 
 def _padded_size(height: int, width: int, window: Window) -> tuple[int, int]:
