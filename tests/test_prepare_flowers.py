@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from .scripts import load_script
 
-def load_script() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "scripts" / "prepare_flowers.py"
-    spec = importlib.util.spec_from_file_location("prepare_flowers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-main = load_script().main
+main = load_script("prepare_flowers").main
 SIZES = ["--train", "2", "--test", "3"]
 
 

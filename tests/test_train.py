@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,18 +19,9 @@ from cnnsp.augment import ImageBank
 from cnnsp.data import ImageSet
 from cnnsp.training import evaluate
 
+from .scripts import load_script
 
-def load_script() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "scripts" / "train.py"
-    spec = importlib.util.spec_from_file_location("train", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-main = load_script().main
+main = load_script("train").main
 CPU = ["--device", "cpu", "--log-interval", "1"]
 Edit = Callable[[Path], object]
 
@@ -157,7 +146,7 @@ def test_amp_on_a_cpu_without_bfloat16_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    script = load_script()
+    script = load_script("train")
     monkeypatch.setattr(script, "_has_bfloat16_instructions", lambda: False)
     arguments = ["--amp", "--pool", "max", "-b", "2", "--max-steps", "1"]
     arguments += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
