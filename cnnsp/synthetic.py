@@ -29,7 +29,7 @@ CLASSES = ("daisy", "dandelion", "rose")
 # variants, with these settings of TrainOptions.
 TRAIN_PER_CLASS, TEST_PER_CLASS = 400, 100
 VARIANTS = (Variant(), Variant(angle=-10), Variant(angle=10))
-RECIPE = {"epochs": 5, "batch_size": 32, "opt": "adam", "lr": 1e-3, "lr_step": 4}
+RECIPE = {"epochs": 4, "batch_size": 32, "opt": "adam", "lr": 1e-3, "lr_step": 3}
 
 Colour = tuple[int, int, int]
 
