@@ -14,7 +14,7 @@ import torch
 
 from stochastic_pooling import reference
 
-from .windows import CASES, COMBINATIONS, LAYOUTS, plane
+from .windows import CASES, COMBINATIONS, LAYOUTS, SLIDING_CASES, plane
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -106,6 +106,73 @@ def assert_gradients_close(result, expected, dtype):
     torch.testing.assert_close(grad_bias, expected_bias, equal_nan=True, **loose)
 
 
+@pytest.fixture(params=["one strip", "many strips"])
+def sliding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The Triton kernels with small programs, and planes in as few or as many strips as can be."""
+    kernels = pytest.importorskip("stochastic_pooling.triton_kernels", exc_type=ImportError)
+    monkeypatch.setattr(kernels, "SLIDING_BLOCK", 32)
+    monkeypatch.setattr(kernels, "FILLING_THREADS", 1 if request.param == "one strip" else 2**20)
+    return kernels
+
+
+@pytest.mark.parametrize("case", SLIDING_CASES)
+def test_sliding_kernels(sliding, case, layout, device):
+    """Without a special window, so that no strip is done again by the general code."""
+    shape, window = SLIDING_CASES[case]
+    dtype = torch.float32 if "stride" in case else torch.float16
+    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
+    x[0, 0, :5, :4] = -9  # dead windows
+    bias = torch.randn(shape[1], device=device)
+    seed = torch.tensor(SEED, device=device)
+    output, code = sliding.sample(x, bias, seed, window)
+    assert sliding._slides(window, x, output, code)
+    expected, expected_code = reference.sample(x, bias, seed, window)
+    assert torch.equal(code, expected_code)
+    assert torch.equal(output, expected)
+    assert_gradients_close(
+        sliding.sample_backward(expected, code, *shape[2:], window, True),
+        reference.sample_backward(expected, code, *shape[2:], window, True),
+        dtype,
+    )
+    assert sliding.sample_backward(expected, code, *shape[2:], window, False)[1].numel() == 0
+    torch.testing.assert_close(
+        sliding.expectation(x, bias, window),
+        reference.expectation(x, bias, window),
+        **TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("sliding", ["one strip"], indirect=True)
+@pytest.mark.parametrize(
+    ("value", "row", "col"),
+    [
+        ("nan", 5, 3),
+        ("-nan", 14, 9),
+        ("inf", 7, 0),
+        ("3e38", 0, 1),
+        ("1e20", 4, 4),
+        ("1e-30", 8, 5),
+    ],
+)
+def test_sliding_kernels_notice_a_special_window(sliding, value, row, col, layout, device):
+    shape, window = SLIDING_CASES["3x3, padded"]
+    seed = torch.tensor(SEED, device=device)
+    x = torch.full(shape, -1.0) if value == "1e-30" else torch.rand(shape)
+    x[0, 1, row, col] = float(value)
+    x = x.to(device).contiguous(memory_format=layout)
+    output, code = sliding.sample(x, None, seed, window)
+    expected, expected_code = reference.sample(x, None, seed, window)
+    assert torch.equal(code, expected_code)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        sliding.expectation(x, None, window),
+        reference.expectation(x, None, window),
+        equal_nan=True,
+        rtol=1e-5,
+        atol=0,
+    )
+
+
 def test_any_strides(kernels, device):
     """Views of an input, and expanded gradients, are read through their strides."""
     window = CASES["overlapping, padded"][1]
@@ -144,23 +211,29 @@ def test_64_bit_indices(kernels, device):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
-def test_every_kernel_compiles_for_every_target_without_spills(tmp_path):
-    """Half-sized and double-sized dtypes; the two between compile to the same instructions."""
+def test_kernels_compile_for_every_target_and_none_got_worse(tmp_path):
+    """CNN_SP's window in fp16; `bench/results/` has the other windows and dtypes."""
+    triton = pytest.importorskip("triton")
     root = Path(__file__).resolve().parents[1]
     rows_file = tmp_path / "rows.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "bench/kernel_report.py", "--json", str(rows_file)]
+    command += ["--dtype", "float16", "--window", "3x3 s1 p1"]
+    committed = root / "bench" / "results" / f"kernel_report-triton{triton.__version__}.json"
+    if not committed.exists():
+        pytest.skip(f"no kernel report to compare with for Triton {triton.__version__}")
+    command += ["--check", str(committed)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [*command, "--dtype", "float16", "float64"],
-        cwd=root, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert rows_file.exists(), run.stderr
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads(rows_file.read_text())
     targets = {row["target"] for row in rows}
     assert targets == {
         "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942",
     }  # fmt: skip
     assert {row["kernel"] for row in rows} == {
-        "sample_kernel", "expectation_kernel", "gather_kernel",
+        "expectation_kernel", "gather_kernel",
+        "sample_sliding_kernel", "expectation_sliding_kernel", "gather_sliding_kernel",
     }  # fmt: skip
     assert [row for row in rows if row["spills"]] == []

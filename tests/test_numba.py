@@ -58,8 +58,10 @@ def layout(request: pytest.FixtureRequest) -> torch.memory_format:
 def sprinkled(shape: tuple[int, ...], layout: torch.memory_format) -> torch.Tensor:
     """A random input; in every other channel one number in a hundred is none of the ordinary."""
     x = torch.randn(shape)
-    special = torch.tensor([float("nan"), float("inf"), 3e38, 1e30, 1e-40, 1e-35, -1e38])
-    special = special[torch.randint(7, shape)]
+    special = torch.tensor(
+        [float("nan"), -float("nan"), float("inf"), 3e38, 1e30, 1e-40, 1e-35, -1e38]
+    )
+    special = special[torch.randint(8, shape)]
     x[:, ::2] = torch.where(torch.rand(shape) < 0.01, special, x)[:, ::2]
     return x.contiguous(memory_format=layout)
 
@@ -97,6 +99,21 @@ def test_tiles(window, shape, layout):
         kernels.expectation_backward(grad, x, bias, window, True),
         reference.expectation_backward(grad, x, bias, window, True),
     )
+
+
+@pytest.mark.parametrize("window", ["3 x 3, stride 1", "2 x 2, stride 2"])
+@pytest.mark.parametrize("special", [-float("nan"), 1e-45])
+def test_one_special_window(window, special, layout):
+    """A NaN may be negative, as inf - inf is on x86; the sum of a subnormal may be dead."""
+    window = WINDOWS[window]
+    x = torch.full((2, 3, 8, 9), special if special > 0 else 1.0)
+    x[0, 1, 4, 4] = special
+    x = x.contiguous(memory_format=layout)
+    output, code = kernels.sample(x, None, SEED, window)
+    expected, expected_code = reference.sample(x, None, SEED, window)
+    assert (expected.isnan() | (code == window.dead_code)).any()
+    assert torch.equal(code, expected_code)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

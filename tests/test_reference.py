@@ -50,6 +50,20 @@ def test_uniforms_depend_on_seed_and_coordinates_alone():
         assert not torch.equal(philox.uniforms(torch.tensor(other), (3, 4, 9, 6)), large)
 
 
+@pytest.mark.parametrize("extent", [(1, 1), (4, 2), (9, 7)])
+def test_bits_of_the_words_as_documented(extent):
+    """Output by output: the counter, the word and its half, in plain integers."""
+    seed = -(2**40) - 5
+    shape = (2, 3, *extent)
+    numbers = philox.uniforms(torch.tensor(seed), shape)
+    key = (torch.tensor(seed % 2**32), torch.tensor((seed >> 32) % 2**32))
+    for n, c, oh, ow in itertools.product(*map(range, shape)):
+        counter = tuple(map(torch.tensor, (ow // 2, oh // 4, n * 3 + c, 0)))
+        word = int(philox.philox4x32(key, counter, 7)[oh % 4])
+        half = word // 2**16 if ow % 2 == 1 else word % 2**16
+        assert float(numbers[n, c, oh, ow]) == half / 2**16
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_definition_window_by_window(case):
     """Against the definition read aloud: plain Python, one window at a time, in fp64."""
@@ -94,7 +108,7 @@ def test_definition_window_by_window(case):
         ([1, "inf", 2], "inf", 1, [0, 1, 0], "inf", [-1, 1, -1]),
         (["nan", 1, "nan"], "nan", 2, [0, 0, 1], "nan", None),
         (["nan", "inf", 1], "nan", 0, [1, 0, 0], "nan", None),
-        ([1e-45, 0, -1], 1e-45, 0, [1, 0, 0], 1e-45, [0, 0, 0]),
+        ([1e-38, 0, -1], 1e-38, 0, [1, 0, 0], 1e-38, [0, 0, 0]),
         ([-1, 3e38, 0], 3e38, 1, [0, 1, 0], 3e38, [0, 1, 0]),
     ],
     ids=["dead", "zeros", "one live", "inf", "nan", "nan and inf", "subnormal", "huge"],
@@ -117,6 +131,30 @@ def test_edges(row, sampled, index, gradient, mean, mean_gradient):
     check(reference.expectation(x, None, window), float(mean))
     if mean_gradient is not None:
         check(reference.expectation_backward(one, x, None, window, True)[0], mean_gradient)
+
+
+@pytest.mark.parametrize("last", [1e-45, -1.0])
+def test_sums_too_small_for_a_draw(last):
+    """S of one or two units of the smallest subnormal: u * S rounds to S for the larger u."""
+    window = Window(1, 3, 1, 3, 0, 0, 1, 1, False)
+    x = torch.tensor([1e-45, -1.0, last]).repeat(500).reshape(1, 1, 1, -1)
+    seed = torch.tensor(6)
+    output, code = reference.sample(x, None, seed, window)
+    units = 2 if last > 0 else 1
+    total = torch.tensor(1e-45) * units
+    threshold = philox.uniforms(seed, output.shape) * total
+    dead = threshold >= total
+    assert 100 < dead.sum() < 400
+    assert torch.equal(code == window.dead_code, dead)
+    assert torch.equal(output[dead], torch.full_like(output[dead], max(last, 0)))
+    # The draw is that of t in units: 0 is before the first live cell's sum, 1 before the second's.
+    drawn = torch.where(threshold >= 1e-45, 2, 0)
+    assert torch.equal(code[~dead].long(), drawn[~dead])
+    assert (output[~dead] == 1e-45).all()
+    grad_input, _ = reference.sample_backward(
+        torch.ones_like(output), code, 1, x.shape[-1], window, False
+    )
+    assert grad_input.sum() == (~dead).sum()
 
 
 def test_sums_that_overflow():
@@ -152,8 +190,8 @@ def test_draws_follow_the_weights(kernel):
 
 
 def test_neighbours_draw_independently():
-    """Pairs of equal windows: next column, row (both inside a group of eight and across), channel,
-    image and seed. Each pair is one of four equally likely outcomes."""
+    """Pairs of equal windows: next column and row (of one call of Philox and across calls),
+    channel, image and seed. Each pair is one of four equally likely outcomes."""
     window = Window(1, 2, 1, 2, 0, 0, 1, 1, False)
     x = torch.ones(8, 16, 32, 64)
     code = reference.sample(x, None, torch.tensor(100), window)[1].long()
@@ -161,8 +199,9 @@ def test_neighbours_draw_independently():
     pairs = {
         "column": (code[..., :-1], code[..., 1:]),
         "row": (code[:, :, :-1], code[:, :, 1:]),
-        "half of a word": (code[:, :, 0::2], code[:, :, 1::2]),
-        "group of rows": (code[:, :, :-8], code[:, :, 8:]),
+        "halves of a word": (code[..., 0::2], code[..., 1::2]),
+        "pair of columns": (code[..., :-2], code[..., 2:]),
+        "group of rows": (code[:, :, :-4], code[:, :, 4:]),
         "channel": (code[:, :-1], code[:, 1:]),
         "image": (code[:-1], code[1:]),
         "seed": (code, other),

@@ -28,6 +28,19 @@ CASES = {
     "a window that steps over the input": ((1, 2, 1, 3), Window(2, 2, 1, 1, 1, 1, 2, 2, False)),
 }
 
+# Windows and planes that Triton's sliding kernels serve, with rows for an unrolled group of eight,
+# one of four and the edges, in pairs of columns and with one left over.
+SLIDING_CASES = {
+    "3x3, padded": ((1, 2, 15, 10), Window(3, 3, 1, 1, 1, 1, 1, 1, False)),
+    "3x3, padded, odd sizes": ((1, 3, 7, 9), Window(3, 3, 1, 1, 1, 1, 1, 1, False)),
+    "3x3, stride 2, padded": ((1, 2, 29, 16), Window(3, 3, 2, 2, 1, 1, 1, 1, False)),
+    "3x3, stride 2, ceil_mode": ((1, 2, 27, 10), Window(3, 3, 2, 2, 0, 0, 1, 1, True)),
+    "2x2, stride 2": ((1, 2, 27, 8), Window(2, 2, 2, 2, 0, 0, 1, 1, False)),
+    "2x2": ((1, 2, 15, 7), Window(2, 2, 1, 1, 0, 0, 1, 1, False)),
+    "2x3, stride 1x2": ((2, 2, 14, 8), Window(2, 3, 1, 2, 1, 1, 1, 1, False)),
+    "3x2, stride 2x1": ((1, 1, 28, 6), Window(3, 2, 2, 1, 1, 0, 1, 1, False)),
+}
+
 # Every window in fp32, those that train networks in the other dtypes too.
 COMBINATIONS = [(case, torch.float32) for case in CASES] + [
     (case, dtype)

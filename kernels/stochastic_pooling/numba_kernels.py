@@ -13,8 +13,9 @@ the stride: cell j of all windows is a view into the line. A line is made once f
 that hold it, and so are its sums over the cells of each window's row. 16-bit floats, which numba
 lacks, are carried as their bits.
 
-The vectorised passes take it that sums are ordinary numbers; they report where one is not (NaN,
-infinite, or so small that u * S may round to S), and those few windows are done again one by one.
+The vectorised passes take it that sums are ordinary numbers; they report where one is not (NaN or
+infinite, for the expectation also very large or small), and those few windows are done again one by
+one.
 
 The tiles are shared out among `torch.get_num_threads()` threads of a pool of our own: numba's own
 threading aborts the process when two Python threads enter it at once. The cut depends on shapes
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,8 +53,8 @@ SMALLEST_SUM = reference.SMALLEST_SUM
 SMALLEST_SQUARABLE, LARGEST_SQUARABLE = 2.0**-50, 2.0**60
 
 ROUNDS = philox.ROUNDS
-# Rows of outputs that share a call of Philox; tiles start at multiples of it.
-GROUP = 8
+# Rows and columns of outputs that share a call of Philox; tiles start at multiples of them.
+GROUP, PAIR = 4, 2
 
 # A line has sheets side by side until it is this long: short loops are slow.
 FEWEST_LANES = 512
@@ -191,21 +193,21 @@ def _select(context, condition, x, y):
 
 
 @intrinsic
-def _uniform(context, word, shift, one):
-    """The number in [0, 1) of 16 bits of a random word, in the dtype of `one`."""
+def _uniform(context, half, one):
+    """The number in [0, 1) of 16 random bits, in the dtype of `one`."""
 
     def generate(context, builder, signature, arguments):
-        word, shift, one = arguments
-        half = builder.and_(builder.lshr(word, shift), _constant(word, 0xFFFF))
+        half, one = arguments
+        half = builder.zext(half, ir.IntType(32))
         return builder.fmul(builder.sitofp(half, one.type), _constant(one, 2.0**-16))
 
-    return one(types.uint32, types.uint32, one), generate
+    return one(types.uint16, one), generate
 
 
 @intrinsic
 def _bits(context, number):
-    """The bits of a number as a signed integer: ordered as the numbers from 0 to inf and NaN."""
-    integer = types.int64 if number == types.float64 else types.int32
+    """The bits of a number as an unsigned integer: ordered from 0 to inf, then NaN of any sign."""
+    integer = types.uint64 if number == types.float64 else types.uint32
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], context.get_value_type(integer))
@@ -215,7 +217,7 @@ def _bits(context, number):
 
 @intrinsic
 def _bits_below(context, number):
-    """The bits less one as an unsigned integer, in whose order 0 comes last."""
+    """`_bits` less one, in whose order 0 comes last."""
     integer = types.uint64 if number == types.float64 else types.uint32
 
     def generate(context, builder, signature, arguments):
@@ -227,10 +229,10 @@ def _bits_below(context, number):
 
 @intrinsic
 def _larger(context, x, y):
-    """numba's own `max` of two int32 is an int64, which would halve the lanes of a vector."""
+    """numba's own `max` of two uint32 is a uint64, which would halve the lanes of a vector."""
 
     def generate(context, builder, signature, arguments):
-        return builder.select(builder.icmp_signed(">", *arguments), *arguments)
+        return builder.select(builder.icmp_unsigned(">", *arguments), *arguments)
 
     return x(x, x), generate
 
@@ -337,6 +339,46 @@ def _rectify(target, source, bias):
     _rectify_chunk(target, source, bias, size - CHUNK)
 
 
+def _dealer(count: int) -> Any:
+    @intrinsic
+    def deal(context, halves, words, place, start, index, step):
+        """Deal `count` words, those from `start + index` on, to the lanes from `place` on.
+
+        With a step of 1 the halves of a word become neighbours, else they go `step` lanes apart.
+        """
+
+        def generate(context, builder, signature, arguments):
+            # The index of both arrays is that of their numbers in memory.
+            to, words_array, place, start, index, step = arguments
+            at = builder.add(start, index)
+            numbers = _load_chunk(context, builder, words, words_array, at, count)
+            high = builder.lshr(numbers, _constant(numbers, 16))
+            with builder.if_else(builder.icmp_signed("==", step, step.type(1))) as (pairs, apart):
+                with pairs:
+                    pair = numbers
+                    if sys.byteorder == "big":  # where the high half would come first
+                        pair = builder.or_(high, builder.shl(numbers, _constant(numbers, 16)))
+                    first = builder.add(place, builder.mul(index, index.type(PAIR)))
+                    first = _chunk(context, builder, halves, to, first, count)
+                    first = builder.bitcast(first, pair.type.as_pointer())
+                    builder.store(pair, first).align = 1
+                with apart:
+                    first = builder.add(place, index)
+                    for lane, half in ((first, numbers), (builder.add(first, step), high)):
+                        half = builder.trunc(half, _like(half, ir.IntType(16)))
+                        lane = _chunk(context, builder, halves, to, lane, count)
+                        builder.store(half, lane).align = 1
+            return context.get_dummy_value()
+
+        return types.none(halves, words, place, start, index, step), generate
+
+    return deal
+
+
+# Indices and no slices: counting the references to slices takes longer than to copy short runs.
+_deal_one, _deal_chunk = _dealer(1), _dealer(CHUNK)
+
+
 # ---------------------------------------------------------------- tiles and lines
 
 
@@ -396,6 +438,11 @@ class _Ring(NamedTuple):
 
 
 @_inline
+def _whole_chunks(count):
+    return (count + CHUNK - 1) // CHUNK * CHUNK
+
+
+@_inline
 def _pitch(cols, plan):
     """Columns of each phase of a line that holds the windows of `cols` outputs."""
     reach = (cols - 1) * plan.stride_w + (plan.kernel_w - 1) * plan.dilation_w
@@ -406,7 +453,7 @@ def _pitch(cols, plan):
 def _lanes(sheets, pitch, cols, step):
     """Lanes of a line; whole vectors where the line is a copy anyway."""
     count = ((sheets - 1) * pitch + cols) * step
-    return count if sheets == 1 else (count + CHUNK - 1) // CHUNK * CHUNK
+    return count if sheets == 1 else _whole_chunks(count)
 
 
 @_inline
@@ -571,26 +618,31 @@ def _not_between(top_bits, low_bits, smallest, largest):
 
 
 @_inline
-def _number_lanes(columns, planes, tile, plan):
-    """Column of each lane's output and, from the tile's first, its plane, for Philox."""
-    k = 0
-    for p in range(tile.sheets):
-        for column in range(tile.pitch):
-            for d in range(plan.step):
-                if k < columns.size:
-                    columns[k] = tile.col + column
-                    planes[k] = p * plan.step + d
-                k += 1
+def _pairs(cols):
+    """Pairs of columns, the last of which may lack its second."""
+    return (cols + PAIR - 1) // PAIR
 
 
 @_inline
-def _random_words(words, columns, planes, first_plane, group, key0, key1, tile):
-    """Philox's four words for each lane (see philox.py), in the 64-bit lanes of its products."""
+def _number_calls(pairs, planes, tile, plan):
+    """The pair of columns and, from the tile's first, the plane of each call of Philox."""
+    call = 0
+    for p in range(tile.sheets):
+        for pair in range(_pairs(tile.cols)):
+            for d in range(plan.step):
+                pairs[call] = tile.col // PAIR + pair
+                planes[call] = p * plan.step + d
+                call += 1
+
+
+@_inline
+def _random_words(words, pairs, planes, first_plane, group, key0, key1, calls):
+    """Philox's four words of each call (see philox.py), in the 64-bit lanes of its products."""
     mask = np.uint64(0xFFFFFFFF)
     half = np.uint64(32)
-    for k in range(tile.count):
+    for k in range(calls):
         plane = np.uint64(first_plane) + planes[k]
-        c0 = columns[k]
+        c0 = pairs[k] & mask
         c1 = np.uint64(group)
         c2 = plane & mask
         c3 = plane >> half
@@ -612,10 +664,36 @@ def _random_words(words, columns, planes, first_plane, group, key0, key1, tile):
 
 
 @_inline
-def _draw_3x3(target, code, ring, words, shift, tile, plan, one):
+def _deal(halves, words, tile, plan):
+    """Deal the words of a group of rows, one a row for each call, to the lanes: the low half to
+    the first column of a pair, the high half to the second. A last pair without one spills into a
+    lane that the next sheet overwrites or that is void."""
+    step = plan.step
+    pairs = _pairs(tile.cols)
+    # Calls of neighbouring lanes: one pair of channels_last, else all pairs of the sheet.
+    run = pairs if step == 1 else step
+    for row in range(GROUP):
+        start = row * words.shape[1]
+        for p in range(tile.sheets):
+            place = row * halves.shape[1] + p * tile.pitch * step
+            for _ in range(pairs * step // run):
+                if run < CHUNK:
+                    for k in range(run):
+                        _deal_one(halves, words, place, start, k, step)
+                else:
+                    for chunk in range(run // CHUNK):
+                        _deal_chunk(halves, words, place, start, chunk * CHUNK, step)
+                    if run % CHUNK != 0:
+                        _deal_chunk(halves, words, place, start, run - CHUNK, step)
+                start += run
+                place += PAIR * run
+
+
+@_inline
+def _draw_3x3(target, code, ring, halves, tile, plan, one):
     """Draw in windows of 3 x 3: the row first, then the cell in it.
 
-    Returns whether some window has a sum that is no ordinary number; what is stored there is void.
+    Returns whether some window has a sum that is not finite; what is stored there is void.
     """
     zero = one - one
     two, three, six, dead_code = _as(2.0, one), _as(3.0, one), _as(6.0, one), _as(255.0, one)
@@ -632,12 +710,12 @@ def _draw_3x3(target, code, ring, words, shift, tile, plan, one):
         _cell(bottom, 0, tile, plan), _cell(bottom, 1, tile, plan), _cell(bottom, 2, tile, plan)
     )  # fmt: skip
     sum0, sum1, sum2 = ring.sums[slots[0]], ring.sums[slots[1]], ring.sums[slots[2]]
-    top_bits, low_bits = _bits(zero), _bits_below(zero)
+    top_bits = _bits(zero)
     for k in range(tile.count):
         total0 = sum0[k]
         total1 = total0 + sum1[k]
         total = total1 + sum2[k]
-        threshold = _uniform(words[k], shift, one) * total
+        threshold = _uniform(halves[k], one) * total
         beyond0 = total0 <= threshold
         beyond1 = total1 <= threshold
         w0 = _select(beyond1, bottom0[k], _select(beyond0, middle0[k], top0[k]))
@@ -646,25 +724,23 @@ def _draw_3x3(target, code, ring, words, shift, tile, plan, one):
         before = _select(beyond1, total1, _select(beyond0, total0, zero))
         past0 = before + w0 <= threshold
         past1 = before + (w0 + w1) <= threshold
-        dead = total == zero
-        w = _select(past1, w2, _select(past0, w1, w0))
-        target[k] = _narrow(_select(dead, zero, w), like)
+        target[k] = _narrow(_select(past1, w2, _select(past0, w1, w0)), like)
         # Reckoned in the dtype of the weights: LLVM would do integers in narrow vectors.
         row = _select(beyond1, six, _select(beyond0, three, zero))
         column = _select(past1, two, _select(past0, one, zero))
-        code[k] = np.uint8(np.int32(_select(dead, dead_code, row + column)))
+        cell = _select(total <= threshold, dead_code, row + column)
+        code[k] = np.uint8(np.int32(cell))
         top_bits = _larger(top_bits, _bits(total))
-        low_bits = _smaller(low_bits, _bits_below(total))
-    return _not_between(top_bits, low_bits, _as(SMALLEST_SUM, one), _as(np.inf, one))
+    return top_bits >= _bits(_as(np.inf, one))
 
 
 @_inline
-def _draw(target, code, value, number, before, ring, words, shift, tile, plan, one):
+def _draw(target, code, value, number, before, ring, halves, tile, plan, one):
     """Draw in windows of any size, cell by cell; for the rest see `_draw_3x3`."""
     count = tile.count
     zero = one - one
     threshold, before_row, before_cell = before[0], before[1], before[2]
-    top_bits, low_bits = _bits(zero), _bits_below(zero)
+    top_bits = _bits(zero)
     before_row[:] = zero
     for i in range(plan.kernel_h):
         row_sum = ring.sums[ring.slots[i]]
@@ -672,11 +748,8 @@ def _draw(target, code, value, number, before, ring, words, shift, tile, plan, o
             before_row[k] += row_sum[k]
     for k in range(count):
         total = before_row[k]
-        threshold[k] = _uniform(words[k], shift, one) * total
+        threshold[k] = _uniform(halves[k], one) * total
         top_bits = _larger(top_bits, _bits(total))
-        low_bits = _smaller(low_bits, _bits_below(total))
-        value[k] = zero
-        number[k] = np.int32(plan.dead_code)
         before_row[k] = zero
     for i in range(plan.kernel_h):
         before_cell[:] = zero
@@ -686,7 +759,8 @@ def _draw(target, code, value, number, before, ring, words, shift, tile, plan, o
             this = np.int32(i * plan.kernel_w + j)
             for k in range(count):
                 w = cell[k]
-                drawn = (w > zero) & (before_row[k] + before_cell[k] <= threshold[k])
+                # Always so in the first cell.
+                drawn = before_row[k] + before_cell[k] <= threshold[k]
                 value[k] = _select(drawn, w, value[k])
                 number[k] = _select(drawn, this, number[k])
                 before_cell[k] += w
@@ -694,10 +768,12 @@ def _draw(target, code, value, number, before, ring, words, shift, tile, plan, o
         for k in range(count):
             before_row[k] += row_sum[k]
     like = target[0]
+    dead_code = np.int32(plan.dead_code)
     for k in range(count):
         target[k] = _narrow(value[k], like)
-        code[k] = number[k]
-    return _not_between(top_bits, low_bits, _as(SMALLEST_SUM, one), _as(np.inf, one))
+        # By now the sum of all rows.
+        code[k] = _select(before_row[k] <= threshold[k], dead_code, number[k])
+    return top_bits >= _bits(_as(np.inf, one))
 
 
 @_inline
@@ -736,11 +812,11 @@ def _weigh_window(k, ring, tile, plan, one):
 
 
 @_inline
-def _draw_one(k, ring, word, shift, tile, plan, one):
+def _draw_one(k, ring, half, tile, plan, one):
     """Draw in a single window, as in reference.py."""
     total, infinite, scale = _weigh_window(k, ring, tile, plan, one)
-    threshold = _uniform(word, shift, one) * total
-    value, code = one - one, plan.dead_code
+    threshold = _uniform(half, one) * total
+    value, code = one - one, 0
     before_row = one - one
     for i in range(plan.kernel_h):
         line = ring.lines[ring.slots[i]]
@@ -748,11 +824,11 @@ def _draw_one(k, ring, word, shift, tile, plan, one):
         for j in range(plan.kernel_w):
             w = _cell(line, j, tile, plan)[k]
             v = _stand_in(w, infinite, scale, one)
-            if (v > 0 and before_row + before_cell <= threshold) or v != v:
+            if before_row + before_cell <= threshold or v != v:
                 value, code = w, i * plan.kernel_w + j
             before_cell += v
         before_row += before_cell
-    return value, code
+    return value, plan.dead_code if total <= threshold else code
 
 
 @_inline
@@ -764,14 +840,13 @@ def _total(k, ring, plan, one):
 
 
 @_inline
-def _redraw(target, code, ring, words, shift, tile, plan, one):
-    """Draw again in the windows whose sum is no ordinary number."""
+def _redraw(target, code, ring, halves, tile, plan, one):
+    """Draw again in the windows whose sum is not finite."""
     like = target[0]
     for k in range(tile.count):
-        total = _total(k, ring, plan, one)
-        if total == 0 or (total >= SMALLEST_SUM and total < np.inf):
+        if _total(k, ring, plan, one) < np.inf:
             continue
-        drawn, code[k] = _draw_one(k, ring, words[k], shift, tile, plan, one)
+        drawn, code[k] = _draw_one(k, ring, halves[k], tile, plan, one)
         target[k] = _narrow(drawn, like)
 
 
@@ -782,8 +857,10 @@ def _sample_tiles(begin, end, x, bias_rows, output, code, key0, key1, plan, one)
     rows, columns = plan.out_height, plan.out_width
     ring = _new_ring(plan.tile_sheets, _pitch(plan.tile_cols, plan), plan, False, one)
     lanes = ring.sums.shape[1]
-    words = np.empty((4, lanes), np.uint32)
-    lane_columns, lane_planes = np.empty(lanes, np.uint64), np.empty(lanes, np.uint64)
+    most_calls = plan.tile_sheets * _pairs(plan.tile_cols) * plan.step + CHUNK
+    words = np.empty((GROUP, most_calls), np.uint32)
+    pairs, planes = np.zeros(most_calls, np.uint64), np.zeros(most_calls, np.uint64)
+    halves = np.zeros((GROUP, lanes + plan.step), np.uint16)
     target, cells = np.empty(lanes, output.dtype), np.empty(lanes, code.dtype)
     scratch = np.empty((4, 1 if is_3x3 else lanes), bias_rows.dtype)
     numbers = np.empty(1 if is_3x3 else lanes, np.int32)
@@ -794,28 +871,27 @@ def _sample_tiles(begin, end, x, bias_rows, output, code, key0, key1, plan, one)
         if tile.sheets != last_sheets or tile.col != last_col:
             last_sheets, last_col = tile.sheets, tile.col
             ring.lines[:] = 0  # other columns are padding now
-            _number_lanes(lane_columns, lane_planes, tile, plan)
+            _number_calls(pairs, planes, tile, plan)
         for oh in range(tile.row, tile.row + tile.rows):
             if oh % GROUP == 0:
                 _random_words(
-                    words, lane_columns, lane_planes, tile.sheet * plan.step, oh // GROUP,
-                    key0, key1, tile,
+                    words, pairs, planes, tile.sheet * plan.step, oh // GROUP, key0, key1,
+                    _whole_chunks(tile.sheets * _pairs(tile.cols) * plan.step),
                 )  # fmt: skip
-            row_words = words[oh % GROUP // 2]
-            shift = np.uint32(oh % 2 * 16)
+                _deal(halves, words, tile, plan)
+            row_halves = halves[oh % GROUP]
             _hold(ring, oh, x, bias_rows, tile, plan, False)
             if tile.sheets == 1:
                 target = _row_of(output, oh, rows, columns, tile.sheet, tile, plan)
                 cells = _row_of(code, oh, rows, columns, tile.sheet, tile, plan)
             if is_3x3:
-                void = _draw_3x3(target, cells, ring, row_words, shift, tile, plan, one)
+                void = _draw_3x3(target, cells, ring, row_halves, tile, plan, one)
             else:
                 void = _draw(
-                    target, cells, scratch[3], numbers, scratch, ring, row_words, shift, tile,
-                    plan, one,
+                    target, cells, scratch[3], numbers, scratch, ring, row_halves, tile, plan, one
                 )  # fmt: skip
             if void:
-                _redraw(target, cells, ring, row_words, shift, tile, plan, one)
+                _redraw(target, cells, ring, row_halves, tile, plan, one)
             if tile.sheets > 1:
                 _unstage(output, target, oh, rows, columns, tile, plan)
                 _unstage(code, cells, oh, rows, columns, tile, plan)
@@ -1222,7 +1298,7 @@ class _Job:
         strips = -(-columns * self.step // MOST_LANES)
         bands = -(-rows // MOST_ROWS)
         # Equal parts, for a narrow last one would take as long as a wide one.
-        tile_cols = -(-columns // min(strips, columns))
+        tile_cols = -(-columns // (min(strips, columns) * PAIR)) * PAIR
         tile_rows = -(-rows // (bands * GROUP)) * GROUP
         tile_sheets = max(1, min(FEWEST_LANES // (columns * self.step), self.sheets))
         self._cut(rows, columns, tile_sheets, tile_rows, tile_cols)

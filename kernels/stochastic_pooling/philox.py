@@ -7,14 +7,16 @@ pass BigCrush in that paper (its table 2); the operator uses seven.
 Which bits an output takes (the whole contract between the reference and the kernels):
 
     key      the seed's low and high halves
-    counter  (ow, oh // 8, plane mod 2**32, plane div 2**32), plane = n * C + c
-    half     oh mod 8: the low half of word 0, its high half, the low half of word 1, …
+    counter  (ow // 2, oh // 4, plane mod 2**32, plane div 2**32), plane = n * C + c
+    word     oh mod 4 of the four
+    half     its low 16 bits if ow is even, its high 16 bits if ow is odd
     number   u = half / 2**16, in [0, 1)
 
-So eight rows share a call, which is cheap for a kernel that slides down them. Sixteen bits move the
-probability of a cell by less than 2**-16, and the expectation of an output by at most 2**-16 times
-the sum of the steps from each weight of the window to the next. For 3 x 3 cells that is at most
-2**-13 of the largest weight, less than half a unit in its last place in fp16.
+So two neighbouring columns of four rows share a call: a kernel that slides down two columns at once
+keeps four words, one for each row to come. Sixteen bits move the probability of a cell by less than
+2**-16, and the expectation of an output by at most 2**-16 times the sum of the steps from each
+weight of the window to the next. For 3 x 3 cells that is at most 2**-13 of the largest weight, less
+than half a unit in its last place in fp16.
 """
 
 from __future__ import annotations
@@ -63,18 +65,17 @@ def uniforms(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     batch, channels, height, width = shape
     device = seed.device
     plane = torch.arange(batch * channels, device=device)[:, None, None]
-    group = torch.arange((height + 7) // 8, device=device)[:, None]
-    column = torch.arange(width, device=device)
+    group = torch.arange((height + 3) // 4, device=device)[:, None]
+    pair = torch.arange((width + 1) // 2, device=device)
     words = philox4x32(
         (seed & _MASK, (seed >> 32) & _MASK),
-        (column, group, plane & _MASK, plane >> 32),
+        (pair, group, plane & _MASK, plane >> 32),
         ROUNDS,
     )
-    words = torch.broadcast_tensors(*words)  # four of (planes, groups, OW)
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    # (planes, groups, 8, OW) -> (planes, 8 * groups, OW): row oh is half oh % 8 of group oh // 8.
-    rows = torch.stack(halves, dim=2).flatten(1, 2)[:, :height]
-    return (rows.to(torch.float32) * 2.0**-16).reshape(shape)
+    # (planes, groups, 4, pairs) -> (planes, rows, pairs) -> (planes, rows, pairs, 2)
+    rows = torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1, 2)[:, :height]
+    halves = torch.stack((rows & 0xFFFF, rows >> 16), dim=-1).flatten(2)[..., :width]
+    return (halves.to(torch.float32) * 2.0**-16).reshape(shape)
 
 
 def _multiply(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

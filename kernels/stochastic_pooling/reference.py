@@ -11,15 +11,18 @@ The order of arithmetic, which decides the drawn cell and so is part of the cont
   c_ij = ((w_i0 + w_i1) + … + w_ij) and the sum r_i, its last; R_i = ((r_0 + r_1) + … + r_i), and S
   is the last R. The window's running sum at the cell (i, j) is R_(i-1) + c_ij.
 - The draw takes the first cell in row-major order whose running sum exceeds t = u * S. Rounding is
-  monotonic and the running sum at the end of row i is R_i, so that cell is live; and there is one
-  unless S is so small that u * S rounds to S, when it is the last live cell. Both are the last cell
-  with w_ij > 0 before which the running sum is at most t, which is how it is written below.
+  monotonic and the running sum at the end of row i is R_i, so running sums never fall: the cell is
+  the last one before which the running sum is at most t, which is how it is written below, and its
+  weight is above 0.
+- Where S <= t there is no such cell and the window is dead. That is where S = 0, and where S is so
+  small, at most 2**-134 in fp32, that u * S may round to S. The output is then the weight of the
+  window's last cell, 0 if that is padding: by the sum it is at most S, too little to matter.
 - A window with a NaN takes its last NaN, as max pooling does.
 - Where S overflows to infinity, other weights v stand for w: with infinite cells 1 for those and 0
   for the others, else w * 2**-32.
 
 Every backend is a module with the four functions below. A `code` is a cell's number inside its
-window (`Window.code_dtype`), `Window.dead_code` where S = 0.
+window (`Window.code_dtype`), `Window.dead_code` where the window is dead, which has no gradient.
 """
 
 from __future__ import annotations
@@ -56,18 +59,19 @@ def sample(
     u = uniforms(seed, weights.sum.shape).to(weights.sum.dtype)
     threshold = u * weights.sum
     value = torch.zeros_like(threshold)
-    code = torch.full_like(threshold, window.dead_code, dtype=window.code_dtype)
+    code = torch.zeros_like(threshold, dtype=window.code_dtype)
     before_row = torch.zeros_like(threshold)
     for i, row in enumerate(weights.rows()):
         before_cell = torch.zeros_like(threshold)
         for j, (w, v) in enumerate(row):
-            drawn = (v > 0) & (before_row + before_cell <= threshold)
+            drawn = before_row + before_cell <= threshold
             if weights.unusual:
                 drawn |= v.isnan()
             value = torch.where(drawn, w, value)
             code = torch.where(drawn, i * window.kernel_w + j, code)
             before_cell = before_cell + v
         before_row = before_row + before_cell
+    code = torch.where(weights.sum <= threshold, window.dead_code, code)
     layout = memory_format(input)
     return (
         value.to(input.dtype).contiguous(memory_format=layout),
