@@ -64,14 +64,18 @@ def sample(
     for i, row in enumerate(weights.rows()):
         before_cell = torch.zeros_like(threshold)
         for j, (w, v) in enumerate(row):
-            drawn = before_row + before_cell <= threshold
+            reached = before_row + before_cell <= threshold
+            # Running sums only grow, so the number of cells that were reached is that of the drawn
+            # one, plus 1; counting is several times faster than selecting.
+            code += reached
             if weights.unusual:
-                drawn |= v.isnan()
-            value = torch.where(drawn, w, value)
-            code = torch.where(drawn, i * window.kernel_w + j, code)
+                nan = v.isnan()
+                reached |= nan
+                code = torch.where(nan, i * window.kernel_w + j + 1, code)
+            value = torch.where(reached, w, value)
             before_cell = before_cell + v
         before_row = before_row + before_cell
-    code = torch.where(weights.sum <= threshold, window.dead_code, code)
+    code = torch.where(weights.sum <= threshold, window.dead_code, code - 1)
     layout = memory_format(input)
     return (
         value.to(input.dtype).contiguous(memory_format=layout),
@@ -196,7 +200,9 @@ class _Weights:
         self.sum = self._sum()
         # On a CPU it costs nothing to ask whether some sum is not finite; elsewhere asking would
         # wait for the device, so all is done as if one were not.
-        self.unusual = input.device.type != "cpu" or not bool(self.sum.isfinite().all())
+        self.unusual = input.device.type != "cpu" or (
+            self.sum.numel() > 0 and not bool(self.sum.amax().isfinite())
+        )
         if self.unusual:
             overflow = self.sum.isinf()
             holds_infinity = torch.zeros_like(overflow)

@@ -208,6 +208,23 @@ def _biases(
 
 
 @triton.jit
+def _store(
+    pointer, index, two, exists, has_second,
+    STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Store the numbers of the lane's two columns."""
+    ELEMENT: tl.constexpr = pointer.dtype.element_ty
+    if STEP == 0 and UNIT == 2:
+        both = tl.join(two[0], two[1]).to(ELEMENT)
+        tl.store(_pair(pointer, index, 0), both, mask=exists[:, :, None])
+    else:
+        here = _elements(pointer, index, 0, STEP, VECTOR, UNIT)
+        tl.store(here, two[0].to(ELEMENT), mask=exists)
+        here = _elements(pointer, index, 1, STEP, VECTOR, UNIT)
+        tl.store(here, two[1].to(ELEMENT), mask=has_second)
+
+
+@triton.jit
 def _load_edge(
     pointer, lane, row, height, pitch, column, width, biases,
     FIRST: tl.constexpr, INSIDE: tl.constexpr,
@@ -315,22 +332,14 @@ def _draw_row(
     SCALE: tl.constexpr = 256 if JOINED else 1
     value0, row0, column0, total0 = _draw(word, rows, one, 0, stride_w, kernel_w, DEAD, 1)
     value1, row1, column1, total1 = _draw(word, rows, one, 1, stride_w, kernel_w, DEAD, SCALE)
-    ELEMENT: tl.constexpr = output_ptr.dtype.element_ty
+    _store(output_ptr, index, (value0, value1), exists, has_second, STEP, VECTOR, UNIT)
     if JOINED:
-        values = tl.join(value0, value1).to(ELEMENT)
-        tl.store(_pair(output_ptr, index, 0), values, mask=exists[:, :, None])
         # One 16-bit number; the code of the second window is scaled by 256 already.
         codes = (row0 + column0) + (row1 + column1)
         tl.store(_units(code_ptr, index, 2), codes.to(tl.uint16), mask=exists)
     else:
-        to = _elements(output_ptr, index, 0, STEP, VECTOR, UNIT)
-        tl.store(to, value0.to(ELEMENT), mask=exists)
-        to = _elements(output_ptr, index, 1, STEP, VECTOR, UNIT)
-        tl.store(to, value1.to(ELEMENT), mask=has_second)
-        to = _elements(code_ptr, index, 0, STEP, VECTOR, UNIT)
-        tl.store(to, (row0 + column0).to(tl.uint8), mask=exists)
-        to = _elements(code_ptr, index, 1, STEP, VECTOR, UNIT)
-        tl.store(to, (row1 + column1).to(tl.uint8), mask=has_second)
+        codes = (row0 + column0, row1 + column1)
+        _store(code_ptr, index, codes, exists, has_second, STEP, VECTOR, UNIT)
     return _largest(total0, total1)
 
 
@@ -541,14 +550,7 @@ def _expect_row(
         largest = _largest(largest, total)
         if ELEMENT != tl.float16:
             smallest = tl.minimum(smallest, total.to(tl.uint32, bitcast=True) - 1)
-    if STEP == 0 and UNIT == 2:
-        values = tl.join(expectations[0], expectations[1]).to(ELEMENT)
-        tl.store(_pair(output_ptr, index, 0), values, mask=exists[:, :, None])
-    else:
-        to = _elements(output_ptr, index, 0, STEP, VECTOR, UNIT)
-        tl.store(to, expectations[0].to(ELEMENT), mask=exists)
-        to = _elements(output_ptr, index, 1, STEP, VECTOR, UNIT)
-        tl.store(to, expectations[1].to(ELEMENT), mask=has_second)
+    _store(output_ptr, index, expectations, exists, has_second, STEP, VECTOR, UNIT)
     return largest, smallest
 
 
@@ -731,23 +733,6 @@ def _gather_row(
 
 
 @triton.jit
-def _store_gathered(
-    grad_input_ptr, index, row, exists, has_second,
-    STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Store the gradients of a row of the lane's two columns."""
-    ELEMENT: tl.constexpr = grad_input_ptr.dtype.element_ty
-    if STEP == 0 and UNIT == 2:
-        both = tl.join(row[0], row[1]).to(ELEMENT)
-        tl.store(_pair(grad_input_ptr, index, 0), both, mask=exists[:, :, None])
-    else:
-        to = _elements(grad_input_ptr, index, 0, STEP, VECTOR, UNIT)
-        tl.store(to, row[0].to(ELEMENT), mask=exists)
-        to = _elements(grad_input_ptr, index, 1, STEP, VECTOR, UNIT)
-        tl.store(to, row[1].to(ELEMENT), mask=has_second)
-
-
-@triton.jit
 def gather_sliding_kernel(
     grad_output_ptr, code_ptr, grad_input_ptr, partial_bias_ptr,
     # sizes, of input and output; a pitch is the length of a row in units
@@ -819,12 +804,12 @@ def gather_sliding_kernel(
                     bias_sum += sums[i][0] + sums[i][1]
                 if i < padding_h and stride_h > 1:
                     inside = (first_row + group * GATHER_ROWS + k) * stride_h - padding_h + i >= 0
-                    _store_gathered(
+                    _store(
                         grad_input_ptr, in_index, sums[i], exists & inside, has_second & inside,
                         STEP, VECTOR, IN_UNIT,
                     )  # fmt: skip
                 else:
-                    _store_gathered(
+                    _store(
                         grad_input_ptr, in_index, sums[i], exists, has_second,
                         STEP, VECTOR, IN_UNIT,
                     )  # fmt: skip
@@ -845,7 +830,7 @@ def gather_sliding_kernel(
                 bias_sum += sums[i][0] + sums[i][1]
             row = out_row * stride_h - padding_h + i
             inside = (row >= 0) & (row < height)
-            _store_gathered(
+            _store(
                 grad_input_ptr, in_lane + row * in_pitch, sums[i], exists & inside,
                 has_second & inside, STEP, VECTOR, IN_UNIT,
             )  # fmt: skip
