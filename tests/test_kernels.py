@@ -237,3 +237,33 @@ def test_kernels_compile_for_every_target_and_none_got_worse(tmp_path):
         "sample_sliding_kernel", "expectation_sliding_kernel", "gather_sliding_kernel",
     }  # fmt: skip
     assert [row for row in rows if row["spills"]] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
+def test_sliding_kernels_compile_for_one_channel():
+    """Triton turns an argument of 1 into a constant, which the interpreter does not."""
+    root = Path(__file__).resolve().parents[1]
+    script = """
+import torch, kernel_report
+from stochastic_pooling import triton_kernels
+from stochastic_pooling.window import Window
+window = Window(3, 3, 1, 1, 1, 1, 1, 1, False)
+x = torch.empty(1, 1, 1, 8)
+code = torch.empty_like(x, dtype=torch.uint8)
+seed = torch.empty((), dtype=torch.int64)
+for call in (
+    lambda: triton_kernels.sample(x, None, seed, window),
+    lambda: triton_kernels.sample_backward(x, code, 1, 8, window, True),
+    lambda: triton_kernels.expectation(x, None, window),
+):
+    [launch] = kernel_report.compiled(call, kernel_report.TARGETS["sm_86"])
+    print(launch.name)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=root / "bench", env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.stdout.split() == [
+        "sample_sliding_kernel", "gather_sliding_kernel", "expectation_sliding_kernel",
+    ], run.stderr  # fmt: skip

@@ -55,9 +55,9 @@ def _lanes(
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     exists = number < lanes
     number = tl.minimum(number, lanes - 1)
-    # Unsigned division is the shorter one.
+    # Unsigned division is the shorter one. An argument that is 1 comes as a constant, without `to`.
     rest = number.to(tl.uint32)
-    pairs = pairs.to(tl.uint32)
+    pairs = tl.cast(pairs, tl.uint32)
     if STEP > 0:  # channels_last
         channel = rest % (STEP // VECTOR) * VECTOR
         rest = rest // (STEP // VECTOR)
@@ -66,8 +66,8 @@ def _lanes(
     else:
         pair = rest % pairs
         rest = rest // pairs
-        channel = rest % channels.to(tl.uint32)
-        image = rest // channels.to(tl.uint32)
+        channel = rest % tl.cast(channels, tl.uint32)
+        image = rest // tl.cast(channels, tl.uint32)
     return number, exists, image.to(tl.int32), channel.to(tl.int32), pair.to(tl.int32)
 
 
