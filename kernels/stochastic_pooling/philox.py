@@ -52,19 +52,20 @@ def philox4x32(key: tuple[torch.Tensor, torch.Tensor], counter: Words, rounds: i
     return c0, c1, c2, c3
 
 
-def uniforms(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def uniforms(seed: torch.Tensor, shape: Sequence[int], first_plane: int = 0) -> torch.Tensor:
     """The number in [0, 1) that each output of an `(N, C, OH, OW)` pool draws.
 
     Args:
         seed: int64 scalar tensor; its device is that of the result.
         shape: the output's logical shape.
+        first_plane: number of the first plane, where these are not the pool's first images.
 
     Returns:
         fp32 `(N, C, OH, OW)`, multiples of 2**-16.
     """
     batch, channels, height, width = shape
     device = seed.device
-    plane = torch.arange(batch * channels, device=device)[:, None, None]
+    plane = first_plane + torch.arange(batch * channels, device=device)[:, None, None]
     group = torch.arange((height + 3) // 4, device=device)[:, None]
     pair = torch.arange((width + 1) // 2, device=device)
     words = philox4x32(
