@@ -244,6 +244,7 @@ def test_sliding_kernels_compile_for_one_channel():
     """Triton turns an argument of 1 into a constant, which the interpreter does not."""
     root = Path(__file__).resolve().parents[1]
     script = """
+import sys; sys.path.insert(0, "bench")
 import torch, kernel_report
 from stochastic_pooling import triton_kernels
 from stochastic_pooling.window import Window
@@ -262,7 +263,7 @@ for call in (
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=root / "bench", env=environment, capture_output=True, text=True, check=False,
+        cwd=root, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.stdout.split() == [
         "sample_sliding_kernel", "gather_sliding_kernel", "expectation_sliding_kernel",
