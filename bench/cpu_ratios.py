@@ -10,6 +10,7 @@ ReLU included; the network's step is forward, loss and backward.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -36,15 +37,6 @@ def stochastic(x: torch.Tensor) -> torch.Tensor:
     return stochastic_pool2d(x, 3, 1, 1)
 
 
-def reference(x: torch.Tensor) -> torch.Tensor:
-    """The plain PyTorch path, as where numba is missing."""
-    os.environ["STOCHASTIC_POOLING_BACKEND"] = "torch"
-    try:
-        return stochastic_pool2d(x, 3, 1, 1)
-    finally:
-        del os.environ["STOCHASTIC_POOLING_BACKEND"]
-
-
 def gist(x: torch.Tensor) -> torch.Tensor:
     """Unfold, multinomial, gather: what is usually written by hand. It cannot draw from a dead
     window, so it is given weights that are never 0."""
@@ -58,11 +50,16 @@ def gist(x: torch.Tensor) -> torch.Tensor:
 def forward_backward(pool: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
     x.grad = None
     output = pool(x)
-    # The reference's backward is chosen at backward, too.
-    if pool is reference:
-        os.environ["STOCHASTIC_POOLING_BACKEND"] = "torch"
     output.backward(torch.ones_like(output))
-    os.environ.pop("STOCHASTIC_POOLING_BACKEND", None)
+
+
+def reference(x: torch.Tensor) -> None:
+    """Forward and backward on the plain PyTorch path, as where numba is missing."""
+    os.environ["STOCHASTIC_POOLING_BACKEND"] = "torch"
+    try:
+        forward_backward(stochastic, x)
+    finally:
+        del os.environ["STOCHASTIC_POOLING_BACKEND"]
 
 
 def training_step(pooling: str, layout: torch.memory_format, dtype: torch.dtype, batch: int):
@@ -97,12 +94,14 @@ def pool_rows(rounds: int) -> list[dict[str, object]]:
     for shape in SHAPES:
         for name, layout in LAYOUTS.items():
             x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
-            pools = {"max": max_pool, "stochastic": stochastic, "reference": reference}
-            seconds = medians(
-                {key: lambda p=p, x=x: forward_backward(p, x) for key, p in pools.items()}, rounds
-            )
+            contestants = {
+                "max": functools.partial(forward_backward, max_pool, x),
+                "stochastic": functools.partial(forward_backward, stochastic, x),
+                "reference": functools.partial(reference, x),
+            }
+            seconds = medians(contestants, rounds)
             if shape == SHAPES[0] and name == "contiguous":
-                seconds |= medians({"gist": lambda x=x: forward_backward(gist, x)}, 1)
+                seconds |= medians({"gist": functools.partial(forward_backward, gist, x)}, 1)
             case = f"pool {'x'.join(map(str, shape))} fp32 {name}"
             rows += _rows(case, seconds, {"stochastic": "max", "reference": "max"})
             if "gist" in seconds:

@@ -60,10 +60,11 @@ def sample(
     """
     images = input.shape[0]
     if input.device.type == "cpu":
-        images = max(1, CACHED_ELEMENTS * images // max(input.numel(), 1))
+        images = CACHED_ELEMENTS * images // max(input.numel(), 1)
+    images = max(images, 1)
     drawn = [
         _sample(part, bias, seed, window, first_plane=n * images * input.shape[1])
-        for n, part in enumerate(input.split(max(images, 1)))
+        for n, part in enumerate(input.split(images))
     ]
     output, code = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     layout = memory_format(input)

@@ -48,7 +48,7 @@ FUSED_MULTIPLY_ADD = tl.constexpr(not triton.knobs.runtime.interpret)
 def _lanes(
     channels, pairs, lanes, STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Number, image, channel, plane and pair of columns of each lane, [BLOCK, 1].
+    """Number, existence, image, channel and pair of columns of each lane, [BLOCK, 1].
 
     The channel is the first of the lane's `VECTOR`. Lanes beyond the last repeat it.
     """
