@@ -203,7 +203,7 @@ def cases(dtypes: list[str], windows: list[str]) -> Iterator[Case]:
                 bias, seed = torch.empty(channels), torch.empty((), dtype=torch.int64)
                 calls: dict[str, tuple[Any, ...]] = {
                     "sample": (x, bias, seed, window),
-                    "sample_backward": (y, code, height, width, window, True),
+                    "sample_backward": (y, code, (height, width), window, True),
                     "expectation": (x, bias, window),
                     "expectation_backward": (y, x, bias, window, True),
                 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,25 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton", "numba"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device) -> str:
+    """Force one backend; the tensors are on `device`, which numba serves only if it is a CPU."""
+    if request.param == "numba" and device.type != "cpu":
+        pytest.skip("numba serves CPU tensors")
+    module = "reference" if request.param == "torch" else f"{request.param}_kernels"
+    try:
+        importlib.import_module(f"stochastic_pooling.{module}")
+    except ImportError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", request.param)
+    return request.param
+
+
+def generator(device: torch.device, seed: int = 0) -> torch.Generator:
+    """One whose state is that of the seed."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 @pytest.fixture

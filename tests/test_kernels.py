@@ -76,8 +76,8 @@ def test_sample_backward(kernels, case, dtype, layout, device):
     seed = torch.tensor(SEED, device=device)
     output, code = reference.sample(x, None, seed, window)
     grad = torch.randn_like(output)
-    result = kernels.sample_backward(grad, code, *shape[2:], window, True)
-    expected = reference.sample_backward(grad, code, *shape[2:], window, True)
+    result = kernels.sample_backward(grad, code, shape[2:], window, True)
+    expected = reference.sample_backward(grad, code, shape[2:], window, True)
     assert_gradients_close(result, expected, dtype)
 
 
@@ -130,11 +130,11 @@ def test_sliding_kernels(sliding, case, layout, device):
     assert torch.equal(code, expected_code)
     assert torch.equal(output, expected)
     assert_gradients_close(
-        sliding.sample_backward(expected, code, *shape[2:], window, True),
-        reference.sample_backward(expected, code, *shape[2:], window, True),
+        sliding.sample_backward(expected, code, shape[2:], window, True),
+        reference.sample_backward(expected, code, shape[2:], window, True),
         dtype,
     )
-    assert sliding.sample_backward(expected, code, *shape[2:], window, False)[1].numel() == 0
+    assert sliding.sample_backward(expected, code, shape[2:], window, False)[1].numel() == 0
     torch.testing.assert_close(
         sliding.expectation(x, bias, window),
         reference.expectation(x, bias, window),
@@ -185,8 +185,8 @@ def test_any_strides(kernels, device):
         assert torch.equal(output, expected)
         grad = torch.ones((), device=device).expand(output.shape)
         assert_gradients_close(
-            kernels.sample_backward(grad, code, *x.shape[2:], window, True),
-            reference.sample_backward(grad, code, *x.shape[2:], window, True),
+            kernels.sample_backward(grad, code, x.shape[2:], window, True),
+            reference.sample_backward(grad, code, x.shape[2:], window, True),
             torch.float32,
         )
 
@@ -204,8 +204,8 @@ def test_64_bit_indices(kernels, device):
     assert torch.equal(output, expected)
     grad = x.detach()
     assert_gradients_close(
-        kernels.sample_backward(grad, code, 2, 8, window, True),
-        reference.sample_backward(grad, code, 2, 8, window, True),
+        kernels.sample_backward(grad, code, (2, 8), window, True),
+        reference.sample_backward(grad, code, (2, 8), window, True),
         torch.float16,
     )
 
@@ -254,7 +254,7 @@ code = torch.empty_like(x, dtype=torch.uint8)
 seed = torch.empty((), dtype=torch.int64)
 for call in (
     lambda: triton_kernels.sample(x, None, seed, window),
-    lambda: triton_kernels.sample_backward(x, code, 1, 8, window, True),
+    lambda: triton_kernels.sample_backward(x, code, (1, 8), window, True),
     lambda: triton_kernels.expectation(x, None, window),
 ):
     [launch] = kernel_report.compiled(call, kernel_report.TARGETS["sm_86"])

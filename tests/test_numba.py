@@ -88,8 +88,8 @@ def test_tiles(window, shape, layout):
     )
     grad = torch.randn_like(output)
     assert_close(
-        kernels.sample_backward(grad, code, *shape[2:], window, True),
-        reference.sample_backward(grad, code, *shape[2:], window, True),
+        kernels.sample_backward(grad, code, shape[2:], window, True),
+        reference.sample_backward(grad, code, shape[2:], window, True),
     )
     # The gradient of 1e38 is a difference of large numbers, and a NaN in no window anyone's guess.
     ones = torch.ones_like(x)
@@ -123,12 +123,12 @@ def test_every_16_bit_float(dtype):
     grad = torch.stack([patterns, patterns[torch.randperm(2**16)]]).reshape(1, 1, 2, -1)
     one_cell = Window(1, 1, 1, 1, 0, 0, 1, 1, False)
     code = torch.zeros(grad.shape, dtype=torch.uint8)
-    passed, _ = kernels.sample_backward(grad, code, 2, 2**16, one_cell, False)
+    passed, _ = kernels.sample_backward(grad, code, (2, 2**16), one_cell, False)
     torch.testing.assert_close(passed, grad, rtol=0, atol=0, equal_nan=True)
     # Two windows of two rows, over three; both take the row that they share.
     column = Window(2, 1, 1, 1, 0, 0, 1, 1, False)
     code[0, 0, 0] = 1
-    added, _ = kernels.sample_backward(grad, code, 3, 2**16, column, False)
+    added, _ = kernels.sample_backward(grad, code, (3, 2**16), column, False)
     expected = (grad[0, 0, 0].float() + grad[0, 0, 1].float()).to(dtype)
     torch.testing.assert_close(added[0, 0, 1], expected, rtol=0, atol=0, equal_nan=True)
     assert not added[0, 0, ::2].any()
@@ -140,7 +140,7 @@ def run_all(x: torch.Tensor, window: Window) -> list[torch.Tensor]:
     grad = output.cos()
     return [
         output, code, kernels.expectation(x, bias, window),
-        *kernels.sample_backward(grad, code, *x.shape[2:], window, True),
+        *kernels.sample_backward(grad, code, x.shape[2:], window, True),
         *kernels.expectation_backward(grad, x, bias, window, True),
     ]  # fmt: skip
 
@@ -211,7 +211,7 @@ def test_an_empty_batch(layout):
     output, code = kernels.sample(x, None, SEED, DENSE)
     assert output.shape == code.shape == kernels.expectation(x, None, DENSE).shape == x.shape
     for grad_input, grad_bias in (
-        kernels.sample_backward(output, code, 8, 8, DENSE, True),
+        kernels.sample_backward(output, code, (8, 8), DENSE, True),
         kernels.expectation_backward(output, x, None, DENSE, True),
     ):
         assert grad_input.shape == x.shape

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
-from .ops import StochasticExpectation, StochasticSample, WindowArguments
+from . import autograd
 from .window import Window
+
+Pooled: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,7 +28,7 @@ def stochastic_pool2d(
     bias: torch.Tensor | None = None,
     training: bool = True,
     generator: torch.Generator | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Pooled:
     """Stochastic pooling over `(H, W)` planes, ReLU and an optional bias included.
 
     With w = max(input + bias, 0) in a window of sum S, training draws one cell with probability
@@ -54,37 +58,8 @@ def stochastic_pool2d(
     Raises:
         RuntimeError, TypeError, NotImplementedError: where `F.max_pool2d` would, in its words.
     """
-    window = (
-        _pair(kernel_size, "kernel_size"),
-        _pair(kernel_size if stride is None else stride, "stride"),
-        _pair(padding, "padding"),
-        _pair(dilation, "dilation"),
-        bool(ceil_mode),
-    )
-    if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
-        raise RuntimeError(
-            "Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, "
-            f"but got:{list(input.shape)}"
-        )
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
-    _check(batched, bias, window)
-    if return_indices and not training:
-        raise RuntimeError(
-            "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
-            "training=True (a module: sample_in_eval=True) or return_indices=False"
-        )
-    if training:
-        output, code = StochasticSample.apply(
-            batched, bias, _draw_seed(input.device, generator), window
-        )
-    else:
-        output, code = StochasticExpectation.apply(batched, bias, window), None
-    if batched is not input:
-        output = output.squeeze(0)
-    if not return_indices:
-        return output
-    indices = Window.of(*window).flat_indices(code, *input.shape[-2:])
-    return output, indices if batched is input else indices.squeeze(0)
+    window = _window(2, kernel_size, stride, padding, dilation, ceil_mode)
+    return _pool(2, input, window, return_indices, bias, training, generator)
 
 
 def stochastic_pool1d(
@@ -99,32 +74,133 @@ def stochastic_pool1d(
     bias: torch.Tensor | None = None,
     training: bool = True,
     generator: torch.Generator | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Pooled:
     """Stochastic pooling over `(N, C, L)` or `(C, L)` signals; all else as `stochastic_pool2d`.
 
     It draws the cells that the 2-d pool draws for `(N, C, 1, L)`.
     """
-    if input.dim() not in (2, 3) or 0 in input.shape[-2:]:
+    window = _window(1, kernel_size, stride, padding, dilation, ceil_mode)
+    return _pool(1, input, window, return_indices, bias, training, generator)
+
+
+def stochastic_pool3d(
+    input: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    bias: torch.Tensor | None = None,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Pooled:
+    """Stochastic pooling over `(N, C, D, H, W)` or `(C, D, H, W)` volumes, as `F.max_pool3d`.
+
+    All else as `stochastic_pool2d`; indices are `(d * H + h) * W + w`. On a CPU the PyTorch
+    reference serves volumes.
+    """
+    window = _window(3, kernel_size, stride, padding, dilation, ceil_mode)
+    return _pool(3, input, window, return_indices, bias, training, generator)
+
+
+def adaptive_stochastic_pool2d(
+    input: torch.Tensor,
+    output_size: int | Sequence[int | None] | None,
+    *,
+    return_indices: bool = False,
+    bias: torch.Tensor | None = None,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Pooled:
+    """Stochastic pooling to a given output size, with the windows of `F.adaptive_max_pool2d`.
+
+    Output row i pools the input rows from floor(i H / OH) to ceil((i + 1) H / OH), columns alike;
+    an output size of 1 pools whole planes. All else as `stochastic_pool2d`. Where H or W is not a
+    multiple of the output size, windows differ in size: the input is then laid out window by
+    window first, which takes memory of up to (1 + OH / H) (1 + OW / W) inputs.
+
+    Args:
+        output_size: one int, or (OH, OW); None keeps the input's size.
+    """
+    if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
         raise RuntimeError(
-            "Expected 2D or 3D (batch mode) tensor with optional 0 dim batch size for input, "
-            f"but got:{list(input.shape)}"
+            "adaptive_stochastic_pool2d(): Expected 3D or 4D tensor with optional 0 dim batch size "
+            f"for input, but got:{list(input.shape)}"
         )
-    pooled = stochastic_pool2d(
-        input.unsqueeze(-2),
-        (1, _single(kernel_size, "kernel_size")),
-        None if stride is None else (1, _single(stride, "stride")),
-        (0, _single(padding, "padding")),
-        (1, _single(dilation, "dilation")),
-        ceil_mode=ceil_mode,
-        return_indices=return_indices,
-        bias=bias,
-        training=training,
-        generator=generator,
-    )
-    if isinstance(pooled, tuple):
-        output, indices = pooled
-        return output.squeeze(-2), indices.squeeze(-2)
-    return pooled.squeeze(-2)
+    sizes = input.shape[-2:]
+    wanted = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    if len(wanted) != 2:
+        raise RuntimeError(
+            f"adaptive_stochastic_pool2d: output_size must be one int or two, got {output_size!r}"
+        )
+    outputs = [size if out is None else out for size, out in zip(sizes, wanted, strict=True)]
+    if min(outputs) < 1:
+        raise RuntimeError(
+            f"adaptive_stochastic_pool2d: output_size must be positive, got {output_size!r}"
+        )
+    if all(size % out == 0 for size, out in zip(sizes, outputs, strict=True)):
+        window = _window(2, [size // out for size, out in zip(sizes, outputs, strict=True)])
+        return _pool(2, input, window, return_indices, bias, training, generator)
+    kernel: list[int] = []
+    places: list[torch.Tensor] = []
+    for dim, size, out in zip((-2, -1), sizes, outputs, strict=True):
+        cells, place, absent = _adaptive_windows(size, out, input.device)
+        kernel.append(cells)
+        places.append(place)
+        input = input.index_select(dim, place)
+        shape = (-1, 1) if dim == -2 else (-1,)
+        # Never drawn: max(-inf + bias, 0) is 0.
+        input = input.masked_fill(absent.view(shape), -torch.inf)
+    window = _window(2, kernel)
+    pooled = _pool(2, input, window, return_indices, bias, training, generator)
+    if not isinstance(pooled, tuple):
+        return pooled
+    output, indices = pooled
+    rows, cols = places
+    width = input.shape[-1]
+    return output, rows[indices // width] * sizes[1] + cols[indices % width]
+
+
+def _pool(
+    dims: int,
+    input: torch.Tensor,
+    window: Window,
+    return_indices: bool,
+    bias: torch.Tensor | None,
+    training: bool,
+    generator: torch.Generator | None,
+) -> Pooled:
+    """The pool over the last `dims` dimensions."""
+    if input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
+        raise RuntimeError(
+            f"Expected {dims + 1}D or {dims + 2}D (batch mode) tensor with optional 0 dim batch "
+            f"size for input, but got:{list(input.shape)}"
+        )
+    if dims == 1:  # a plane of one row
+        input = input.unsqueeze(-2)
+    batched = input if input.dim() == max(dims, 2) + 2 else input.unsqueeze(0)
+    _check(batched, bias, window)
+    if return_indices and not training:
+        raise RuntimeError(
+            "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
+            "training=True (a module: sample_in_eval=True) or return_indices=False"
+        )
+    results: list[torch.Tensor] = []
+    if training:
+        seed = _draw_seed(input.device, generator)
+        output, code = autograd.sample(batched, bias, seed, window)
+        results = [output]
+        if return_indices:
+            results.append(window.flat_indices(code, *batched.shape[2:]))
+    else:
+        results = [autograd.expectation(batched, bias, window)]
+    if batched is not input:
+        results = [result.squeeze(0) for result in results]
+    if dims == 1:
+        results = [result.squeeze(-2) for result in results]
+    return (results[0], results[1]) if return_indices else results[0]
 
 
 def _draw_seed(device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
@@ -135,19 +211,32 @@ def _draw_seed(device: torch.device, generator: torch.Generator | None) -> torch
     )
 
 
-def _check(input: torch.Tensor, bias: torch.Tensor | None, arguments: WindowArguments) -> None:
+def _adaptive_windows(
+    length: int, outputs: int, device: torch.device
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Cells of the longest window along one dimension; then, window by window, the positions of
+    as many cells, and whether the window does not have that cell."""
+    starts = [i * length // outputs for i in range(outputs)]
+    ends = [-(-(i + 1) * length // outputs) for i in range(outputs)]
+    cells = max(end - start for start, end in zip(starts, ends, strict=True))
+    positions = torch.tensor(starts, device=device)[:, None] + torch.arange(cells, device=device)
+    absent = positions >= torch.tensor(ends, device=device)[:, None]
+    return cells, positions.clamp(max=length - 1).flatten(), absent.flatten()
+
+
+def _check(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> None:
     if input.dtype not in _DTYPES:
         raise NotImplementedError(
             f'"stochastic_pool2d" not implemented for {input.dtype}: '
             "it takes float16, bfloat16, float32 and float64"
         )
-    window = Window.of(*arguments)
-    channels, height, width = input.shape[-3:]
-    out_height, out_width = window.output_size(height, width)
-    if out_height < 1 or out_width < 1:
+    channels, *size = input.shape[1:]
+    output_size = window.output_size(*size)
+    if min(output_size) < 1:
+        given, calculated = ("x".join(map(str, (channels, *s))) for s in (size, output_size))
         raise RuntimeError(
-            f"Given input size: ({channels}x{height}x{width}). Calculated output size: "
-            f"({channels}x{out_height}x{out_width}). Output size is too small"
+            f"Given input size: ({given}). Calculated output size: ({calculated}). "
+            "Output size is too small"
         )
     if bias is None:
         return
@@ -164,31 +253,40 @@ def _check(input: torch.Tensor, bias: torch.Tensor | None, arguments: WindowArgu
         )
 
 
-def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    values = _integers(value, name)
-    if len(values) == 1:
-        return values[0], values[0]
-    if len(values) != 2:
-        raise RuntimeError(
-            f"stochastic_pool2d: {name} must either be a single int, or a tuple of two ints"
+def _window(
+    dims: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Window:
+    """The window of arguments with `dims` numbers or one, for pools over `dims` dimensions."""
+    return Window.of(
+        _numbers(kernel_size, dims, "kernel_size"),
+        _numbers(kernel_size if stride is None or stride in ((), []) else stride, dims, "stride"),
+        _numbers(padding, dims, "padding"),
+        _numbers(dilation, dims, "dilation"),
+        bool(ceil_mode),
+    )
+
+
+def _numbers(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(
+            # What counts as an int: numpy's, and tensors of one. `index` would fix a symbol.
+            item if isinstance(item, (int, torch.SymInt)) else operator.index(item)
+            for item in (value if isinstance(value, Sequence) else (value,))
         )
-    return values[0], values[1]
-
-
-def _single(value: int | Sequence[int], name: str) -> int:
-    if isinstance(value, int):
-        return value
-    values = _integers(value, name)
-    if len(values) != 1:
+    except TypeError as error:
+        raise TypeError(
+            f"argument '{name}' must be an int or a tuple of ints, not {value!r}"
+        ) from error
+    if len(numbers) == 1:
+        return numbers * dims
+    if len(numbers) != dims:
+        many = ("one int", "two ints", "three ints")[dims - 1]
         raise RuntimeError(
-            f"stochastic_pool1d: {name} must either be a single int, or a tuple of one int"
+            f"stochastic_pool{dims}d: {name} must either be a single int, or a tuple of {many}"
         )
-    return values[0]
-
-
-def _integers(value: Sequence[int], name: str) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or not all(isinstance(item, int) for item in value):
-        raise TypeError(f"argument '{name}' must be an int or a tuple of ints, not {value!r}")
-    return tuple(value)
+    return numbers

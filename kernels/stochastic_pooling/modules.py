@@ -8,13 +8,36 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .functional import stochastic_pool1d, stochastic_pool2d
+from .functional import (
+    Pooled,
+    adaptive_stochastic_pool2d,
+    stochastic_pool1d,
+    stochastic_pool2d,
+    stochastic_pool3d,
+)
 
 
-class _StochasticPool(nn.Module):
-    """What the pools of every dimension share: the arguments, and sampling by mode."""
+class StochasticPool(nn.Module):
+    """What all pools share. It has no parameters and no state.
 
-    _pool: ClassVar[Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]
+    Attributes:
+        return_indices: `forward` gives a pair of the output and the indices.
+        sample_in_eval: draw in evaluation too, for averages over several draws.
+    """
+
+    return_indices: bool
+    sample_in_eval: bool
+
+    @property
+    def draws(self) -> bool:
+        """Whether `forward` draws, rather than takes the expectation."""
+        return self.training or self.sample_in_eval
+
+
+class _WindowPool(StochasticPool):
+    """A pool with the arguments of `nn.MaxPool2d`."""
+
+    _pool: ClassVar[Callable[..., Pooled]]
 
     def __init__(
         self,
@@ -36,9 +59,7 @@ class _StochasticPool(nn.Module):
         self.return_indices = return_indices
         self.sample_in_eval = sample_in_eval
 
-    def forward(
-        self, input: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> Pooled:
         return type(self)._pool(
             input,
             self.kernel_size,
@@ -48,7 +69,7 @@ class _StochasticPool(nn.Module):
             ceil_mode=self.ceil_mode,
             return_indices=self.return_indices,
             bias=bias,
-            training=self.training or self.sample_in_eval,
+            training=self.draws,
         )
 
     def extra_repr(self) -> str:
@@ -59,7 +80,7 @@ class _StochasticPool(nn.Module):
         return text + ", sample_in_eval=True" if self.sample_in_eval else text
 
 
-class StochasticPool1d(_StochasticPool):
+class StochasticPool1d(_WindowPool):
     """Stochastic pooling over `(N, C, L)` or `(C, L)`, with the arguments of `nn.MaxPool1d`.
 
     `forward(input, bias=None)`; see `stochastic_pool1d` for what it computes. It draws in training
@@ -69,7 +90,7 @@ class StochasticPool1d(_StochasticPool):
     _pool = staticmethod(stochastic_pool1d)
 
 
-class StochasticPool2d(_StochasticPool):
+class StochasticPool2d(_WindowPool):
     """Stochastic pooling over `(N, C, H, W)` or `(C, H, W)`, with the arguments of `nn.MaxPool2d`.
 
     `forward(input, bias=None)`; see `stochastic_pool2d` for what it computes. It draws in training
@@ -78,3 +99,44 @@ class StochasticPool2d(_StochasticPool):
     """
 
     _pool = staticmethod(stochastic_pool2d)
+
+
+class StochasticPool3d(_WindowPool):
+    """Stochastic pooling over `(N, C, D, H, W)` or `(C, D, H, W)`, with the arguments of
+    `nn.MaxPool3d`; see `stochastic_pool3d` and `StochasticPool2d`."""
+
+    _pool = staticmethod(stochastic_pool3d)
+
+
+class AdaptiveStochasticPool2d(StochasticPool):
+    """Stochastic pooling to a given output size, with the windows of `nn.AdaptiveMaxPool2d`; see
+    `adaptive_stochastic_pool2d`.
+
+    Args:
+        output_size: one int, or (height, width); None keeps the input's size.
+    """
+
+    def __init__(
+        self,
+        output_size: int | Sequence[int | None] | None,
+        *,
+        return_indices: bool = False,
+        sample_in_eval: bool = False,
+    ) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.return_indices = return_indices
+        self.sample_in_eval = sample_in_eval
+
+    def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> Pooled:
+        return adaptive_stochastic_pool2d(
+            input,
+            self.output_size,
+            return_indices=self.return_indices,
+            bias=bias,
+            training=self.draws,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"output_size={self.output_size}"
+        return text + ", sample_in_eval=True" if self.sample_in_eval else text

@@ -29,7 +29,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -1096,6 +1096,7 @@ def _expect_tiles(begin, end, x, bias_rows, output, plan, one):
     lanes = ring.sums.shape[1]
     total, mean = np.empty(lanes, bias_rows.dtype), np.empty(lanes, bias_rows.dtype)
     target = np.empty(lanes, output.dtype)
+    bound = np.finfo(total.dtype).max
     last_sheets, last_col = 0, 0
     for number in range(begin, end):
         tile = _tile(number, rows, columns, -1, plan)
@@ -1110,6 +1111,9 @@ def _expect_tiles(begin, end, x, bias_rows, output, plan, one):
                     if not _is_squarable(total[k]):
                         scaled, _, infinite, scale = _expect_one(k, ring, tile, plan, one)
                         mean[k] = _as(np.inf, one) if infinite else scaled / scale
+                        # Rounding takes a mean of the largest numbers beyond them.
+                        if mean[k] > bound and not infinite:
+                            mean[k] = bound
             if tile.sheets == 1:
                 target = _row_of(output, oh, rows, columns, tile.sheet, tile, plan)
             like = target[0]
@@ -1203,6 +1207,8 @@ def _expect_backward_tiles(
             for k in range(line_size):
                 w = line[k]
                 gradient = w * (row_slope[k] + row_slope[k]) - row_offset[k]
+                # Without a slope w does not count, and may be NaN: a cell that no window holds.
+                gradient = _select(row_slope[k] == zero, -row_offset[k], gradient)
                 gradient = _select(w == np.inf, row_offset[k], gradient)
                 line[k] = _select(w == zero, zero, gradient)
             for phase in range(plan.stride_w):
@@ -1340,7 +1346,7 @@ class _Job:
         """The bias as it is added to a row of each kind of sheet: [kinds, width * step]."""
         if bias is None:
             return np.zeros((1, self.width * self.step), self.one.dtype)
-        values = bias.detach().to(self.accumulation).numpy()
+        values = bias.detach().to(self.accumulation).numpy() + 0.0  # no negative zero
         if self.layout == torch.channels_last:
             return np.tile(values, self.width)[None]
         return np.repeat(values[:, None], self.width, axis=1)
@@ -1388,12 +1394,12 @@ def sample(
 def sample_backward(
     grad_output: torch.Tensor,
     code: torch.Tensor,
-    height: int,
-    width: int,
+    size: Sequence[int],
     window: Window,
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sample_backward`."""
+    height, width = size
     job = _Job(code, grad_output.dtype, height, width, window)
     grad_input = job.empty(height, width, grad_output.dtype)
     if grad_input.numel() == 0:

@@ -1,4 +1,4 @@
-"""The operator as PyTorch sees it: registered ops, their autograd, and the choice of a backend.
+"""The operator as PyTorch sees it: registered ops, their batching, and the choice of a backend.
 
 The ops are opaque to `torch.compile` and pure: the seed comes in as a tensor, so two pools of one
 tensor are two calls with different arguments and never merged, and recomputing one in backward
@@ -9,21 +9,17 @@ import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from . import reference
 from .window import Window, memory_format
 
-# Kernel size, stride, padding, dilation, ceil_mode: what `Window.of` takes.
-WindowArguments = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], bool]
-
 _BACKENDS = ("torch", "triton", "numba")
 
 
-def backend_for(device: torch.device) -> ModuleType:
-    """The module whose four functions serve tensors on `device`.
+def backend_for(device: torch.device, volumes: bool = False) -> ModuleType:
+    """The module whose four functions serve planes, or volumes, on `device`.
 
     `STOCHASTIC_POOLING_BACKEND` forces one of torch, triton and numba.
 
@@ -32,7 +28,7 @@ def backend_for(device: torch.device) -> ModuleType:
     """
     forced = os.environ.get("STOCHASTIC_POOLING_BACKEND")
     if not forced:
-        return _default_backend(device.type)
+        return _default_backend(device.type, volumes)
     if forced not in _BACKENDS:
         raise RuntimeError(
             f"STOCHASTIC_POOLING_BACKEND={forced}: choose one of {', '.join(_BACKENDS)}"
@@ -49,6 +45,11 @@ def backend_for(device: torch.device) -> ModuleType:
         raise RuntimeError(
             f"STOCHASTIC_POOLING_BACKEND=numba serves CPU tensors, not those on {device}"
         )
+    if forced == "numba" and volumes:
+        raise RuntimeError(
+            "STOCHASTIC_POOLING_BACKEND=numba serves planes, not (N, C, D, H, W) volumes: "
+            "unset it, or set it to torch"
+        )
     try:
         return _load(forced)
     except ImportError as error:
@@ -57,10 +58,10 @@ def backend_for(device: torch.device) -> ModuleType:
         ) from error
 
 
-def _default_backend(device_type: str) -> ModuleType:
+def _default_backend(device_type: str, volumes: bool) -> ModuleType:
     # Triton's drivers: CUDA and ROCm both call themselves "cuda", Intel GPUs "xpu".
     preferred = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device_type)
-    if preferred is None:
+    if preferred is None or (preferred == "numba" and volumes):
         return reference
     try:
         return _load(preferred)
@@ -85,7 +86,7 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.sample` on the backend of the input's device."""
     window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
-    return backend_for(input.device).sample(input, bias, seed, window)
+    return backend_for(input.device, input.dim() == 5).sample(input, bias, seed, window)
 
 
 @sample.register_fake
@@ -99,8 +100,7 @@ def _(input, bias, seed, kernel_size, stride, padding, dilation, ceil_mode):
 def sample_backward(
     grad_output: torch.Tensor,
     code: torch.Tensor,
-    height: int,
-    width: int,
+    size: Sequence[int],
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -110,16 +110,15 @@ def sample_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.sample_backward` on the backend of the gradient's device."""
     window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
-    backend = backend_for(grad_output.device)
-    return backend.sample_backward(grad_output, code, height, width, window, with_bias)
+    backend = backend_for(grad_output.device, grad_output.dim() == 5)
+    return backend.sample_backward(grad_output, code, size, window, with_bias)
 
 
 @sample_backward.register_fake
 def _(
     grad_output,
     code,
-    height,
-    width,
+    size,
     kernel_size,
     stride,
     padding,
@@ -127,8 +126,7 @@ def _(
     ceil_mode,
     with_bias,
 ):
-    batch, channels = grad_output.shape[:2]
-    grad_input = grad_output.new_empty(batch, channels, height, width)
+    grad_input = grad_output.new_empty(*grad_output.shape[:2], *size)
     grad_input = grad_input.contiguous(memory_format=memory_format(code))
     return grad_input, _empty_grad_bias(grad_output, with_bias)
 
@@ -145,7 +143,7 @@ def expectation(
 ) -> torch.Tensor:
     """`reference.expectation` on the backend of the input's device."""
     window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
-    return backend_for(input.device).expectation(input, bias, window)
+    return backend_for(input.device, input.dim() == 5).expectation(input, bias, window)
 
 
 @expectation.register_fake
@@ -167,7 +165,7 @@ def expectation_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.expectation_backward` on the backend of the gradient's device."""
     window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
-    backend = backend_for(grad_output.device)
+    backend = backend_for(grad_output.device, grad_output.dim() == 5)
     return backend.expectation_backward(grad_output, input, bias, window, with_bias)
 
 
@@ -178,73 +176,95 @@ def _(grad_output, input, bias, kernel_size, stride, padding, dilation, ceil_mod
     return grad_input, _empty_grad_bias(grad_output, with_bias)
 
 
+@sample.register_vmap
+def _(info, in_dims, input, bias, seed, *window):
+    """Examples become channels of one call, and so draw differently, as `vmap` wants it with
+    `randomness="different"`. With "same" the one seed draws the same cells in each example."""
+    dims, size = in_dims[:3], info.batch_size
+    if dims[2] is None:
+        examples = (
+            sample(_example(input, dims[0], n), _example(bias, dims[1], n), seed, *window)
+            for n in range(size)
+        )
+        output, code = (torch.stack(results) for results in zip(*examples, strict=True))
+        return (output, code), (0, 0)
+    output, code = sample(
+        _fold(input, dims[0], size),
+        _fold_bias(bias, dims[1], size),
+        seed.select(dims[2], 0),
+        *window,
+    )
+    return (_unfold(output, size), _unfold(code, size)), (1, 1)
+
+
+@sample_backward.register_vmap
+def _(info, in_dims, grad_output, code, *rest):
+    *_, with_bias = rest
+    grad_input, grad_bias = sample_backward(
+        _fold(grad_output, in_dims[0], info.batch_size),
+        _fold(code, in_dims[1], info.batch_size),
+        *rest,
+    )
+    return _unfold_gradients(grad_input, grad_bias, info.batch_size, with_bias)
+
+
+@expectation.register_vmap
+def _(info, in_dims, input, bias, *window):
+    output = expectation(
+        _fold(input, in_dims[0], info.batch_size),
+        _fold_bias(bias, in_dims[1], info.batch_size),
+        *window,
+    )
+    return _unfold(output, info.batch_size), 1
+
+
+@expectation_backward.register_vmap
+def _(info, in_dims, grad_output, input, bias, *rest):
+    *_, with_bias = rest
+    grad_input, grad_bias = expectation_backward(
+        _fold(grad_output, in_dims[0], info.batch_size),
+        _fold(input, in_dims[1], info.batch_size),
+        _fold_bias(bias, in_dims[2], info.batch_size),
+        *rest,
+    )
+    return _unfold_gradients(grad_input, grad_bias, info.batch_size, with_bias)
+
+
+def _example(tensor: torch.Tensor | None, dim: int | None, number: int) -> torch.Tensor | None:
+    return tensor if tensor is None or dim is None else tensor.select(dim, number)
+
+
+def _fold(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """The examples of a `vmap` as channels: `(N, size * C, …)`."""
+    if dim is None:
+        return tensor.repeat(1, size, *[1] * (tensor.dim() - 2))
+    return tensor.movedim(dim, 1).flatten(1, 2)
+
+
+def _fold_bias(bias: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    return bias.repeat(size) if dim is None else bias.movedim(dim, 0).flatten()
+
+
+def _unfold(folded: torch.Tensor, size: int) -> torch.Tensor:
+    """`(N, size, C, …)` of `(N, size * C, …)`."""
+    return folded.unflatten(1, (size, -1))
+
+
+def _unfold_gradients(
+    grad_input: torch.Tensor, grad_bias: torch.Tensor, size: int, with_bias: bool
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[int, int | None]]:
+    if with_bias:
+        grad_bias = grad_bias.unflatten(0, (size, -1))
+    return (_unfold(grad_input, size), grad_bias), (1, 0 if with_bias else None)
+
+
 def _empty_output(input: torch.Tensor, window: Window) -> torch.Tensor:
-    height, width = window.output_size(*input.shape[-2:])
-    output = input.new_empty(*input.shape[:2], height, width)
+    output = input.new_empty(*input.shape[:2], *window.output_size(*input.shape[2:]))
     return output.contiguous(memory_format=memory_format(input))
 
 
 def _empty_grad_bias(grad_output: torch.Tensor, with_bias: bool) -> torch.Tensor:
     dtype = reference.accumulation_dtype(grad_output.dtype)
     return grad_output.new_empty(grad_output.shape[1] if with_bias else 0, dtype=dtype)
-
-
-class StochasticSample(torch.autograd.Function):
-    """Training mode: `(input, bias, seed, window) -> (output, code)`.
-
-    Keeps the code alone for backward: one byte per output for windows of up to 255 cells.
-    """
-
-    @staticmethod
-    def forward(
-        input: torch.Tensor,
-        bias: torch.Tensor | None,
-        seed: torch.Tensor,
-        window: WindowArguments,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return sample(input, bias, seed, *window)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        input, bias, _, ctx.window = inputs
-        _, code = output
-        ctx.mark_non_differentiable(code)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(code)
-        ctx.height, ctx.width = input.shape[-2:]
-        ctx.bias_dtype = None if bias is None else bias.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple:
-        if grad_output is None:
-            return None, None, None, None
-        (code,) = ctx.saved_tensors
-        with_bias = ctx.needs_input_grad[1]
-        grad_input, grad_bias = sample_backward(
-            grad_output, code, ctx.height, ctx.width, *ctx.window, with_bias
-        )
-        return grad_input, grad_bias.to(ctx.bias_dtype) if with_bias else None, None, None
-
-
-class StochasticExpectation(torch.autograd.Function):
-    """Evaluation mode: `(input, bias, window) -> output`. Keeps the input if a gradient is due."""
-
-    @staticmethod
-    def forward(
-        input: torch.Tensor, bias: torch.Tensor | None, window: WindowArguments
-    ) -> torch.Tensor:
-        return expectation(input, bias, *window)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        input, bias, ctx.window = inputs
-        ctx.save_for_backward(input, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
-        input, bias = ctx.saved_tensors
-        with_bias = ctx.needs_input_grad[1]
-        grad_input, grad_bias = expectation_backward(
-            grad_output, input, bias, *ctx.window, with_bias
-        )
-        return grad_input, grad_bias.to(bias.dtype) if with_bias else None, None

@@ -7,7 +7,8 @@ pass BigCrush in that paper (its table 2); the operator uses seven.
 Which bits an output takes (the whole contract between the reference and the kernels):
 
     key      the seed's low and high halves
-    counter  (ow // 2, oh // 4, plane mod 2**32, plane div 2**32), plane = n * C + c
+    counter  (ow // 2, oh // 4, plane mod 2**32, plane div 2**32), plane = n * C + c, in a pool of
+             volumes (n * C + c) * OD + od
     word     oh mod 4 of the four
     half     its low 16 bits if ow is even, its high 16 bits if ow is odd
     number   u = half / 2**16, in [0, 1)
@@ -21,6 +22,7 @@ than half a unit in its last place in fp16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,20 +54,21 @@ def philox4x32(key: tuple[torch.Tensor, torch.Tensor], counter: Words, rounds: i
     return c0, c1, c2, c3
 
 
-def uniforms(seed: torch.Tensor, shape: Sequence[int], first_plane: int = 0) -> torch.Tensor:
-    """The number in [0, 1) that each output of an `(N, C, OH, OW)` pool draws.
+def uniforms(seed: torch.Tensor, shape: Sequence[int], first_image: int = 0) -> torch.Tensor:
+    """The number in [0, 1) that each output of a pool draws.
 
     Args:
         seed: int64 scalar tensor; its device is that of the result.
-        shape: the output's logical shape.
-        first_plane: number of the first plane, where these are not the pool's first images.
+        shape: the output's logical shape, `(N, C, OH, OW)` or `(N, C, OD, OH, OW)`.
+        first_image: number of the first image, where it is not the pool's first.
 
     Returns:
-        fp32 `(N, C, OH, OW)`, multiples of 2**-16.
+        fp32 of that shape, multiples of 2**-16.
     """
-    batch, channels, height, width = shape
+    *planes, height, width = shape
     device = seed.device
-    plane = first_plane + torch.arange(batch * channels, device=device)[:, None, None]
+    first_plane = first_image * math.prod(planes[1:])
+    plane = first_plane + torch.arange(math.prod(planes), device=device)[:, None, None]
     group = torch.arange((height + 3) // 4, device=device)[:, None]
     pair = torch.arange((width + 1) // 2, device=device)
     words = philox4x32(
@@ -76,7 +79,7 @@ def uniforms(seed: torch.Tensor, shape: Sequence[int], first_plane: int = 0) -> 
     # (planes, groups, 4, pairs) -> (planes, rows, pairs) -> (planes, rows, pairs, 2)
     rows = torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1, 2)[:, :height]
     halves = torch.stack((rows & 0xFFFF, rows >> 16), dim=-1).flatten(2)[..., :width]
-    return (halves.to(torch.float32) * 2.0**-16).reshape(shape)
+    return (halves.to(torch.float32) * 2.0**-16).reshape(tuple(shape))
 
 
 def _multiply(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

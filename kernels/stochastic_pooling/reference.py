@@ -9,7 +9,8 @@ The order of arithmetic, which decides the drawn cell and so is part of the cont
 
 - w is taken in fp32 (fp64 for fp64 inputs). Row i of the window has the running sums
   c_ij = ((w_i0 + w_i1) + … + w_ij) and the sum r_i, its last; R_i = ((r_0 + r_1) + … + r_i), and S
-  is the last R. The window's running sum at the cell (i, j) is R_(i-1) + c_ij.
+  is the last R. The window's running sum at the cell (i, j) is R_(i-1) + c_ij. In a window with
+  depth the rows of a slice follow those of the slice before.
 - The draw takes the first cell in row-major order whose running sum exceeds t = u * S. Rounding is
   monotonic and the running sum at the end of row i is R_i, so running sums never fall: the cell is
   the last one before which the running sum is at most t, which is how it is written below, and its
@@ -21,14 +22,16 @@ The order of arithmetic, which decides the drawn cell and so is part of the cont
 - Where S overflows to infinity, other weights v stand for w: with infinite cells 1 for those and 0
   for the others, else w * 2**-32.
 
-Every backend is a module with the four functions below. A `code` is a cell's number inside its
+Every backend is a module with the four functions below, for planes `(N, C, H, W)` and for volumes
+`(N, C, D, H, W)`; those that say `(N, C, H, W)` mean either. A `code` is a cell's number inside its
 window (`Window.code_dtype`), `Window.dead_code` where the window is dead, which has no gradient.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,17 +61,17 @@ def sample(
         output `(N, C, OH, OW)` in the input's dtype, and code in `window.code_dtype`, both in the
         input's memory format.
     """
-    images = input.shape[0]
+    volumes = _volumes(input)
+    images = volumes.shape[0]
     if input.device.type == "cpu":
-        images = CACHED_ELEMENTS * images // max(input.numel(), 1)
+        images = CACHED_ELEMENTS * images // max(volumes.numel(), 1)
     images = max(images, 1)
     drawn = [
-        _sample(part, bias, seed, window, first_plane=n * images * input.shape[1])
-        for n, part in enumerate(input.split(images))
+        _sample(part, bias, seed, window, first_image=n * images)
+        for n, part in enumerate(volumes.split(images))
     ]
     output, code = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-    layout = memory_format(input)
-    return output.contiguous(memory_format=layout), code.contiguous(memory_format=layout)
+    return _laid_out(output, input), _laid_out(code, input)
 
 
 def _sample(
@@ -76,10 +79,10 @@ def _sample(
     bias: torch.Tensor | None,
     seed: torch.Tensor,
     window: Window,
-    first_plane: int,
+    first_image: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = _Weights(input, bias, window)
-    u = uniforms(seed, weights.sum.shape, first_plane).to(weights.sum.dtype)
+    u = uniforms(seed, weights.sum.shape, first_image).to(weights.sum.dtype)
     threshold = u * weights.sum
     # The cells before which the running sum is at most the threshold. Running sums only grow, so
     # the last of them is the drawn one.
@@ -94,15 +97,14 @@ def _sample(
             before_cell = before_cell + v
         before_row = before_row + before_cell
     code = reached - 1
-    value = weights.cells(code)
+    value = weights.cells(code) + 0.0  # no negative zero
     return value.to(input.dtype), torch.where(weights.sum <= threshold, window.dead_code, code)
 
 
 def sample_backward(
     grad_output: torch.Tensor,
     code: torch.Tensor,
-    height: int,
-    width: int,
+    size: Sequence[int],
     window: Window,
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,29 +113,29 @@ def sample_backward(
     Args:
         grad_output: `(N, C, OH, OW)`.
         code: what `sample` returned.
-        height, width: size of the input planes.
+        size: of the input planes, (height, width), or volumes, (depth, height, width).
         with_bias: whether the bias's gradient is wanted.
 
     Returns:
-        grad_input `(N, C, height, width)` in the dtype of `grad_output` and the memory format of
+        grad_input `(N, C, *size)` in the dtype of `grad_output` and the memory format of
         `code`, and grad_bias `(C,)` in the accumulation dtype (empty without `with_bias`).
     """
-    grad = grad_output.to(accumulation_dtype(grad_output.dtype))
-    grad_padded = grad.new_zeros(*grad.shape[:2], *_padded_size(height, width, window))
-    for cell, target in enumerate(_cell_views(grad_padded, window, code.shape[-2:])):
-        target += torch.where(code == cell, grad, 0)
-    layout = memory_format(code)
-    grad_input = _crop(grad_padded, height, width, window)
-    grad_input = grad_input.to(grad_output.dtype).contiguous(memory_format=layout)
-    live = torch.where(code == window.dead_code, 0, grad)
-    return grad_input, live.sum((0, 2, 3)) if with_bias else grad.new_empty(0)
+    grad, codes = _volumes(grad_output), _volumes(code)
+    grad = grad.to(accumulation_dtype(grad_output.dtype))
+    size = (1, *size)[-3:]
+    grad_padded = grad.new_zeros(*grad.shape[:2], *_padded_size(size, window))
+    for cell, target in enumerate(_cell_views(grad_padded, window, codes.shape[2:])):
+        target += torch.where(codes == cell, grad, 0)
+    grad_input = _crop(grad_padded, size, window).to(grad_output.dtype)
+    live = torch.where(codes == window.dead_code, 0, grad)
+    grad_bias = live.sum((0, 2, 3, 4)) if with_bias else grad.new_empty(0)
+    return _laid_out(grad_input, code), grad_bias
 
 
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """The expectation of the draw in every window; shapes and types as in `sample`."""
-    weights = _Weights(input, bias, window)
-    layout = memory_format(input)
-    return weights.expectation().to(input.dtype).contiguous(memory_format=layout)
+    weights = _Weights(_volumes(input), bias, window)
+    return _laid_out(weights.expectation().to(input.dtype), input)
 
 
 def expectation_backward(
@@ -148,32 +150,32 @@ def expectation_backward(
     In a window with infinite cells it is the limit: 1 / k for each of its k infinite cells, -1 / k
     for every other live one. Shapes and types as in `sample_backward`.
     """
-    weights = _Weights(input, bias, window)
-    grad = grad_output.to(weights.sum.dtype)
+    volumes = _volumes(input)
+    weights = _Weights(volumes, bias, window)
+    grad = _volumes(grad_output).to(weights.sum.dtype)
     # grad_w = 2 w * sum(slope) - sum(offset), over the windows that hold the cell.
     live = ~(weights.sum < SMALLEST_SUM)
     slope = torch.where(live, grad / weights.sum, 0)
     offset = slope * weights.scaled_expectation()
     # The weights of an infinite window are indicators, not multiples of w: no slope there.
     slope = torch.where(weights.infinite, 0, slope * weights.scale)
-    height, width = input.shape[-2:]
-    slopes, offsets = grad.new_zeros(
-        2, *input.shape[:2], *_padded_size(height, width, window)
-    ).unbind()
+    size = volumes.shape[2:]
+    slopes, offsets = grad.new_zeros(2, *volumes.shape[:2], *_padded_size(size, window)).unbind()
     for slope_view, offset_view in zip(
-        _cell_views(slopes, window, grad.shape[-2:]),
-        _cell_views(offsets, window, grad.shape[-2:]),
+        _cell_views(slopes, window, grad.shape[2:]),
+        _cell_views(offsets, window, grad.shape[2:]),
         strict=True,
     ):
         slope_view += slope
         offset_view += offset
-    slopes, offsets = (_crop(padded, height, width, window) for padded in (slopes, offsets))
-    w = rectify(input, bias)
-    grad_w = torch.where(w.isinf(), offsets, w * (2 * slopes) - offsets)
+    slopes, offsets = (_crop(padded, size, window) for padded in (slopes, offsets))
+    w = rectify(volumes, bias)
+    # Without a slope w does not count, and may be NaN: a cell that no window holds.
+    grad_w = torch.where(slopes == 0, -offsets, w * (2 * slopes) - offsets)
+    grad_w = torch.where(w.isinf(), offsets, grad_w)
     grad_w = torch.where(w == 0, 0, grad_w)
-    grad_input = grad_w.to(grad_output.dtype)
-    grad_input = grad_input.contiguous(memory_format=memory_format(input))
-    return grad_input, grad_w.sum((0, 2, 3)) if with_bias else grad.new_empty(0)
+    grad_bias = grad_w.sum((0, 2, 3, 4)) if with_bias else grad.new_empty(0)
+    return _laid_out(grad_w.to(grad_output.dtype), input), grad_bias
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -185,7 +187,7 @@ def rectify(input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """max(input + bias, 0) in the accumulation dtype; NaN stays NaN."""
     w = input.to(accumulation_dtype(input.dtype))
     if bias is not None:
-        w = w + bias.to(w.dtype)[:, None, None]
+        w = w + bias.to(w.dtype).view(-1, *[1] * (w.dim() - 2))
     return w.relu()
 
 
@@ -193,7 +195,7 @@ class _Weights:
     """The weights of every window, cell by cell, and their sums.
 
     Attributes:
-        sum: S, or the sum of v where S overflows, `(N, C, OH, OW)`.
+        sum: S, or the sum of v where S overflows, `(N, C, OD, OH, OW)`.
         infinite: where a window holds an infinite cell and no NaN; a scalar if nowhere.
         scale: v / w, `OVERFLOW_SCALE` where S overflows without an infinite cell, else 1.
         unusual: whether some S may be NaN, or overflow so that other weights stand in.
@@ -201,14 +203,10 @@ class _Weights:
 
     def __init__(self, input: torch.Tensor, bias: torch.Tensor | None, window: Window):
         self.window = window
-        height, width = input.shape[-2:]
-        self.output_size = window.output_size(height, width)
+        self.output_size = window.output_size(*input.shape[2:])
         w = rectify(input, bias)
         # Padding is no candidate: with weight 0 it is never drawn and adds nothing to a sum.
-        padded_height, padded_width = _padded_size(height, width, window)
-        bottom = padded_height - height - window.padding_h
-        right = padded_width - width - window.padding_w
-        self.padded = F.pad(w, (window.padding_w, right, window.padding_h, bottom))
+        self.padded = _pad(w, window)
         self.infinite = w.new_zeros((), dtype=torch.bool)
         self.scale = w.new_ones(())
         self.unusual = False
@@ -229,22 +227,19 @@ class _Weights:
             self.sum = torch.where(overflow, self._sum(), self.sum)
 
     def rows(self) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-        """Rows of cells; a cell is (w, v), two `(N, C, OH, OW)` tensors."""
+        """Rows of cells; a cell is (w, v), two `(N, C, OD, OH, OW)` tensors."""
         views = list(_cell_views(self.padded, self.window, self.output_size))
         for start in range(0, len(views), self.window.kernel_w):
             yield ((w, self._stand_in(w)) for w in views[start : start + self.window.kernel_w])
 
     def cells(self, code: torch.Tensor) -> torch.Tensor:
         """The weight of the cell `code` of every window."""
-        width = self.padded.shape[-1]
-        window, (out_h, out_w) = self.window, self.output_size
-        device = code.device
-        cell = torch.arange(window.cells, device=device)
-        down = cell // window.kernel_w * window.dilation_h
-        offset = down * width + cell % window.kernel_w * window.dilation_w
-        top = torch.arange(out_h, device=device)[:, None] * window.stride_h
-        corner = top * width + torch.arange(out_w, device=device) * window.stride_w
-        index = offset[code.to(torch.int64)] + corner
+        depth, height, width = self.padded.shape[2:]
+        places = torch.arange(depth * height * width, device=code.device)
+        places = places.view(1, 1, depth, height, width)
+        views = list(_cell_views(places, self.window, self.output_size))
+        offset = torch.stack([view[0, 0, 0, 0, 0] for view in views])
+        index = offset[code.to(torch.int64)] + views[0]
         return self.padded.flatten(2).gather(2, index.flatten(2)).view(code.shape)
 
     def _stand_in(self, w: torch.Tensor) -> torch.Tensor:
@@ -269,31 +264,73 @@ class _Weights:
         expectation = self.scaled_expectation()
         if not self.unusual:
             return expectation
-        return torch.where(self.infinite, torch.inf, expectation / self.scale)
+        # Rounding takes a mean of the largest numbers beyond them.
+        largest = torch.finfo(expectation.dtype).max
+        return torch.where(self.infinite, torch.inf, (expectation / self.scale).clamp(max=largest))
 
 
-def _padded_size(height: int, width: int, window: Window) -> tuple[int, int]:
-    """Height and width of a plane that holds every cell of every window."""
-    out_h, out_w = window.output_size(height, width)
-    reach_h = (out_h - 1) * window.stride_h + (window.kernel_h - 1) * window.dilation_h + 1
-    reach_w = (out_w - 1) * window.stride_w + (window.kernel_w - 1) * window.dilation_w + 1
-    return max(reach_h, height + window.padding_h), max(reach_w, width + window.padding_w)
+def cells(planes: torch.Tensor, window: Window) -> list[torch.Tensor]:
+    """For each cell of the window, in row-major order, its value in every window.
+
+    Args:
+        planes: `(N, C, H, W)`, or volumes `(N, C, D, H, W)`.
+
+    Returns:
+        as many `(N, C, OH, OW)` or `(N, C, OD, OH, OW)` tensors, 0 where the cell is padding.
+    """
+    volumes = _volumes(planes)
+    views = _cell_views(_pad(volumes, window), window, window.output_size(*volumes.shape[2:]))
+    return [view if planes.dim() == 5 else view.squeeze(2) for view in views]
+
+
+def _volumes(planes: torch.Tensor) -> torch.Tensor:
+    """`(N, C, H, W)` as `(N, C, 1, H, W)`; volumes as they are."""
+    return planes if planes.dim() == 5 else planes.unsqueeze(2)
+
+
+def _laid_out(volumes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`volumes` with the number of dimensions and in the memory format of `like`."""
+    result = volumes if like.dim() == 5 else volumes.squeeze(2)
+    return result.contiguous(memory_format=memory_format(like))
+
+
+def _padded_size(size: Sequence[int], window: Window) -> tuple[int, ...]:
+    """Depth, height and width of a volume that holds every cell of every window."""
+    return tuple(
+        max((outputs - 1) * stride + (kernel - 1) * dilation + 1, length + padding)
+        for length, outputs, (kernel, stride, padding, dilation) in zip(
+            size, window.output_size(*size), window.sides(3), strict=True
+        )
+    )
+
+
+def _pad(volumes: torch.Tensor, window: Window) -> torch.Tensor:
+    """The volumes with zeros around them, so large as `_padded_size`."""
+    size = volumes.shape[2:]
+    margins: list[int] = []
+    for padded, length, (_, _, padding, _) in zip(
+        _padded_size(size, window), size, window.sides(3), strict=True
+    ):
+        margins = [padding, padded - length - padding, *margins]
+    return F.pad(volumes, margins)
 
 
 def _cell_views(
-    padded: torch.Tensor, window: Window, output_size: tuple[int, int] | torch.Size
+    padded: torch.Tensor, window: Window, output_size: Sequence[int]
 ) -> Iterator[torch.Tensor]:
-    """For each cell of the window, in row-major order, its `(N, C, OH, OW)` view into `padded`."""
-    out_h, out_w = output_size
-    for i in range(window.kernel_h):
-        top = i * window.dilation_h
-        rows = slice(top, top + (out_h - 1) * window.stride_h + 1, window.stride_h)
-        for j in range(window.kernel_w):
-            left = j * window.dilation_w
-            cols = slice(left, left + (out_w - 1) * window.stride_w + 1, window.stride_w)
-            yield padded[:, :, rows, cols]
+    """For each cell of the window, in row-major order, its `(N, C, OD, OH, OW)` view."""
+    steps = [
+        [
+            slice(cell * dilation, cell * dilation + (outputs - 1) * stride + 1, stride)
+            for cell in range(kernel)
+        ]
+        for outputs, (kernel, stride, _, dilation) in zip(output_size, window.sides(3), strict=True)
+    ]
+    for slices, rows, cols in itertools.product(*steps):
+        yield padded[:, :, slices, rows, cols]
 
 
-def _crop(padded: torch.Tensor, height: int, width: int, window: Window) -> torch.Tensor:
-    top, left = window.padding_h, window.padding_w
-    return padded[:, :, top : top + height, left : left + width]
+def _crop(padded: torch.Tensor, size: Sequence[int], window: Window) -> torch.Tensor:
+    for dim, (length, (_, _, padding, _)) in enumerate(zip(size, window.sides(3), strict=True), 2):
+        padded = padded.narrow(dim, padding, length)
+    return padded

@@ -1,9 +1,9 @@
 """Stochastic pooling in Triton, the general kernels: every window, dtype and stride.
 
-A program handles the tile [BLOCK_P, BLOCK_C] of one image: BLOCK_P positions of a plane in
-row-major order, times BLOCK_C channels. The launcher lays the longer side of the tile along the
-dimension that is contiguous in memory (positions, or channels in channels_last); strides do the
-rest.
+A program handles the tile [BLOCK_P, BLOCK_C] of one image, or of one slice of a volume: BLOCK_P
+positions of a plane in row-major order, times BLOCK_C channels. The launcher lays the longer side
+of the tile along the dimension that is contiguous in memory (positions, or channels in
+channels_last); strides do the rest. A plane is a volume of one slice.
 
     sample_kernel          a program reads its windows twice: to sum them, then to find the cell
     expectation_kernel     the same with the expectation, or with the coefficients of its gradient
@@ -15,6 +15,7 @@ The device functions serve tiles of any shape; `triton_sliding.py` uses them too
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,24 +24,30 @@ from . import philox, reference
 PHILOX_ROUNDS = tl.constexpr(philox.ROUNDS)
 OVERFLOW_SCALE = tl.constexpr(reference.OVERFLOW_SCALE)
 SMALLEST_SUM = tl.constexpr(reference.SMALLEST_SUM)
+LARGEST_FP32 = tl.constexpr(torch.finfo(torch.float32).max)
+LARGEST_FP64 = tl.constexpr(torch.finfo(torch.float64).max)
 
 
 # ---------------------------------------------------------------- device functions
 
 
 @triton.jit
-def tile(positions, channels, INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's image, positions [BLOCK_P, 1], channels [1, BLOCK_C] and their mask."""
+def tile(
+    depth, positions, channels,
+    INDEX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """This program's image and slice, positions [BLOCK_P, 1], channels [1, BLOCK_C] and their
+    mask."""
     blocks_p = tl.cdiv(positions, BLOCK_P)
     blocks_c = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0)
     block_p = program % blocks_p
     block_c = (program // blocks_p) % blocks_c
-    image = (program // blocks_p // blocks_c).to(tl.int64)
+    plane = (program // blocks_p // blocks_c).to(tl.int64)
     position = block_p.to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     channel = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (position < positions) & (channel < channels)
-    return image, position, channel, mask
+    return plane // depth, (plane % depth).to(INDEX), position, channel, mask
 
 
 @triton.jit
@@ -61,14 +68,26 @@ def load_bias(bias_ptr, channel, channels, HAS_BIAS: tl.constexpr, ACC: tl.const
 
 @triton.jit
 def cell(
-    origin_ptr, bias, top, left, i, j, mask,
-    height, width, in_stride_h, in_stride_w,
-    dilation_h: tl.constexpr, dilation_w: tl.constexpr, ACC: tl.constexpr,
+    origin_ptr, bias, front, top, left, i, j, mask,
+    depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+    kernel_d: tl.constexpr, kernel_h: tl.constexpr,
+    dilation_d: tl.constexpr, dilation_h: tl.constexpr, dilation_w: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """The weight w of cell (i, j) of every window of the tile; 0 outside the input."""
-    row = top + i * dilation_h
+    """The weight w of cell j in row i of every window of the tile; 0 outside the input.
+
+    The window's rows are counted through its slices; the origin is that of the slice `front`.
+    """
+    if kernel_d > 1:
+        below = i // kernel_h * dilation_d
+        row = top + i % kernel_h * dilation_h
+        origin_ptr += below * in_stride_d
+        inside = mask & (front + below >= 0) & (front + below < depth)
+    else:
+        row = top + i * dilation_h
+        inside = mask
     col = left + j * dilation_w
-    inside = mask & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+    inside = inside & (row >= 0) & (row < height) & (col >= 0) & (col < width)
     x = tl.load(origin_ptr + row * in_stride_h + col * in_stride_w, mask=inside, other=0.0)
     return tl.where(inside, rectified(x, bias, ACC), 0.0)
 
@@ -81,20 +100,22 @@ def stand_in(w, infinite, scale):
 
 @triton.jit
 def window_sums(
-    origin_ptr, bias, top, left, mask, infinite, scale,
-    height, width, in_stride_h, in_stride_w,
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    dilation_h: tl.constexpr, dilation_w: tl.constexpr, ACC: tl.constexpr,
+    origin_ptr, bias, front, top, left, mask, infinite, scale,
+    depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+    kernel_d: tl.constexpr, kernel_h: tl.constexpr, kernel_w: tl.constexpr,
+    dilation_d: tl.constexpr, dilation_h: tl.constexpr, dilation_w: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """The sum of the weights v of every window, row by row, and the largest weight w."""
     total = tl.zeros(mask.shape, dtype=ACC)
     largest = tl.zeros(mask.shape, dtype=ACC)
-    for i in range(kernel_h):
+    for i in range(kernel_d * kernel_h):
         row_sum = tl.zeros(mask.shape, dtype=ACC)
         for j in range(kernel_w):
             w = cell(
-                origin_ptr, bias, top, left, i, j, mask,
-                height, width, in_stride_h, in_stride_w, dilation_h, dilation_w, ACC,
+                origin_ptr, bias, front, top, left, i, j, mask,
+                depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+                kernel_d, kernel_h, dilation_d, dilation_h, dilation_w, ACC,
             )  # fmt: skip
             row_sum += stand_in(w, infinite, scale)
             largest = tl.maximum(largest, w)
@@ -104,27 +125,28 @@ def window_sums(
 
 @triton.jit
 def sum_windows(
-    origin_ptr, bias, top, left, mask,
-    height, width, in_stride_h, in_stride_w,
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    dilation_h: tl.constexpr, dilation_w: tl.constexpr, ACC: tl.constexpr,
+    origin_ptr, bias, front, top, left, mask,
+    depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+    kernel_d: tl.constexpr, kernel_h: tl.constexpr, kernel_w: tl.constexpr,
+    dilation_d: tl.constexpr, dilation_h: tl.constexpr, dilation_w: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """S of every window, whether it is infinite, and its scale; summed again where S overflows."""
     infinite = tl.zeros(mask.shape, dtype=tl.int1)
     scale = tl.full(mask.shape, 1.0, dtype=ACC)
     total, largest = window_sums(
-        origin_ptr, bias, top, left, mask, infinite, scale,
-        height, width, in_stride_h, in_stride_w,
-        kernel_h, kernel_w, dilation_h, dilation_w, ACC,
+        origin_ptr, bias, front, top, left, mask, infinite, scale,
+        depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+        kernel_d, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, ACC,
     )  # fmt: skip
     overflow = total == float("inf")
     if tl.max(overflow.to(tl.int32)) > 0:  # rare
         infinite = overflow & (largest == float("inf"))
         scale = tl.where(overflow & (largest < float("inf")), OVERFLOW_SCALE, 1.0).to(ACC)
         total, largest = window_sums(
-            origin_ptr, bias, top, left, mask, infinite, scale,
-            height, width, in_stride_h, in_stride_w,
-            kernel_h, kernel_w, dilation_h, dilation_w, ACC,
+            origin_ptr, bias, front, top, left, mask, infinite, scale,
+            depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+            kernel_d, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, ACC,
         )  # fmt: skip
     return total, infinite, scale
 
@@ -165,29 +187,30 @@ def uniform(seed_ptr, plane, out_row, out_col, ACC: tl.constexpr):
 
 @triton.jit
 def draw_cells(
-    origin_ptr, bias, top, left, mask, number,
-    height, width, in_stride_h, in_stride_w,
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    dilation_h: tl.constexpr, dilation_w: tl.constexpr,
+    origin_ptr, bias, front, top, left, mask, number,
+    depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+    kernel_d: tl.constexpr, kernel_h: tl.constexpr, kernel_w: tl.constexpr,
+    dilation_d: tl.constexpr, dilation_h: tl.constexpr, dilation_w: tl.constexpr,
     DEAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The weight of the cell that each window draws with its number in [0, 1), and its code."""
     total, infinite, scale = sum_windows(
-        origin_ptr, bias, top, left, mask,
-        height, width, in_stride_h, in_stride_w,
-        kernel_h, kernel_w, dilation_h, dilation_w, ACC,
+        origin_ptr, bias, front, top, left, mask,
+        depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+        kernel_d, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, ACC,
     )  # fmt: skip
     threshold = number * total
     # The last cell before which the running sum is at most the threshold.
     value = tl.zeros(mask.shape, dtype=ACC)
     code = tl.full(mask.shape, DEAD, dtype=tl.int32)
     before_row = tl.zeros(mask.shape, dtype=ACC)
-    for i in range(kernel_h):
+    for i in range(kernel_d * kernel_h):
         before_cell = tl.zeros(mask.shape, dtype=ACC)
         for j in range(kernel_w):
             w = cell(
-                origin_ptr, bias, top, left, i, j, mask,
-                height, width, in_stride_h, in_stride_w, dilation_h, dilation_w, ACC,
+                origin_ptr, bias, front, top, left, i, j, mask,
+                depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+                kernel_d, kernel_h, dilation_d, dilation_h, dilation_w, ACC,
             )  # fmt: skip
             v = stand_in(w, infinite, scale)
             drawn = (before_row + before_cell <= threshold) | (v != v)
@@ -200,28 +223,39 @@ def draw_cells(
 
 @triton.jit
 def expect(
-    origin_ptr, bias, top, left, mask,
-    height, width, in_stride_h, in_stride_w,
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    dilation_h: tl.constexpr, dilation_w: tl.constexpr, ACC: tl.constexpr,
+    origin_ptr, bias, front, top, left, mask,
+    depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+    kernel_d: tl.constexpr, kernel_h: tl.constexpr, kernel_w: tl.constexpr,
+    dilation_d: tl.constexpr, dilation_h: tl.constexpr, dilation_w: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """sum v * v / S of every window, S, whether it is infinite, and its scale."""
     total, infinite, scale = sum_windows(
-        origin_ptr, bias, top, left, mask,
-        height, width, in_stride_h, in_stride_w,
-        kernel_h, kernel_w, dilation_h, dilation_w, ACC,
+        origin_ptr, bias, front, top, left, mask,
+        depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+        kernel_d, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, ACC,
     )  # fmt: skip
     divisor = tl.where(total == 0, 1.0, total)
     expectation = tl.zeros(mask.shape, dtype=ACC)
-    for i in range(kernel_h):
+    for i in range(kernel_d * kernel_h):
         for j in range(kernel_w):
             w = cell(
-                origin_ptr, bias, top, left, i, j, mask,
-                height, width, in_stride_h, in_stride_w, dilation_h, dilation_w, ACC,
+                origin_ptr, bias, front, top, left, i, j, mask,
+                depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+                kernel_d, kernel_h, dilation_d, dilation_h, dilation_w, ACC,
             )  # fmt: skip
             v = stand_in(w, infinite, scale)
             expectation += v * (v / divisor)
     return expectation, total, infinite, scale
+
+
+@triton.jit
+def unscaled(expectation, infinite, scale, ACC: tl.constexpr):
+    """The expectation of the weights w from that of v; rounding takes it no further than the
+    largest number."""
+    LARGEST: tl.constexpr = LARGEST_FP64 if ACC == tl.float64 else LARGEST_FP32
+    mean = tl.minimum(expectation / scale, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(infinite, float("inf"), mean)
 
 
 # ---------------------------------------------------------------- kernels
@@ -231,34 +265,40 @@ def expect(
 def sample_kernel(
     input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
     # sizes
-    channels, height, width, out_width, positions,
+    channels, depth, height, width, out_depth, out_width, positions,
     # strides; output and code are dense, so one stride leads from a position to the next
-    in_stride_n, in_stride_c, in_stride_h, in_stride_w,
+    in_stride_n, in_stride_c, in_stride_d, in_stride_h, in_stride_w,
     out_stride_n, out_stride_c, out_stride_p,
     # window
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    stride_h: tl.constexpr, stride_w: tl.constexpr,
-    padding_h: tl.constexpr, padding_w: tl.constexpr,
-    dilation_h: tl.constexpr, dilation_w: tl.constexpr,
+    kernel_d: tl.constexpr, kernel_h: tl.constexpr, kernel_w: tl.constexpr,
+    stride_d: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
+    padding_d: tl.constexpr, padding_h: tl.constexpr, padding_w: tl.constexpr,
+    dilation_d: tl.constexpr, dilation_h: tl.constexpr, dilation_w: tl.constexpr,
     # variant
     HAS_BIAS: tl.constexpr, DEAD: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, position, channel, mask = tile(positions, channels, INDEX, BLOCK_P, BLOCK_C)
+    image, out_slice, position, channel, mask = tile(
+        out_depth, positions, channels, INDEX, BLOCK_P, BLOCK_C
+    )
     out_row = position // out_width
     out_col = position % out_width
+    front = out_slice * stride_d - padding_d
     top = out_row * stride_h - padding_h
     left = out_col * stride_w - padding_w
     bias = load_bias(bias_ptr, channel, channels, HAS_BIAS, ACC)
-    origin_ptr = input_ptr + image * in_stride_n + channel.to(INDEX) * in_stride_c
+    origin_ptr = input_ptr + image * in_stride_n + front * in_stride_d
+    origin_ptr += channel.to(INDEX) * in_stride_c
 
-    number = uniform(seed_ptr, image * channels + channel, out_row, out_col, ACC)
+    plane = (image * channels + channel) * out_depth + out_slice
+    number = uniform(seed_ptr, plane, out_row, out_col, ACC)
     value, code = draw_cells(
-        origin_ptr, bias, top, left, mask, number,
-        height, width, in_stride_h, in_stride_w,
-        kernel_h, kernel_w, dilation_h, dilation_w, DEAD, ACC,
+        origin_ptr, bias, front, top, left, mask, number,
+        depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+        kernel_d, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, DEAD, ACC,
     )  # fmt: skip
-    out = image * out_stride_n + channel.to(INDEX) * out_stride_c + position * out_stride_p
+    out = image * out_stride_n + channel.to(INDEX) * out_stride_c
+    out += (out_slice * positions + position) * out_stride_p
     tl.store(output_ptr + out, value.to(output_ptr.dtype.element_ty), mask=mask)
     tl.store(code_ptr + out, code.to(code_ptr.dtype.element_ty), mask=mask)
 
@@ -268,37 +308,42 @@ def expectation_kernel(
     # output, or grad_output, slope and offset for the gradient's coefficients
     input_ptr, bias_ptr, output_ptr, grad_output_ptr, slope_ptr, offset_ptr,
     # sizes
-    channels, height, width, out_width, positions,
+    channels, depth, height, width, out_depth, out_width, positions,
     # strides; output, slope and offset are dense
-    in_stride_n, in_stride_c, in_stride_h, in_stride_w,
-    grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
+    in_stride_n, in_stride_c, in_stride_d, in_stride_h, in_stride_w,
+    grad_stride_n, grad_stride_c, grad_stride_d, grad_stride_h, grad_stride_w,
     out_stride_n, out_stride_c, out_stride_p,
     # window
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    stride_h: tl.constexpr, stride_w: tl.constexpr,
-    padding_h: tl.constexpr, padding_w: tl.constexpr,
-    dilation_h: tl.constexpr, dilation_w: tl.constexpr,
+    kernel_d: tl.constexpr, kernel_h: tl.constexpr, kernel_w: tl.constexpr,
+    stride_d: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
+    padding_d: tl.constexpr, padding_h: tl.constexpr, padding_w: tl.constexpr,
+    dilation_d: tl.constexpr, dilation_h: tl.constexpr, dilation_w: tl.constexpr,
     # variant
     HAS_BIAS: tl.constexpr, COEFFICIENTS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, position, channel, mask = tile(positions, channels, INDEX, BLOCK_P, BLOCK_C)
+    image, out_slice, position, channel, mask = tile(
+        out_depth, positions, channels, INDEX, BLOCK_P, BLOCK_C
+    )
     out_row = position // out_width
     out_col = position % out_width
+    front = out_slice * stride_d - padding_d
     top = out_row * stride_h - padding_h
     left = out_col * stride_w - padding_w
     bias = load_bias(bias_ptr, channel, channels, HAS_BIAS, ACC)
-    origin_ptr = input_ptr + image * in_stride_n + channel.to(INDEX) * in_stride_c
+    origin_ptr = input_ptr + image * in_stride_n + front * in_stride_d
+    origin_ptr += channel.to(INDEX) * in_stride_c
 
     expectation, total, infinite, scale = expect(
-        origin_ptr, bias, top, left, mask,
-        height, width, in_stride_h, in_stride_w,
-        kernel_h, kernel_w, dilation_h, dilation_w, ACC,
+        origin_ptr, bias, front, top, left, mask,
+        depth, height, width, in_stride_d, in_stride_h, in_stride_w,
+        kernel_d, kernel_h, kernel_w, dilation_d, dilation_h, dilation_w, ACC,
     )  # fmt: skip
-    out = image * out_stride_n + channel.to(INDEX) * out_stride_c + position * out_stride_p
+    out = image * out_stride_n + channel.to(INDEX) * out_stride_c
+    out += (out_slice * positions + position) * out_stride_p
     if COEFFICIENTS:
         grad_ptr = grad_output_ptr + image * grad_stride_n + channel.to(INDEX) * grad_stride_c
-        grad_ptr += out_row * grad_stride_h + out_col * grad_stride_w
+        grad_ptr += out_slice * grad_stride_d + out_row * grad_stride_h + out_col * grad_stride_w
         grad = tl.load(grad_ptr, mask=mask, other=0.0).to(ACC)
         slope = tl.where(total < SMALLEST_SUM, 0.0, grad / tl.where(total == 0, 1.0, total))
         offset = slope * expectation
@@ -307,7 +352,7 @@ def expectation_kernel(
         tl.store(slope_ptr + out, slope, mask=mask)
         tl.store(offset_ptr + out, offset, mask=mask)
     else:
-        expectation = tl.where(infinite, float("inf"), expectation / scale)
+        expectation = unscaled(expectation, infinite, scale, ACC)
         tl.store(output_ptr + out, expectation.to(output_ptr.dtype.element_ty), mask=mask)
 
 
@@ -317,24 +362,27 @@ def gather_kernel(
     grad_output_ptr, code_ptr, slope_ptr, offset_ptr, input_ptr, bias_ptr,
     grad_input_ptr, partial_bias_ptr,
     # sizes; positions are those of the input
-    channels, width, out_height, out_width, positions,
+    channels, depth, width, out_depth, out_height, out_width, positions,
     # strides; code, slope, offset and grad_input are dense
-    in_stride_n, in_stride_c, in_stride_h, in_stride_w,
-    grad_stride_n, grad_stride_c, grad_stride_h, grad_stride_w,
+    in_stride_n, in_stride_c, in_stride_d, in_stride_h, in_stride_w,
+    grad_stride_n, grad_stride_c, grad_stride_d, grad_stride_h, grad_stride_w,
     out_stride_n, out_stride_c, out_stride_p,
     grad_in_stride_n, grad_in_stride_c, grad_in_stride_p,
     # window
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    stride_h: tl.constexpr, stride_w: tl.constexpr,
-    padding_h: tl.constexpr, padding_w: tl.constexpr,
-    dilation_h: tl.constexpr, dilation_w: tl.constexpr,
+    kernel_d: tl.constexpr, kernel_h: tl.constexpr, kernel_w: tl.constexpr,
+    stride_d: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
+    padding_d: tl.constexpr, padding_h: tl.constexpr, padding_w: tl.constexpr,
+    dilation_d: tl.constexpr, dilation_h: tl.constexpr, dilation_w: tl.constexpr,
     # variant
     SAMPLED: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image, position, channel, mask = tile(positions, channels, INDEX, BLOCK_P, BLOCK_C)
-    # Distance from the top left corner of the first window; never negative.
+    image, in_slice, position, channel, mask = tile(
+        depth, positions, channels, INDEX, BLOCK_P, BLOCK_C
+    )
+    # Distance from the first corner of the first window; never negative.
+    slice = in_slice + padding_d
     row = position // width + padding_h
     col = position % width + padding_w
     grad_base = image * grad_stride_n + channel.to(INDEX) * grad_stride_c
@@ -342,43 +390,55 @@ def gather_kernel(
 
     gathered = tl.zeros(mask.shape, dtype=ACC)
     offsets = tl.zeros(mask.shape, dtype=ACC)
-    for up in range((kernel_h - 1) * dilation_h // stride_h + 1):
-        out_row = row // stride_h - up
-        reach_h = row - out_row * stride_h
-        holds_row = (out_row >= 0) & (out_row < out_height) & (reach_h < kernel_h * dilation_h)
-        holds_row = holds_row & (reach_h % dilation_h == 0)
-        for back in range((kernel_w - 1) * dilation_w // stride_w + 1):
-            out_col = col // stride_w - back
-            reach_w = col - out_col * stride_w
-            holds = (out_col >= 0) & (out_col < out_width) & (reach_w < kernel_w * dilation_w)
-            holds = mask & holds_row & holds & (reach_w % dilation_w == 0)
-            out = out_base + (out_row * out_width + out_col) * out_stride_p
-            if SAMPLED:
-                cell = reach_h // dilation_h * kernel_w + reach_w // dilation_w
-                code = tl.load(code_ptr + out, mask=holds, other=0).to(tl.int32)
-                grad_ptr = grad_output_ptr + grad_base
-                grad_ptr += out_row * grad_stride_h + out_col * grad_stride_w
-                drawn = holds & (code == cell)
-                gathered += tl.load(grad_ptr, mask=drawn, other=0.0).to(ACC)
-            else:
-                gathered += tl.load(slope_ptr + out, mask=holds, other=0.0)
-                offsets += tl.load(offset_ptr + out, mask=holds, other=0.0)
+    for ahead in range((kernel_d - 1) * dilation_d // stride_d + 1):
+        out_slice = slice // stride_d - ahead
+        reach_d = slice - out_slice * stride_d
+        holds_slice = (out_slice >= 0) & (out_slice < out_depth) & (reach_d < kernel_d * dilation_d)
+        holds_slice = holds_slice & (reach_d % dilation_d == 0)
+        for up in range((kernel_h - 1) * dilation_h // stride_h + 1):
+            out_row = row // stride_h - up
+            reach_h = row - out_row * stride_h
+            holds_row = (out_row >= 0) & (out_row < out_height) & (reach_h < kernel_h * dilation_h)
+            holds_row = holds_slice & holds_row & (reach_h % dilation_h == 0)
+            for back in range((kernel_w - 1) * dilation_w // stride_w + 1):
+                out_col = col // stride_w - back
+                reach_w = col - out_col * stride_w
+                holds = (out_col >= 0) & (out_col < out_width) & (reach_w < kernel_w * dilation_w)
+                holds = mask & holds_row & holds & (reach_w % dilation_w == 0)
+                out = (out_slice * out_height + out_row) * out_width + out_col
+                out = out_base + out * out_stride_p
+                if SAMPLED:
+                    cell = reach_d // dilation_d * kernel_h + reach_h // dilation_h
+                    cell = cell * kernel_w + reach_w // dilation_w
+                    code = tl.load(code_ptr + out, mask=holds, other=0).to(tl.int32)
+                    grad_ptr = grad_output_ptr + grad_base
+                    grad_ptr += out_slice * grad_stride_d
+                    grad_ptr += out_row * grad_stride_h + out_col * grad_stride_w
+                    drawn = holds & (code == cell)
+                    gathered += tl.load(grad_ptr, mask=drawn, other=0.0).to(ACC)
+                else:
+                    gathered += tl.load(slope_ptr + out, mask=holds, other=0.0)
+                    offsets += tl.load(offset_ptr + out, mask=holds, other=0.0)
 
     if not SAMPLED:
         bias = load_bias(bias_ptr, channel, channels, HAS_BIAS, ACC)
         in_ptr = input_ptr + image * in_stride_n + channel.to(INDEX) * in_stride_c
+        in_ptr += in_slice * in_stride_d
         in_ptr += position // width * in_stride_h + position % width * in_stride_w
         x = tl.load(in_ptr, mask=mask, other=0.0)
         w = tl.where(mask, rectified(x, bias, ACC), 0.0)
-        gathered = tl.where(w == float("inf"), offsets, w * (2 * gathered) - offsets)
+        # Without a slope w does not count, and may be NaN: a cell that no window holds.
+        gradient = tl.where(gathered == 0, -offsets, w * (2 * gathered) - offsets)
+        gathered = tl.where(w == float("inf"), offsets, gradient)
         gathered = tl.where(w == 0, 0.0, gathered)
 
     grad_in = image * grad_in_stride_n + channel.to(INDEX) * grad_in_stride_c
-    grad_in += position * grad_in_stride_p
+    grad_in += (in_slice * positions + position) * grad_in_stride_p
     tl.store(grad_input_ptr + grad_in, gathered.to(grad_input_ptr.dtype.element_ty), mask=mask)
     if BIAS_GRADIENT:
-        # One partial sum per program and channel, [images * blocks_p, channels].
+        # One partial sum per program and channel, [images * depth * blocks_p, channels].
         blocks_p = tl.cdiv(positions, BLOCK_P)
-        partial = (image * blocks_p + tl.program_id(0) % blocks_p) * channels + channel
+        partial = (image * depth + in_slice) * blocks_p + tl.program_id(0) % blocks_p
+        partial = partial * channels + channel
         partial_sum = tl.sum(gathered, axis=0, keep_dims=True)
         tl.store(partial_bias_ptr + partial, partial_sum, mask=channel < channels)

@@ -7,6 +7,7 @@ them. `TRITON_INTERPRET=1` before the import runs them on CPU tensors.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,8 +64,7 @@ def sample(
         output,
         dict(
             input_ptr=input, bias_ptr=bias, seed_ptr=seed, output_ptr=output, code_ptr=code,
-            channels=input.shape[1], height=input.shape[2], width=input.shape[3],
-            out_width=output.shape[3],
+            channels=input.shape[1], **_sizes("", input), **_sizes("out_", output, "dw"),
             **_strides("in", input), **_dense_strides("out", output),
             HAS_BIAS=bias is not None, DEAD=window.dead_code,
             # Without contraction to multiply-adds the draw is the reference's to the last bit.
@@ -78,14 +78,13 @@ def sample(
 def sample_backward(
     grad_output: torch.Tensor,
     code: torch.Tensor,
-    height: int,
-    width: int,
+    size: Sequence[int],
     window: Window,
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sample_backward`."""
     grad_input = _empty(
-        (*code.shape[:2], height, width), grad_output.dtype, code.device, memory_format(code)
+        (*code.shape[:2], *size), grad_output.dtype, code.device, memory_format(code)
     )
     if _slides(window, grad_output, code, grad_input):
         return grad_input, _gather_sliding(grad_output, code, grad_input, window, with_bias)
@@ -147,8 +146,7 @@ def _launch_expectation(
         dict(
             **{**pointers, **_no_strides("grad"), **arguments},
             input_ptr=input, bias_ptr=bias,
-            channels=input.shape[1], height=input.shape[2], width=input.shape[3],
-            out_width=dense.shape[3],
+            channels=input.shape[1], **_sizes("", input), **_sizes("out_", dense, "dw"),
             **_strides("in", input), **_dense_strides("out", dense),
             HAS_BIAS=bias is not None, COEFFICIENTS="slope_ptr" in arguments,
         ),
@@ -165,9 +163,10 @@ def _gather(
 ) -> torch.Tensor:
     """Fill `grad_input` and return the bias's gradient."""
     block_p, _ = _tile_shape(grad_input)
-    channels, height, width = grad_input.shape[1:]
+    batch, channels, *depth, height, width = grad_input.shape
+    programs = batch * math.prod(depth) * triton.cdiv(height * width, block_p)
     partial_bias = torch.empty(
-        grad_input.shape[0] * triton.cdiv(height * width, block_p) if with_bias else 0,
+        programs if with_bias else 0,
         channels if with_bias else 0,
         dtype=reference.accumulation_dtype(grad_input.dtype),
         device=grad_input.device,
@@ -181,8 +180,7 @@ def _gather(
         dict(
             **{**pointers, **_no_strides("in"), **_no_strides("grad"), **arguments},
             grad_input_ptr=grad_input, partial_bias_ptr=partial_bias,
-            channels=channels, width=width,
-            out_height=per_output.shape[2], out_width=per_output.shape[3],
+            channels=channels, **_sizes("", grad_input, "dw"), **_sizes("out_", per_output),
             **_dense_strides("out", per_output), **_dense_strides("grad_in", grad_input),
             SAMPLED="code_ptr" in arguments, HAS_BIAS=arguments.get("bias_ptr") is not None,
             BIAS_GRADIENT=with_bias,
@@ -197,7 +195,8 @@ def _slides(window: Window, read: torch.Tensor, *others: torch.Tensor) -> bool:
     layout = memory_format(read)
     tensors = (read, *others)
     return (
-        {window.kernel_h, window.kernel_w} <= {2, 3}
+        read.dim() == 4
+        and {window.kernel_h, window.kernel_w} <= {2, 3}
         and {window.stride_h, window.stride_w} <= {1, 2}
         and (window.dilation_h, window.dilation_w) == (1, 1)
         and read.dtype != torch.float64
@@ -333,20 +332,23 @@ def _launch(kernel: Any, dense: torch.Tensor, arguments: dict[str, Any], window:
     """Run `kernel` on tiles that cover `dense`, the tensor that its programs own."""
     if dense.numel() == 0:
         return
-    batch, channels, height, width = dense.shape
+    batch, channels, *depth, height, width = dense.shape
     positions = height * width
     block_p, block_c = _tile_shape(dense)
-    programs = batch * triton.cdiv(positions, block_p) * triton.cdiv(channels, block_c)
+    programs = (
+        batch * math.prod(depth) * triton.cdiv(positions, block_p) * triton.cdiv(channels, block_c)
+    )
     tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     wide = any(_image_extent(tensor) >= 2**30 for tensor in tensors)
     with _current(dense.device):
         kernel[(programs,)](
             **arguments,
             positions=positions,
-            kernel_h=window.kernel_h, kernel_w=window.kernel_w,
-            stride_h=window.stride_h, stride_w=window.stride_w,
-            padding_h=window.padding_h, padding_w=window.padding_w,
-            dilation_h=window.dilation_h, dilation_w=window.dilation_w,
+            kernel_d=window.kernel_d, kernel_h=window.kernel_h, kernel_w=window.kernel_w,
+            stride_d=window.stride_d, stride_h=window.stride_h, stride_w=window.stride_w,
+            padding_d=window.padding_d, padding_h=window.padding_h, padding_w=window.padding_w,
+            dilation_d=window.dilation_d, dilation_h=window.dilation_h,
+            dilation_w=window.dilation_w,
             ACC=tl.float64 if dense.dtype == torch.float64 else tl.float32,
             INDEX=tl.int64 if wide else tl.int32,
             BLOCK_P=block_p, BLOCK_C=block_c,
@@ -371,17 +373,17 @@ def _compiler_options(registers: int = 128, lanes: int = 128) -> dict[str, int]:
 
 def _tile_shape(dense: torch.Tensor) -> tuple[int, int]:
     """BLOCK_P and BLOCK_C: the tile is long where memory is contiguous."""
-    channels, height, width = dense.shape[1:]
+    _, channels, *_, height, width = dense.shape
     tile = TILE_BYTES // reference.accumulation_dtype(dense.dtype).itemsize
     block_c = 1
-    if memory_format(dense) == torch.channels_last:
+    if memory_format(dense) != torch.contiguous_format:
         block_c = min(triton.next_power_of_2(channels), 64)
     return min(triton.next_power_of_2(height * width), tile // block_c), block_c
 
 
 def _image_extent(tensor: torch.Tensor) -> int:
     """One more than the largest offset inside an image, in elements."""
-    if tensor.dim() != 4:
+    if tensor.dim() < 4:
         return tensor.numel()
     return 1 + sum(
         (size - 1) * stride
@@ -389,19 +391,28 @@ def _image_extent(tensor: torch.Tensor) -> int:
     )
 
 
+def _sizes(prefix: str, tensor: torch.Tensor, dimensions: str = "dhw") -> dict[str, int]:
+    """Those of the sizes depth (1 for planes), height and width that are asked for."""
+    names = {"d": "depth", "h": "height", "w": "width"}
+    sizes = dict(zip("dhw", (1, *tensor.shape[2:])[-3:], strict=True))
+    return {prefix + names[d]: sizes[d] for d in dimensions}
+
+
 def _strides(prefix: str, tensor: torch.Tensor) -> dict[str, int]:
-    return {f"{prefix}_stride_{d}": s for d, s in zip("nchw", tensor.stride(), strict=True)}
+    n, c, *d, h, w = tensor.stride()
+    strides = zip("ncdhw", (n, c, *(d or [0]), h, w), strict=True)
+    return {f"{prefix}_stride_{dimension}": stride for dimension, stride in strides}
 
 
 def _no_strides(prefix: str) -> dict[str, int]:
-    return {f"{prefix}_stride_{d}": 0 for d in "nchw"}
+    return {f"{prefix}_stride_{d}": 0 for d in "ncdhw"}
 
 
 def _dense_strides(prefix: str, tensor: torch.Tensor) -> dict[str, int]:
     """Strides of a dense tensor: of its images, its channels and its positions."""
-    channels, height, width = tensor.shape[1:]
-    positions = height * width
-    last = memory_format(tensor) == torch.channels_last
+    _, channels, *sizes = tensor.shape
+    positions = math.prod(sizes)
+    last = memory_format(tensor) != torch.contiguous_format
     strides = (channels * positions, 1, channels) if last else (channels * positions, positions, 1)
     return {f"{prefix}_stride_{d}": s for d, s in zip("ncp", strides, strict=True)}
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_general import draw_cells, expect, philox4x32, rectified, uniform
+from .triton_general import draw_cells, expect, philox4x32, rectified, uniform, unscaled
 
 # Inner rows are unrolled by these, and a strip is a multiple of them. Four rows share a Philox
 # call; after six the three rows in registers are back where they began.
@@ -373,10 +373,10 @@ def _sample_strip_again(
             mask = tl.broadcast_to(exists & (out_column < out_width), [BLOCK, VECTOR])
             value, code = draw_cells(
                 origin_ptr, bias,
-                out_row * stride_h - padding_h, out_column * stride_w - padding_w,
+                0, out_row * stride_h - padding_h, out_column * stride_w - padding_w,
                 mask, uniform(seed_ptr, plane, out_row, out_column, tl.float32),
-                height, width, in_pitch * IN_UNIT, STEP if STEP > 0 else 1,
-                kernel_h, kernel_w, 1, 1, DEAD, tl.float32,
+                1, height, width, 0, in_pitch * IN_UNIT, STEP if STEP > 0 else 1,
+                1, kernel_h, kernel_w, 1, 1, 1, DEAD, tl.float32,
             )  # fmt: skip
             to = _elements(output_ptr, index, x, STEP, VECTOR, OUT_UNIT)
             tl.store(to, value.to(output_ptr.dtype.element_ty), mask=mask)
@@ -580,11 +580,11 @@ def _expect_strip_again(
             mask = tl.broadcast_to(exists & (out_column < out_width), [BLOCK, VECTOR])
             expectation, _total, infinite, scale = expect(
                 origin_ptr, bias,
-                out_row * stride_h - padding_h, out_column * stride_w - padding_w, mask,
-                height, width, in_pitch * IN_UNIT, STEP if STEP > 0 else 1,
-                kernel_h, kernel_w, 1, 1, tl.float32,
+                0, out_row * stride_h - padding_h, out_column * stride_w - padding_w, mask,
+                1, height, width, 0, in_pitch * IN_UNIT, STEP if STEP > 0 else 1,
+                1, kernel_h, kernel_w, 1, 1, 1, tl.float32,
             )  # fmt: skip
-            expectation = tl.where(infinite, float("inf"), expectation / scale)
+            expectation = unscaled(expectation, infinite, scale, tl.float32)
             to = _elements(output_ptr, index, x, STEP, VECTOR, OUT_UNIT)
             tl.store(to, expectation.to(output_ptr.dtype.element_ty), mask=mask)
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
+
+Ints: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Window:
-    """A sliding window over `(H, W)` planes, with the arguments of `F.max_pool2d`.
+    """A sliding window over `(H, W)` planes or `(D, H, W)` volumes, with the arguments of
+    `F.max_pool2d` and `F.max_pool3d`.
 
-    The cells of a window are numbered in row-major order, padding included: cell `i * kernel_w + j`
-    of the output `(oh, ow)` lies on the input row `oh * stride_h - padding_h + i * dilation_h` and
-    on the column `ow * stride_w - padding_w + j * dilation_w`.
+    The cells of a window are numbered in row-major order, padding included: cell
+    `(k * kernel_h + i) * kernel_w + j` of the output `(od, oh, ow)` lies on the input slice
+    `od * stride_d - padding_d + k * dilation_d`, on the row
+    `oh * stride_h - padding_h + i * dilation_h` and on the column
+    `ow * stride_w - padding_w + j * dilation_w`. A plane is a volume of one slice.
     """
 
     kernel_h: int
@@ -26,6 +32,10 @@ class Window:
     dilation_h: int
     dilation_w: int
     ceil_mode: bool
+    kernel_d: int = 1
+    stride_d: int = 1
+    padding_d: int = 0
+    dilation_d: int = 1
 
     @classmethod
     def of(
@@ -36,59 +46,80 @@ class Window:
         dilation: Sequence[int],
         ceil_mode: bool,
     ) -> Window:
-        """The window of four (height, width) pairs, checked."""
-        (kernel_h, kernel_w), (stride_h, stride_w) = kernel_size, stride
-        (padding_h, padding_w), (dilation_h, dilation_w) = padding, dilation
+        """The window of four (depth, height, width) triples, (height, width) pairs, or widths,
+        checked."""
+        kernel_d, kernel_h, kernel_w = _triple(kernel_size, 1)
+        stride_d, stride_h, stride_w = _triple(stride, 1)
+        padding_d, padding_h, padding_w = _triple(padding, 0)
+        dilation_d, dilation_h, dilation_w = _triple(dilation, 1)
         window = cls(
             kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-            ceil_mode,
+            ceil_mode, kernel_d, stride_d, padding_d, dilation_d,
         )  # fmt: skip
         window._check()
         return window
 
     def _check(self) -> None:
-        if min(self.kernel_h, self.kernel_w) <= 0:
+        if min(self.kernel_d, self.kernel_h, self.kernel_w) <= 0:
             raise RuntimeError(
                 "kernel size should be greater than zero, but got "
-                f"kH: {self.kernel_h} kW: {self.kernel_w}"
+                f"kT: {self.kernel_d} kH: {self.kernel_h} kW: {self.kernel_w}"
             )
-        if min(self.stride_h, self.stride_w) <= 0:
+        if min(self.stride_d, self.stride_h, self.stride_w) <= 0:
             raise RuntimeError(
                 "stride should be greater than zero, but got "
-                f"dH: {self.stride_h} dW: {self.stride_w}"
+                f"dT: {self.stride_d} dH: {self.stride_h} dW: {self.stride_w}"
             )
-        if min(self.dilation_h, self.dilation_w) <= 0:
+        if min(self.dilation_d, self.dilation_h, self.dilation_w) <= 0:
             raise RuntimeError(
                 "dilation should be greater than zero, but got "
-                f"dilationH: {self.dilation_h} dilationW: {self.dilation_w}"
+                f"dilationT: {self.dilation_d} dilationH: {self.dilation_h} "
+                f"dilationW: {self.dilation_w}"
             )
-        if min(self.padding_h, self.padding_w) < 0:
+        if min(self.padding_d, self.padding_h, self.padding_w) < 0:
             raise RuntimeError(
-                f"pad must be non-negative, but got padH: {self.padding_h} padW: {self.padding_w}"
+                "pad must be non-negative, but got "
+                f"padT: {self.padding_d} padH: {self.padding_h} padW: {self.padding_w}"
             )
-        if self.padding_h > self.kernel_h // 2 or self.padding_w > self.kernel_w // 2:
+        if (
+            self.padding_d > self.kernel_d // 2
+            or self.padding_h > self.kernel_h // 2
+            or self.padding_w > self.kernel_w // 2
+        ):
             raise RuntimeError(
                 "pad should be smaller than or equal to half of kernel size, but got "
-                f"padW = {self.padding_w}, padH = {self.padding_h}, "
-                f"kW = {self.kernel_w}, kH = {self.kernel_h}"
+                f"padT = {self.padding_d}, padH = {self.padding_h}, padW = {self.padding_w}, "
+                f"kT = {self.kernel_d}, kH = {self.kernel_h}, kW = {self.kernel_w}"
             )
+
+    def arguments(self, dims: int) -> tuple[Ints, Ints, Ints, Ints, bool]:
+        """What `of` takes, with `dims` (2 or 3) numbers for each argument."""
+        kernel_size, stride, padding, dilation = zip(*self.sides(dims), strict=True)
+        return kernel_size, stride, padding, dilation, self.ceil_mode
 
     @property
     def cells(self) -> int:
         """Number of cells of a window."""
-        return self.kernel_h * self.kernel_w
+        return self.kernel_d * self.kernel_h * self.kernel_w
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Output height and width for an input plane of `height` x `width`."""
-        ceil = self.ceil_mode
+    def sides(self, dims: int) -> tuple[tuple[int, int, int, int], ...]:
+        """Kernel size, stride, padding and dilation of each of the last `dims` dimensions."""
         return (
-            _outputs(height, self.kernel_h, self.stride_h, self.padding_h, self.dilation_h, ceil),
-            _outputs(width, self.kernel_w, self.stride_w, self.padding_w, self.dilation_w, ceil),
+            (self.kernel_d, self.stride_d, self.padding_d, self.dilation_d),
+            (self.kernel_h, self.stride_h, self.padding_h, self.dilation_h),
+            (self.kernel_w, self.stride_w, self.padding_w, self.dilation_w),
+        )[-dims:]
+
+    def output_size(self, *size: int) -> tuple[int, ...]:
+        """Output size for planes of `(height, width)` or volumes of `(depth, height, width)`."""
+        return tuple(
+            _outputs(length, *side, self.ceil_mode)
+            for length, side in zip(size, self.sides(len(size)), strict=True)
         )
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """The smallest integer type with a value for each cell and one more, `DEAD`."""
+        """The smallest integer type with a value for each cell and one more, `dead_code`."""
         if self.cells <= 255:
             return torch.uint8
         if self.cells <= 32767:
@@ -100,34 +131,45 @@ class Window:
         """The code of a window without a live cell: -1, as `code_dtype` holds it."""
         return 255 if self.code_dtype == torch.uint8 else -1
 
-    def flat_indices(self, code: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """The flat indices `h * width + w` of the drawn cells, as `F.max_unpool2d` takes them.
+    def flat_indices(self, code: torch.Tensor, *size: int) -> torch.Tensor:
+        """The flat indices of the drawn cells, as `F.max_unpool2d` and `F.max_unpool3d` take them.
 
         Args:
-            code: cell numbers, `(..., OH, OW)`, of `code_dtype`.
-            height, width: size of the input plane.
+            code: cell numbers, `(..., OH, OW)` or `(..., OD, OH, OW)`, of `code_dtype`.
+            size: of the input, (height, width) or (depth, height, width).
 
         Returns:
-            int64 indices of the shape of `code`; where the window is dead, that of its first
-            in-bounds cell.
+            int64 `h * width + w` or `(d * height + h) * width + w` of the shape of `code`; where
+            the window is dead, that of its first in-bounds cell.
         """
-        device = code.device
-        rows = torch.arange(code.shape[-2], device=device) * self.stride_h - self.padding_h
-        cols = torch.arange(code.shape[-1], device=device) * self.stride_w - self.padding_w
-        cell = code.to(torch.int64)
-        row = rows[:, None] + cell // self.kernel_w * self.dilation_h
-        col = cols + cell % self.kernel_w * self.dilation_w
-        first_row = _first_inside(rows, self.dilation_h, height)
-        first_col = _first_inside(cols, self.dilation_w, width)
+        sides = self.sides(len(size))
         dead = code == self.dead_code
-        return torch.where(dead, first_row[:, None] * width + first_col, row * width + col)
+        rest = code.to(torch.int64)
+        flat = torch.zeros_like(rest)
+        pitch = 1
+        # The last dimension's cells are numbered fastest.
+        for dim in range(-1, -len(size) - 1, -1):
+            kernel, stride, padding, dilation = sides[dim]
+            starts = torch.arange(code.shape[dim], device=code.device) * stride - padding
+            starts = starts.view(-1, *[1] * (-dim - 1))
+            drawn = starts + rest % kernel * dilation
+            rest = rest // kernel
+            position = torch.where(dead, _first_inside(starts, dilation, size[dim]), drawn)
+            flat = flat + position * pitch
+            pitch = pitch * size[dim]
+        return flat
 
 
 def memory_format(tensor: torch.Tensor) -> torch.memory_format:
     """The format that a result of `tensor`'s shape and layout should have, dense or not."""
-    if tensor.is_contiguous() or tensor.stride(1) != 1 or tensor.stride(3) < tensor.size(1):
+    if tensor.is_contiguous() or tensor.stride(1) != 1 or tensor.stride(-1) < tensor.size(1):
         return torch.contiguous_format
-    return torch.channels_last
+    return torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+
+
+def _triple(values: Sequence[int], default: int) -> tuple[int, int, int]:
+    depth, height, width = (*[default] * (3 - len(values)), *values)
+    return depth, height, width
 
 
 def _outputs(

@@ -1,0 +1,387 @@
+"""The derivatives of the operator: what `loss.backward()`, `torch.func` and forward mode use.
+
+The fused ops of `ops.py` give values and first derivatives in reverse mode. What is asked for
+rarely (forward mode, derivatives of derivatives) is composed from PyTorch's own operators, which
+any transform can take further.
+
+Drawing is linear in what is drawn from once the cells are known, so all its derivatives are
+picking cells and sending back to them. The expectation y = sum w * w / S has the derivative
+(2 w_l - y) / S by each live weight (Zeiler & Fergus 2013, of equation 3.2).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+
+from . import ops, reference
+from .window import Window
+
+
+class StochasticSample(Function):
+    """Training mode: `(input, bias, seed, window) -> (output, code)`.
+
+    Keeps the code alone for backward: one byte per output for windows of up to 255 cells.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: torch.Tensor,
+        bias: torch.Tensor | None,
+        seed: torch.Tensor,
+        window: Window,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.sample(input, bias, seed, *window.arguments(input.dim() - 2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        input, bias, _, ctx.window = inputs
+        _, code = output
+        ctx.mark_non_differentiable(code)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(code)
+        ctx.save_for_forward(code)
+        ctx.size = tuple(input.shape[2:])
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple:
+        if grad_output is None:
+            return None, None, None, None
+        (code,) = ctx.saved_tensors
+        with_bias = ctx.needs_input_grad[1]
+        if torch.compiler.is_compiling():  # which differentiates once
+            grad_input, grad_bias = ops.sample_backward(
+                grad_output, code, ctx.size, *ctx.window.arguments(len(ctx.size)), with_bias
+            )
+        else:
+            grad_input, grad_bias = StochasticSampleBackward.apply(
+                grad_output, code, ctx.window, with_bias, *ctx.size
+            )
+        return grad_input, grad_bias.to(ctx.bias_dtype) if with_bias else None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, tangent: torch.Tensor | None, bias_tangent: torch.Tensor | None, *_: None
+    ) -> tuple:
+        (code,) = ctx.saved_tensors
+        return _pick(tangent, bias_tangent, code, ctx.size, ctx.window), None
+
+
+class StochasticSampleBackward(Function):
+    """`(grad_output, code, window, with_bias, *size) -> (grad_input, grad_bias)`: linear."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_output: torch.Tensor,
+        code: torch.Tensor,
+        window: Window,
+        with_bias: bool,
+        *size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.sample_backward(grad_output, code, size, *window.arguments(len(size)), with_bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad_output, code, *ctx.arguments = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(code)
+        ctx.save_for_forward(code)
+        ctx.dtype = grad_output.dtype
+
+    @staticmethod
+    def backward(
+        ctx: Any, tangent: torch.Tensor | None, bias_tangent: torch.Tensor | None
+    ) -> tuple:
+        (code,) = ctx.saved_tensors
+        window, with_bias, *size = ctx.arguments
+        bias_tangent = bias_tangent if with_bias else None
+        grad = None
+        if tangent is not None or bias_tangent is not None:
+            grad = _pick(tangent, bias_tangent, code, size, window).to(ctx.dtype)
+        return grad, None, *[None] * len(ctx.arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> tuple:
+        (code,) = ctx.saved_tensors
+        return StochasticSampleBackward.apply(tangent, code, *ctx.arguments)
+
+
+class StochasticExpectation(Function):
+    """Evaluation mode: `(input, bias, window) -> output`. Keeps the input if a gradient is due."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
+        return ops.expectation(input, bias, *window.arguments(input.dim() - 2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        input, bias, ctx.window = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, bias)
+        ctx.save_for_forward(input, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple:
+        if grad_output is None:
+            return None, None, None
+        input, bias = ctx.saved_tensors
+        with_bias = ctx.needs_input_grad[1]
+        grad_input, grad_bias = StochasticExpectationBackward.apply(
+            grad_output, input, bias, ctx.window, with_bias
+        )
+        return grad_input, grad_bias.to(bias.dtype) if with_bias else None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, tangent: torch.Tensor | None, bias_tangent: torch.Tensor | None, _: None
+    ) -> torch.Tensor:
+        input, bias = ctx.saved_tensors
+        return _expectation_tangent(input, bias, tangent, bias_tangent, ctx.window)
+
+
+class StochasticExpectationBackward(Function):
+    """`(grad_output, input, bias, window, with_bias) -> (grad_input, grad_bias)`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_output: torch.Tensor,
+        input: torch.Tensor,
+        bias: torch.Tensor | None,
+        window: Window,
+        with_bias: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.expectation_backward(
+            grad_output, input, bias, *window.arguments(input.dim() - 2), with_bias
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad_output, input, bias, ctx.window, ctx.with_bias = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_output, input, bias)
+        ctx.save_for_forward(grad_output, input, bias)
+
+    @staticmethod
+    def backward(
+        ctx: Any, tangent: torch.Tensor | None, bias_tangent: torch.Tensor | None
+    ) -> tuple:
+        grad_output, input, bias = ctx.saved_tensors
+        bias_tangent = bias_tangent if ctx.with_bias else None
+        if tangent is None and bias_tangent is None:
+            return None, None, None, None, None
+        # grad_input and grad_bias are the gradient of <grad_output, y>, so what they are
+        # contracted with is a tangent, and the contraction is <grad_output, tangent of y>.
+        grad = _expectation_tangent(input, bias, tangent, bias_tangent, ctx.window)
+        second, bias_second = _second_derivative(
+            grad_output, input, bias, tangent, bias_tangent, ctx.window
+        )
+        return grad.to(grad_output.dtype), second, bias_second, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        grad_tangent: torch.Tensor | None,
+        tangent: torch.Tensor | None,
+        bias_tangent: torch.Tensor | None,
+        *_: None,
+    ) -> tuple:
+        grad_output, input, bias = ctx.saved_tensors
+        grad_input = torch.zeros_like(input, dtype=grad_output.dtype)
+        dtype = reference.accumulation_dtype(grad_output.dtype)
+        grad_bias = input.new_zeros(input.shape[1] if ctx.with_bias else 0, dtype=dtype)
+        if grad_tangent is not None:
+            grad_input, grad_bias = StochasticExpectationBackward.apply(
+                grad_tangent, input, bias, ctx.window, ctx.with_bias
+            )
+        if tangent is not None or bias_tangent is not None:
+            # Second derivatives commute: the tangent of a gradient is the gradient of a tangent.
+            second, bias_second = _second_derivative(
+                grad_output, input, bias, tangent, bias_tangent, ctx.window
+            )
+            grad_input = grad_input + second.to(grad_input.dtype)
+            if bias_second is not None and ctx.with_bias:
+                grad_bias = grad_bias + bias_second.to(dtype)
+        return grad_input, grad_bias
+
+
+def sample(
+    input: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, window: Window
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.sample`, differentiable by whatever transform runs it."""
+    if not torch.compiler.is_compiling():
+        return StochasticSample.apply(input, bias, seed, window)
+    arguments = window.arguments(input.dim() - 2)
+    if torch.compiler.is_exporting():
+        return ops.sample(input, bias, seed, *arguments)
+    if not _transforming():
+        return _CompilableSample.apply(input, bias, seed, window)
+    still = None if bias is None else bias.detach()
+    _, code = ops.sample(input.detach(), still, seed, *arguments)
+    w = reference.rectify(input, bias)
+    return _pick(w, None, code, input.shape[2:], window).to(input.dtype), code
+
+
+def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
+    """`ops.expectation`, differentiable by whatever transform runs it."""
+    if torch.onnx.is_in_onnx_export():
+        return _composed_expectation(input, bias, window)
+    if not torch.compiler.is_compiling():
+        return StochasticExpectation.apply(input, bias, window)
+    if torch.compiler.is_exporting():
+        return ops.expectation(input, bias, *window.arguments(input.dim() - 2))
+    if not _transforming():
+        return _CompilableExpectation.apply(input, bias, window)
+    return _composed_expectation(input, bias, window)
+
+
+def _transforming() -> bool:
+    """Whether a transform of `torch.func` runs: `torch.compile` looks through a Function there, so
+    that its derivatives would be lost."""
+    return torch._C._are_functorch_transforms_active()
+
+
+class _CompilableSample(StochasticSample):
+    """For `torch.compile`, which takes no Function with a forward mode."""
+
+    jvp = Function.jvp  # type: ignore[assignment]
+
+
+class _CompilableExpectation(StochasticExpectation):
+    """For `torch.compile`, which takes no Function with a forward mode."""
+
+    jvp = Function.jvp  # type: ignore[assignment]
+
+
+# An exported program calls the ops themselves; it can be trained because they know their gradients.
+
+
+def _setup_sample(ctx: Any, inputs: tuple, output: tuple) -> None:
+    input, bias, seed, *window = inputs
+    StochasticSample.setup_context(ctx, (input, bias, seed, Window.of(*window)), output)
+
+
+def _sample_backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple:
+    gradients = StochasticSample.backward(ctx, grad_output, None)
+    return *gradients[:2], None, None, None, None, None, None
+
+
+def _setup_expectation(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    input, bias, *window = inputs
+    StochasticExpectation.setup_context(ctx, (input, bias, Window.of(*window)), output)
+
+
+def _expectation_backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple:
+    grad_input, grad_bias, _ = StochasticExpectation.backward(ctx, grad_output)
+    return grad_input, grad_bias, None, None, None, None, None
+
+
+ops.sample.register_autograd(_sample_backward, setup_context=_setup_sample)
+ops.expectation.register_autograd(_expectation_backward, setup_context=_setup_expectation)
+
+
+def _pick(
+    tangent: torch.Tensor | None,
+    bias_tangent: torch.Tensor | None,
+    code: torch.Tensor,
+    size: Sequence[int],
+    window: Window,
+) -> torch.Tensor:
+    """What lies in the drawn cells, `(N, C, OH, OW)`; 0 for a dead window."""
+    picked = None
+    if tangent is not None:
+        index = window.flat_indices(code, *size)
+        # `reshape`, for autograd's own batching of gradients has no `flatten`.
+        flat = (*code.shape[:2], -1)
+        picked = tangent.reshape(flat).gather(2, index.reshape(flat)).view(code.shape)
+    if bias_tangent is not None:
+        channel = bias_tangent.view(-1, *[1] * (code.dim() - 2))
+        picked = channel.expand(code.shape) if picked is None else picked + channel.to(picked.dtype)
+    assert picked is not None
+    return torch.where(code == window.dead_code, 0, picked)
+
+
+def _composed_expectation(
+    input: torch.Tensor, bias: torch.Tensor | None, window: Window
+) -> torch.Tensor:
+    """The expectation in operators that every transform knows, and ONNX has.
+
+    Squares of weights above 1e19 overflow in fp32.
+    """
+    kernel, stride, padding, dilation, ceil_mode = window.arguments(input.dim() - 2)
+    w = reference.rectify(input, bias)
+    if ceil_mode or max(dilation) > 1:
+        cells = torch.stack(reference.cells(w, window))
+        total, squares = cells.sum(0), cells.square().sum(0)
+    else:
+        # Both means have one divisor, which their quotient does not.
+        mean = F.avg_pool2d if input.dim() == 4 else F.avg_pool3d
+        total, squares = (mean(x, kernel, stride, padding) for x in (w, w * w))
+    live = total > 0
+    return torch.where(live, squares / torch.where(live, total, 1), total).to(input.dtype)
+
+
+def _expectation_tangent(
+    input: torch.Tensor,
+    bias: torch.Tensor | None,
+    tangent: torch.Tensor | None,
+    bias_tangent: torch.Tensor | None,
+    window: Window,
+) -> torch.Tensor:
+    """2 sum (w / S) t - (y / S) sum t, over the live cells with their tangents t.
+
+    Not a number in a window with an infinite cell.
+    """
+    w = reference.rectify(input, bias)
+    t = torch.zeros_like(w) if tangent is None else tangent.to(w.dtype)
+    if bias_tangent is not None:
+        t = t + bias_tangent.to(w.dtype).view(-1, *[1] * (w.dim() - 2))
+    t = torch.where(w > 0, t, 0)
+    # Sums that overflow are taken of smaller weights, as in the reference: w / S stays the same.
+    overflow = _sum(reference.cells(w.detach(), window)).isinf()
+    scale = torch.where(overflow, reference.OVERFLOW_SCALE, 1.0).to(w.dtype)
+    cells = [cell * scale for cell in reference.cells(w, window)]
+    tangents = reference.cells(t, window)
+    total = _sum(cells)
+    live = total >= reference.SMALLEST_SUM
+    divisor = torch.where(live, total, 1)
+    shares = [cell / divisor for cell in cells]
+    along = _sum(share * t_cell for share, t_cell in zip(shares, tangents, strict=True))
+    # y / S is the sum of the squares of the shares.
+    result = 2 * along - _sum(share * share for share in shares) * _sum(tangents)
+    return torch.where(live, result, 0).to(input.dtype)
+
+
+def _second_derivative(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    bias: torch.Tensor | None,
+    tangent: torch.Tensor | None,
+    bias_tangent: torch.Tensor | None,
+    window: Window,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of <grad_output, tangent of the expectation> by input and bias."""
+    inputs = (input,) if bias is None else (input, bias)
+
+    def along(input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return _expectation_tangent(input, bias, tangent, bias_tangent, window)
+
+    gradients = torch.func.vjp(along, *inputs)[1](grad_output)
+    return gradients if bias is not None else (*gradients, None)
+
+
+def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return functools.reduce(torch.add, tensors)

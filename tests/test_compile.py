@@ -1,0 +1,237 @@
+"""Whole-graph compilation, checkpointing and export."""
+
+from __future__ import annotations
+
+import copy
+import io
+import shutil
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from stochastic_pooling import (
+    AdaptiveStochasticPool2d,
+    StochasticPool1d,
+    StochasticPool2d,
+    StochasticPool3d,
+    stochastic_pool2d,
+)
+
+# What the case is for: (pool, convolution before it, shape of the input).
+NETWORKS = {
+    "1d": (StochasticPool1d(3, 2, 1), nn.Conv1d, (2, 3, 14)),
+    "2d": (StochasticPool2d(3, 2, 1), nn.Conv2d, (2, 3, 12, 14)),
+    "2d, ceil_mode": (StochasticPool2d(3, 2, ceil_mode=True), nn.Conv2d, (2, 3, 12, 14)),
+    "2d, dilated": (StochasticPool2d(3, 2, 1, 2), nn.Conv2d, (2, 3, 12, 14)),
+    "3d": (StochasticPool3d(3, 2, 1), nn.Conv3d, (2, 3, 6, 7, 8)),
+    "global": (AdaptiveStochasticPool2d(1), nn.Conv2d, (2, 3, 12, 14)),
+    "adaptive": (AdaptiveStochasticPool2d((5, 4)), nn.Conv2d, (2, 3, 12, 14)),
+}
+
+
+class TwoPools(nn.Module):
+    """A convolution whose output is pooled twice, once with another bias: the draws must differ."""
+
+    def __init__(self, pool: nn.Module, convolution: type[nn.Module]) -> None:
+        super().__init__()
+        self.convolution = convolution(3, 4, 3, padding=1)
+        self.bias = nn.Parameter(torch.zeros(4))
+        self.first, self.second = copy.deepcopy(pool), copy.deepcopy(pool)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.convolution(x)
+        return self.first(x), self.second(x, bias=self.bias)
+
+
+@pytest.fixture(params=NETWORKS)
+def network_and_shape(request: pytest.FixtureRequest, device) -> tuple[nn.Module, tuple[int, ...]]:
+    pool, convolution, shape = NETWORKS[request.param]
+    return TwoPools(pool, convolution).to(device), shape
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the default backend: the ops are opaque to the compiler, so one stands for all."""
+    monkeypatch.delenv("STOCHASTIC_POOLING_BACKEND", raising=False)
+    torch._dynamo.reset()
+
+
+def run(module: nn.Module, parameters: list[nn.Parameter], x: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs and gradients at a fixed seed."""
+    torch.manual_seed(5)
+    outputs = module(x)
+    loss = sum(output.square().sum() for output in outputs)
+    return [*outputs, *torch.autograd.grad(loss, parameters)]
+
+
+def counting(backend: str) -> torch._dynamo.testing.CompileCounterWithBackend:
+    return torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_one_graph_for_every_batch_size(training, network_and_shape, device):
+    network, shape = network_and_shape
+    network.train(training)
+    parameters = list(network.parameters())
+    counter = counting("aot_eager")
+    compiled = torch.compile(network, fullgraph=True, backend=counter)
+    for batch in (2, 3, 5, 7):
+        x = torch.randn(batch, *shape[1:], device=device)
+        results = run(compiled, parameters, x)
+        for result, expected in zip(results, run(network, parameters, x), strict=True):
+            torch.testing.assert_close(result, expected)
+        assert torch.equal(results[0], results[1]) != training
+    # One for the first batch, one for all the others.
+    assert counter.frame_count == 2
+
+
+def test_one_graph_for_every_image_size(device):
+    for pool in (StochasticPool2d(3, 2, 1), AdaptiveStochasticPool2d((5, 4))):
+        torch._dynamo.reset()
+        network = TwoPools(pool, nn.Conv2d).to(device)
+        parameters = list(network.parameters())
+        counter = counting("aot_eager")
+        compiled = torch.compile(network, fullgraph=True, backend=counter, dynamic=True)
+        for more in (0, 2, 5, 7):
+            x = torch.randn(2, 3, 12 + more, 14 + more, device=device)
+            for result, expected in zip(
+                run(compiled, parameters, x), run(network, parameters, x), strict=True
+            ):
+                torch.testing.assert_close(result, expected)
+        assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and shutil.which("g++") is None,
+    reason="Inductor compiles C++ for CPUs",
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_inductor_draws_what_eager_draws(training, device):
+    network = TwoPools(StochasticPool2d(3, 1, 1), nn.Conv2d).to(device).train(training)
+    parameters = list(network.parameters())
+    compiled = torch.compile(network, fullgraph=True)
+    x = torch.randn(2, 3, 12, 14, device=device)
+    for result, expected in zip(
+        run(compiled, parameters, x), run(network, parameters, x), strict=True
+    ):
+        # Inductor sums in another order.
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_checkpointing_replays_the_draw(compiling, reentrant, device):
+    network = TwoPools(StochasticPool2d(3, 1, 1), nn.Conv2d).to(device)
+    parameters = list(network.parameters())
+    x = torch.randn(2, 3, 8, 8, device=device).requires_grad_()
+    plain = run(network, parameters, x)
+
+    def replayed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return checkpoint(network, x, use_reentrant=reentrant)
+
+    if reentrant:  # which knows `backward` alone
+        torch.manual_seed(5)
+        outputs = replayed(x)
+        sum(output.square().sum() for output in outputs).backward()
+        results = [*outputs, *(parameter.grad for parameter in parameters)]
+    else:
+        if compiling:
+            replayed = torch.compile(replayed, fullgraph=True, backend="aot_eager_decomp_partition")
+        results = run(replayed, parameters, x)
+    for result, expected in zip(results, plain, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_transforms_compile(training, device):
+    """`torch.compile` of `torch.func`."""
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return stochastic_pool2d(x, 3, 1, 1, training=training).square().sum()
+
+    x = torch.randn(4, 2, 3, 6, 5, device=device)
+    for transformed, argument in (
+        (torch.func.grad(loss), x[0]),
+        (torch.func.vmap(loss, randomness="different"), x),
+        (torch.func.vmap(torch.func.grad(loss), randomness="different"), x),
+        (lambda x: torch.func.jvp(loss, (x,), (x,)), x[0]),
+    ):
+        torch._dynamo.reset()
+        torch.manual_seed(2)
+        expected = transformed(argument)
+        torch.manual_seed(2)
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(argument), expected)
+
+
+def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export_of_a_model_in_evaluation(strict, network_and_shape, device):
+    network, shape = network_and_shape
+    network.eval()
+    program = torch.export.export(
+        network,
+        (torch.randn(shape, device=device),),
+        dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}},
+        strict=strict,
+    )
+    exported = saved_and_loaded(program).module()
+    x = torch.randn(5, *shape[1:], device=device)
+    for output, expected in zip(exported(x), network(x), strict=True):
+        torch.testing.assert_close(output, expected)
+
+
+def test_exported_training_graph_draws_and_trains(device):
+    network = TwoPools(StochasticPool2d(3, 1, 1), nn.Conv2d).to(device)
+    x = torch.randn(2, 3, 6, 6, device=device)
+    exported = torch.export.export(network, (x,)).module()
+    results = run(exported, list(exported.parameters()), x)
+    for result, expected in zip(results, run(network, list(network.parameters()), x), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+def test_onnx_of_a_model_in_evaluation(half, network_and_shape, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    network, shape = network_and_shape
+    network = network.cpu().eval()
+    if half:  # onnxruntime has no fp16 convolution for CPUs
+        network = network.first
+    dtype = torch.float16 if half else torch.float32
+    path = tmp_path / "model.onnx"
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.onnx.export(
+        network,
+        (torch.randn(shape, dtype=dtype),),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: batch},),
+    )
+    program.save(path)
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}  # standard operators
+
+    x = torch.randn(5, *shape[1:]).to(dtype)
+    x[0, 0] = -1  # dead windows
+    x[1, 0].flatten()[0] = torch.nan
+    x[2, 0] = 600  # the squares are beyond fp16
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = network(x)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for output, other in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(
+            torch.from_numpy(output), other, equal_nan=True,
+            rtol=2e-3 if half else 1e-4, atol=1e-3 if half else 1e-5,
+        )  # fmt: skip

@@ -1,0 +1,179 @@
+"""Derivatives beyond `backward`: forward mode, second order, `torch.func`, per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import func
+
+from stochastic_pooling import stochastic_pool1d, stochastic_pool2d, stochastic_pool3d
+
+POOLS = {1: stochastic_pool1d, 2: stochastic_pool2d, 3: stochastic_pool3d}
+SHAPES = {1: (2, 3, 7), 2: (2, 3, 4, 5), 3: (1, 2, 2, 3, 4)}
+
+Pool = Callable[..., torch.Tensor]
+
+
+def drawing_alike(dims: int, training: bool, device: torch.device) -> Pool:
+    """A pool that draws the same cells at each call."""
+
+    def pool(input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        return POOLS[dims](input, 3, 1, 1, bias=bias, training=training, generator=generator)
+
+    return pool
+
+
+def inputs(dims: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """In fp64, and away from zero, where ReLU has no derivative."""
+    x = torch.randn(SHAPES[dims], dtype=torch.float64, device=device)
+    bias = torch.rand(SHAPES[dims][1], dtype=torch.float64, device=device) * 0.05
+    return x + x.sign() * 0.1, bias
+
+
+@pytest.fixture(params=[1, 2, 3], ids=["1d", "2d", "3d"])
+def dims(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["training", "evaluation"])
+def training(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+# The interpreter is slow, and the derivatives are the same code on every backend.
+@pytest.fixture(autouse=True)
+def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STOCHASTIC_POOLING_BACKEND", raising=False)
+
+
+def test_first_derivatives_in_both_modes(dims, training, device):
+    pool = drawing_alike(dims, training, device)
+    arguments = [tensor.requires_grad_() for tensor in inputs(dims, device)]
+    assert torch.autograd.gradcheck(pool, arguments, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradcheck(pool, arguments[:1], check_forward_ad=True)
+
+
+def test_second_derivatives_in_both_orders(dims, training, device):
+    pool = drawing_alike(dims, training, device)
+    arguments = [tensor.requires_grad_() for tensor in inputs(dims, device)]
+    assert torch.autograd.gradgradcheck(
+        pool, arguments, check_fwd_over_rev=True, check_batched_grad=True
+    )
+    assert torch.autograd.gradgradcheck(pool, arguments[:1], check_fwd_over_rev=True)
+
+
+def test_second_derivatives_where_sums_overflow_or_vanish(device):
+    """The weights 1e38, 3e38 and 2e38 sum to infinity in fp32; scaled down they are ordinary."""
+    ratios = torch.tensor([[[1.0, 3.0, 2.0, -1.0]]], device=device)
+
+    def derivatives(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        x = (ratios * scale).requires_grad_()
+        output = stochastic_pool1d(x, 4, training=False)
+        (grad,) = torch.autograd.grad(output, x, create_graph=True)
+        (second,) = torch.autograd.grad((grad * ratios**2).sum(), x)
+        return grad.detach(), second
+
+    grad, second = derivatives(1.0)
+    for scale in (1e38, 1e-20):
+        large_grad, large_second = derivatives(scale)
+        torch.testing.assert_close(large_grad, grad)
+        torch.testing.assert_close(large_second * scale, second, rtol=1e-4, atol=1e-6)
+    # Below 2**-100 the gradient is zero by definition, and so are its derivatives.
+    for derivative in derivatives(1e-35):
+        assert torch.equal(derivative, torch.zeros_like(derivative))
+
+
+def test_forward_mode_agrees_with_reverse_mode(training, device):
+    """<v, J t> from one and <J' v, t> from the other, and the tangent is never silently zero."""
+    pool = drawing_alike(2, training, device)
+    x, bias = inputs(2, device)
+    tangents = (torch.randn_like(x), torch.randn_like(bias))
+    output, tangent = func.jvp(pool, (x, bias), tangents)
+    cotangent = torch.randn_like(output)
+    _, pull_back = func.vjp(pool, x, bias)
+    expected = sum((g * t).sum() for g, t in zip(pull_back(cotangent), tangents, strict=True))
+    torch.testing.assert_close((tangent * cotangent).sum(), expected)
+    with fwAD.dual_level():
+        dual = pool(fwAD.make_dual(x, tangents[0]), fwAD.make_dual(bias, tangents[1]))
+        torch.testing.assert_close(fwAD.unpack_dual(dual).tangent, tangent)
+        dual = pool(fwAD.make_dual(x.half(), tangents[0].half()), bias.float())
+        assert fwAD.unpack_dual(dual).tangent.dtype == torch.float16
+
+
+def test_functional_gradients_are_those_of_backward(training, device):
+    pool = drawing_alike(2, training, device)
+    arguments = [tensor.requires_grad_() for tensor in inputs(2, device)]
+    expected = torch.autograd.grad(pool(*arguments).square().sum(), arguments)
+    plain = [tensor.detach() for tensor in arguments]
+    gradients = func.grad(lambda *xs: pool(*xs).square().sum(), argnums=(0, 1))(*plain)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_jacobians_and_hessian(device):
+    x, _ = inputs(2, device)
+    x = x[:1, :1, :3, :4]
+    pool = drawing_alike(2, False, device)
+    jacobian = torch.autograd.functional.jacobian(pool, x)
+    torch.testing.assert_close(func.jacrev(pool)(x), jacobian)
+    torch.testing.assert_close(func.jacfwd(pool)(x), jacobian)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return pool(x).pow(3).sum()
+
+    torch.testing.assert_close(func.hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
+
+
+def batch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(4, *SHAPES[2], dtype=torch.float64, device=device)
+    return x, torch.rand(4, SHAPES[2][1], dtype=torch.float64, device=device)
+
+
+def test_vmap_of_the_expectation_is_the_loop(device):
+    def loss(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return stochastic_pool2d(x, 3, 1, 1, bias=bias, training=False).square().sum()
+
+    x, bias = batch(device)
+    for in_dims in ((0, 0), (0, None), (None, 0), (1, 0)):
+        arguments = [
+            tensor[0] if dim is None else tensor.movedim(0, dim)
+            for tensor, dim in zip((x, bias), in_dims, strict=True)
+        ]
+        values = func.vmap(loss, in_dims)(*arguments)
+        gradients = func.vmap(func.grad(loss, argnums=(0, 1)), in_dims)(*arguments)
+        for n in range(4):
+            example = (x[0] if in_dims[0] is None else x[n], bias[0 if in_dims[1] is None else n])
+            torch.testing.assert_close(values[n], loss(*example))
+            expected = func.grad(loss, argnums=(0, 1))(*example)
+            for gradient, other in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(gradient[n], other)
+
+
+def test_vmap_of_the_draw_follows_its_randomness(device):
+    def loss(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return stochastic_pool2d(x, 3, 1, 1, bias=bias).square().sum()
+
+    x, bias = batch(device)
+    per_example = func.grad(loss, argnums=(0, 1))
+    torch.manual_seed(1)
+    gradients = func.vmap(per_example, randomness="same")(x, bias)
+    for n in range(4):
+        torch.manual_seed(1)
+        for gradient, other in zip(gradients, per_example(x[n], bias[n]), strict=True):
+            torch.testing.assert_close(gradient[n], other)
+
+    alike = [tensor[:1].expand_as(tensor) for tensor in (x, bias)]
+    torch.manual_seed(1)
+    values = func.vmap(loss, randomness="different")(*alike)
+    assert values.unique().numel() == 4
+    torch.manual_seed(1)
+    assert torch.equal(func.vmap(loss, randomness="different")(*alike), values)
+    # The draws of each example are draws: 0 where a window is dead, else one of its cells.
+    pooled = func.vmap(lambda x: stochastic_pool2d(x, 3, 1, 1), randomness="different")(x)
+    assert torch.isin(pooled, torch.cat((x.flatten(), x.new_zeros(1)))).all()
+    with pytest.raises(RuntimeError, match="randomness"):
+        func.vmap(loss)(x, bias)

@@ -1,0 +1,188 @@
+"""Pools over volumes, and pools of windows that differ in size."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stochastic_pooling import (
+    adaptive_stochastic_pool2d,
+    philox,
+    reference,
+    stochastic_pool2d,
+    stochastic_pool3d,
+)
+from stochastic_pooling.window import Window
+
+from .conftest import generator
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
+]
+
+# What the case is for: (shape of the input, window); the last four numbers are the depth's.
+VOLUMES = {
+    "overlapping, padded": ((1, 2, 3, 3, 4), Window(3, 3, 1, 1, 1, 1, 1, 1, False, 3, 1, 1, 1)),
+    "tiles side by side": ((1, 2, 4, 4, 6), Window(2, 2, 2, 2, 0, 0, 1, 1, False, 2, 2, 0, 1)),
+    "mixed": ((1, 2, 7, 6, 5), Window(3, 2, 2, 1, 1, 1, 1, 2, True, 2, 3, 1, 2)),
+    "slice by slice": ((2, 2, 2, 5, 6), Window(3, 3, 2, 2, 1, 1, 1, 1, False)),
+    "along the depth": ((1, 2, 7, 2, 3), Window(1, 1, 1, 1, 0, 0, 1, 1, True, 3, 2, 1, 1)),
+}
+LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("case", VOLUMES)
+def test_triton_draws_the_reference_cells(case, layout, device):
+    kernels = pytest.importorskip("stochastic_pooling.triton_kernels", exc_type=ImportError)
+    shape, window = VOLUMES[case]
+    x = torch.randn(shape, device=device).contiguous(memory_format=layout)
+    x[0, 0, 0, 0, 0], x[0, 1, -1, -1, -1] = torch.nan, torch.inf
+    bias = torch.randn(shape[1], device=device)
+    seed = torch.tensor(-77, device=device)
+    output, code = kernels.sample(x, bias, seed, window)
+    expected, expected_code = reference.sample(x, bias, seed, window)
+    assert torch.equal(code, expected_code)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
+    mean = kernels.expectation(x, bias, window)
+    torch.testing.assert_close(mean, reference.expectation(x, bias, window), equal_nan=True)
+    for result in (output, code, mean):
+        assert result.is_contiguous(memory_format=layout)
+    grad = torch.randn_like(output)
+    for result, other in (
+        (
+            kernels.sample_backward(grad, code, shape[2:], window, True),
+            reference.sample_backward(grad, code, shape[2:], window, True),
+        ),
+        (
+            kernels.expectation_backward(grad, x, bias, window, True),
+            reference.expectation_backward(grad, x, bias, window, True),
+        ),
+    ):
+        torch.testing.assert_close(result, other, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", VOLUMES)
+def test_definition_window_by_window(case, device):
+    """The definition read aloud, in plain Python, against the function in fp64."""
+    shape, window = VOLUMES[case]
+    x = torch.randn(shape, dtype=torch.float64, device=device)
+    x[0, 0, :3, :4, :4] = -1  # dead windows
+    *arguments, ceil_mode = window.arguments(3)
+    output, indices = stochastic_pool3d(
+        x, *arguments, ceil_mode=ceil_mode, return_indices=True, generator=generator(device)
+    )
+    mean = stochastic_pool3d(x, *arguments, ceil_mode=ceil_mode, training=False)
+    seed = torch.randint(
+        -(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator(device)
+    )
+    u = philox.uniforms(seed, output.shape)
+    assert output.shape == F.max_pool3d(x, *arguments, ceil_mode=ceil_mode).shape
+    sides = window.sides(3)
+    for place in itertools.product(*map(range, output.shape)):
+        cells = []
+        for cell in itertools.product(*(range(kernel) for kernel, *_ in sides)):
+            d, h, w = (
+                out * stride - padding + number * dilation
+                for out, number, (_, stride, padding, dilation) in zip(
+                    place[2:], cell, sides, strict=True
+                )
+            )
+            if 0 <= d < shape[2] and 0 <= h < shape[3] and 0 <= w < shape[4]:
+                value = max(float(x[(*place[:2], d, h, w)]), 0.0)
+                cells.append((value, (d * shape[3] + h) * shape[4] + w))
+        total = sum(value for value, _ in cells)
+        if total == 0:
+            assert (output[place], indices[place], mean[place]) == (0, cells[0][1], 0)
+            continue
+        running = itertools.accumulate(value for value, _ in cells)
+        drawn = sum(before <= float(u[place]) * total for before in running)
+        assert (output[place], indices[place]) == cells[drawn]
+        expected = sum(value * value for value, _ in cells) / total
+        assert float(mean[place]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_volume_of_one_slice_is_a_plane(device):
+    x = torch.randn(2, 3, 5, 6, device=device)
+    for training in (True, False):
+        plane = stochastic_pool2d(x, 3, 1, 1, training=training, generator=generator(device))
+        volume = stochastic_pool3d(
+            x.unsqueeze(2), (1, 3, 3), 1, (0, 1, 1), training=training, generator=generator(device)
+        )
+        torch.testing.assert_close(volume.squeeze(2), plane)
+
+
+def test_unbatched_volumes_and_bad_ones(device):
+    x = torch.randn(3, 4, 5, 6, device=device)
+    single = stochastic_pool3d(x, 2, return_indices=True, generator=generator(device))
+    batched = stochastic_pool3d(x[None], 2, return_indices=True, generator=generator(device))
+    for one, other in zip(single, batched, strict=True):
+        assert torch.equal(one, other[0])
+    restored = F.max_unpool3d(*single, 2, output_size=x.shape)
+    assert torch.equal(restored[restored > 0], x[restored > 0])
+    assert stochastic_pool3d(x.new_zeros(0, 3, 4, 5, 6), 2).shape == (0, 3, 2, 2, 3)
+    with pytest.raises(RuntimeError, match="Expected 4D or 5D"):
+        stochastic_pool3d(x[0], 2)
+    with pytest.raises(RuntimeError, match="a tuple of three ints"):
+        stochastic_pool3d(x, (2, 2))
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        stochastic_pool3d(x, 6)
+
+
+def test_numba_says_that_it_serves_planes(monkeypatch):
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "numba")
+    with pytest.raises(RuntimeError, match="serves planes"):
+        stochastic_pool3d(torch.randn(1, 1, 2, 2, 2), 2)
+
+
+@pytest.mark.parametrize("output_size", [1, (2, 3), (5, 4), (7, None), 9], ids=str)
+def test_adaptive_windows_are_those_of_adaptive_max_pool2d(output_size, device):
+    """Weights so far apart that the largest is all but 2**-16 of the sum: it is what is drawn."""
+    ranks = torch.rand(2, 3, 7 * 9, device=device).argsort(-1).view(2, 3, 7, 9)
+    x = torch.pow(2.0, 16 * ranks.double())
+    drawn = adaptive_stochastic_pool2d(
+        x, output_size, return_indices=True, generator=generator(device)
+    )
+    maximum = F.adaptive_max_pool2d(x, output_size, return_indices=True)
+    for result, expected in zip(drawn, maximum, strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_adaptive_pool_of_equal_windows_is_the_pool(device):
+    x = torch.randn(2, 3, 6, 8, device=device)
+    for training in (True, False):
+        adaptive = adaptive_stochastic_pool2d(
+            x, (3, 2), training=training, generator=generator(device)
+        )
+        pool = stochastic_pool2d(x, (2, 4), training=training, generator=generator(device))
+        assert torch.equal(adaptive, pool)
+
+
+def test_adaptive_gradients(device):
+    x = torch.randn(1, 2, 5, 7, dtype=torch.float64, device=device)
+    x = (x + x.sign() * 0.1).requires_grad_()
+    bias = torch.full((2,), 0.05, dtype=torch.float64, device=device, requires_grad=True)
+    for training in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda x, bias, training=training: adaptive_stochastic_pool2d(
+                x, (2, 3), bias=bias, training=training, generator=generator(device)
+            ),
+            (x, bias),
+            check_forward_ad=True,
+        )
+
+
+def test_adaptive_dead_windows_and_bad_arguments(device):
+    x = -torch.ones(1, 1, 5, 7, device=device)
+    output, indices = adaptive_stochastic_pool2d(x, (2, 3), return_indices=True)
+    assert torch.equal(output, torch.zeros(1, 1, 2, 3, device=device))
+    assert indices.tolist() == [[[[0, 2, 4], [14, 16, 18]]]]
+    for wrong, message in ((0, "must be positive"), ((1, 2, 3), "one int or two")):
+        with pytest.raises(RuntimeError, match=message):
+            adaptive_stochastic_pool2d(x, wrong)
+    with pytest.raises(RuntimeError, match="Expected 3D or 4D"):
+        adaptive_stochastic_pool2d(x[0, 0], 1)
