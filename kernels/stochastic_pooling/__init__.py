@@ -1,5 +1,6 @@
 """Stochastic pooling (Zeiler & Fergus 2013) as fused Triton and compiled CPU kernels."""
 
+from .convert import fuse, replace_pooling
 from .functional import (
     adaptive_stochastic_pool2d,
     stochastic_pool1d,
@@ -13,6 +14,7 @@ from .modules import (
     StochasticPool2d,
     StochasticPool3d,
 )
+from .monte_carlo import average_draws, sampling
 
 __all__ = [
     "AdaptiveStochasticPool2d",
@@ -21,6 +23,10 @@ __all__ = [
     "StochasticPool2d",
     "StochasticPool3d",
     "adaptive_stochastic_pool2d",
+    "average_draws",
+    "fuse",
+    "replace_pooling",
+    "sampling",
     "stochastic_pool1d",
     "stochastic_pool2d",
     "stochastic_pool3d",

@@ -1,0 +1,360 @@
+"""What PyTorch's users do with a built-in pool: precision, modules, averages, processes, GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import multiprocessing, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.parallel import DistributedDataParallel
+
+from stochastic_pooling import (
+    AdaptiveStochasticPool2d,
+    StochasticPool1d,
+    StochasticPool2d,
+    StochasticPool3d,
+    adaptive_stochastic_pool2d,
+    average_draws,
+    sampling,
+    stochastic_pool2d,
+)
+
+from .conftest import generator
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+MODULES = [
+    StochasticPool1d(2),
+    StochasticPool2d((3, 2), stride=2, padding=1, dilation=1, ceil_mode=True),
+    StochasticPool3d(2, sample_in_eval=True),
+    AdaptiveStochasticPool2d((2, None), return_indices=True),
+]
+
+
+class Block(nn.Module):
+    """A convolution, with its bias in the pool, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3)
+        self.pool = StochasticPool2d(3, 2)
+        self.linear = nn.Linear(8 * 2 * 2, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(F.conv2d(x, self.convolution.weight), bias=self.convolution.bias)
+        return self.linear(x.flatten(1))
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_keeps_the_dtype(training, dtype, device):
+    """The pool takes what the convolution gives and keeps it; the bias stays in fp32."""
+    network = Block().to(device).train(training)
+    x = torch.randn(2, 3, 8, 8, device=device)
+    seen = []
+    network.pool.register_forward_hook(lambda *call: seen.extend((call[1][0], call[2])))
+    with torch.autocast(device.type, dtype):
+        loss = network(x).float().square().sum()
+        assert stochastic_pool2d(x, 3, training=training).dtype == torch.float32
+    assert [tensor.dtype for tensor in seen] == [dtype, dtype]
+    loss.backward()
+    gradient = network.convolution.bias.grad
+    assert gradient.dtype == torch.float32
+    assert gradient.abs().sum() > 0
+
+
+def test_sums_are_in_fp32(device):
+    """4096 ones and a four make 4100, which fp16 steps over, and their bias gradient too."""
+    x = torch.ones(1, 1, 17, 241, device=device, dtype=torch.float16)
+    x[..., 0, 0] = 4
+    mean = stochastic_pool2d(x, (17, 241), training=False)
+    assert mean == torch.tensor((4096 + 16) / 4100).half()
+    tiles = torch.ones(1, 1, 64, 128, device=device, dtype=torch.float16)
+    bias = torch.zeros(1, device=device, requires_grad=True)
+    stochastic_pool2d(tiles, 1, bias=bias).sum().backward()
+    assert bias.grad == 64 * 128
+
+
+def test_gradient_scaler(device):
+    """An overflow of the scaled loss skips the step; a later one is taken."""
+    network = Block().to(device)
+    optimiser = torch.optim.SGD(network.parameters(), 0.1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40, growth_interval=1000)
+    x = torch.randn(2, 3, 8, 8, device=device)
+    taken = 0
+    for _ in range(30):
+        before = network.linear.weight.detach().clone()
+        optimiser.zero_grad()
+        with torch.autocast(device.type, torch.float16):
+            loss = network(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        moved = not torch.equal(network.linear.weight, before)
+        taken += moved
+        assert all(parameter.isfinite().all() for parameter in network.parameters())
+    assert 0 < taken < 30
+    assert scaler.get_scale() < 2.0**40
+
+
+def test_deterministic_algorithms(device):
+    """Two backwards give the same bits, and nothing asks for an algorithm that is not there."""
+    x = torch.randn(2, 8, 16, 16, device=device, requires_grad=True)
+    bias = torch.randn(8, device=device, requires_grad=True)
+
+    def gradients() -> list[torch.Tensor]:
+        outputs = [
+            stochastic_pool2d(x, 3, 1, 1, bias=bias, generator=generator(device)),
+            stochastic_pool2d(x, 3, 2, bias=bias, training=False),
+            adaptive_stochastic_pool2d(x, 5, bias=bias, generator=generator(device)),
+        ]
+        loss = sum(output.square().sum() for output in outputs)
+        return list(torch.autograd.grad(loss, (x, bias)))
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        for one, other in zip(gradients(), gradients(), strict=True):
+            assert torch.equal(one, other)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------------------------------- arguments and tensors
+
+
+def test_integers_of_other_libraries(device):
+    x = torch.randn(1, 2, 7, 7, device=device)
+    expected = stochastic_pool2d(x, 3, 2, 1, training=False)
+    for three, two in ((np.int64(3), np.int32(2)), (torch.tensor(3), torch.tensor(2))):
+        assert torch.equal(stochastic_pool2d(x, three, (two, two), 1, training=False), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tensors_without_data(training):
+    """Meta and fake tensors have the shapes, dtypes and strides of real ones."""
+    real = torch.randn(2, 3, 7, 9).half().contiguous(memory_format=torch.channels_last)
+    output = stochastic_pool2d(real, 3, 2, 1, training=training)
+    meta = real.to("meta").requires_grad_()
+    fake_mode = FakeTensorMode()
+    fake = fake_mode.from_tensor(real.requires_grad_())
+    for x, mode in ((meta, contextlib.nullcontext()), (fake, fake_mode)):
+        with mode:
+            result = stochastic_pool2d(x, 3, 2, 1, training=training)
+            result.sum().backward()
+        for tensor, other in ((result, output), (x.grad, real)):
+            assert tensor.shape == other.shape
+            assert tensor.dtype == other.dtype
+            assert tensor.stride() == other.stride()
+
+
+def test_subclasses_stay_subclasses(device):
+    class Tagged(torch.Tensor):
+        pass
+
+    x = torch.randn(1, 2, 6, 6, device=device).as_subclass(Tagged)
+    for training in (True, False):
+        assert type(stochastic_pool2d(x, 2, training=training)) is Tagged
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_graphs_replay(device):
+    """`make_fx` and `torch.jit.trace` record the ops, `requires_grad` or not."""
+    pool = StochasticPool2d(3, 1, 1).eval()
+    x, other = torch.randn(2, 1, 2, 6, 6, device=device).unbind()
+    for traced in (make_fx(pool)(x), torch.jit.trace(pool, x)):
+        torch.testing.assert_close(traced(other), pool(other))
+
+
+# ---------------------------------------------------------------- modules
+
+
+@pytest.mark.parametrize("pool", MODULES, ids=lambda pool: type(pool).__name__)
+def test_module_manners(pool, tmp_path):
+    assert pool.state_dict() == {}
+    assert list(pool.parameters()) == []
+    assert type(pool).__name__ in repr(nn.Sequential(pool))
+    torch.save(pool, tmp_path / "pool.pt")
+    copies = [
+        copy.deepcopy(pool),
+        pickle.loads(pickle.dumps(pool)),
+        torch.load(tmp_path / "pool.pt", weights_only=False),
+        pool.to(torch.float16).to("cpu"),
+    ]
+    for other in copies:
+        assert vars(other).keys() == vars(pool).keys()
+        assert repr(other) == repr(pool)
+        assert other.sample_in_eval == pool.sample_in_eval
+    # What `repr` shows, but for return_indices as in nn.MaxPool2d, builds the module again.
+    namespace = {type(pool).__name__: type(pool)}
+    assert repr(eval(repr(pool), namespace)) == repr(pool)
+
+
+def test_state_dicts_of_max_and_stochastic_networks_fit(device):
+    stochastic, maximum = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), pool, nn.Conv2d(4, 2, 1))
+        for pool in (StochasticPool2d(2), nn.MaxPool2d(2))
+    )
+    maximum.load_state_dict(stochastic.state_dict())
+    file = io.BytesIO()
+    torch.save(maximum.state_dict(), file)
+    file.seek(0)
+    stochastic.load_state_dict(torch.load(file))
+
+
+# ---------------------------------------------------------------- averages over draws
+
+
+def test_average_of_draws_is_the_expectation(device):
+    pool = StochasticPool2d(3, 1, 1).eval()
+    x = torch.randn(2, 3, 6, 6, device=device)
+    draws = 2000
+    average = average_draws(pool, x, draws=draws)
+    error = (average.mean - pool(x)).abs()
+    assert (error <= 4.5 * average.std / draws**0.5 + 1e-6).all()
+    # The spread is that of the draw: E[w²] - E[w]².
+    w = x.relu()
+    sums = [9 * F.avg_pool2d(w**power, 3, 1, 1) for power in (1, 2, 3)]
+    variance = sums[2] / sums[0].clamp(min=1e-9) - (sums[1] / sums[0].clamp(min=1e-9)) ** 2
+    torch.testing.assert_close(average.std**2, variance, rtol=0.2, atol=0.02)
+    assert not pool.sample_in_eval
+
+
+def test_average_of_probabilities(device):
+    network = nn.Sequential(Block(), nn.LogSoftmax(1)).to(device).eval()
+    x = torch.randn(3, 3, 8, 8, device=device)
+    torch.manual_seed(3)
+    mean, std = average_draws(network, x, draws=8, transform=torch.exp)
+    torch.manual_seed(3)
+    with sampling(network), torch.no_grad():
+        outputs = torch.stack([network(x).exp() for _ in range(8)])
+    torch.testing.assert_close(mean, outputs.mean(0))
+    torch.testing.assert_close(std, outputs.std(0))
+    torch.testing.assert_close(mean.sum(1), torch.ones(3, device=device))
+    assert std.min() > 0
+    assert not mean.requires_grad
+    half = average_draws(network.half(), x.half(), draws=3)
+    assert half.mean.dtype == torch.float16
+
+
+def test_average_says_what_is_wrong(device):
+    pool, x = StochasticPool2d(2), torch.randn(1, 1, 4, 4, device=device)
+    with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
+        average_draws(pool, x)
+    with pytest.raises(ValueError, match="at least 2"):
+        average_draws(pool.eval(), x, draws=1)
+    with pytest.raises(ValueError, match="no stochastic pool"):
+        average_draws(nn.MaxPool2d(2).eval(), x)
+    with pytest.raises(TypeError, match="gave a tuple"):
+        average_draws(StochasticPool2d(2, return_indices=True).eval(), x)
+    # The pools are as before, whatever happened inside.
+    with pytest.raises(RuntimeError), sampling(pool):
+        pool(x[0, 0])
+    assert not pool.sample_in_eval
+
+
+# ---------------------------------------------------------------- processes
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def train_a_step(rank: int, port: int, folder: str, seeds: tuple[int, int]) -> None:
+    """One of two processes: a step of DDP on the same images."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    network = DistributedDataParallel(Block())
+    x = torch.randn(2, 3, 8, 8)
+    torch.manual_seed(seeds[rank])
+    output = network(x)
+    output.square().sum().backward()
+    gradient = network.module.convolution.bias.grad
+    torch.save((output.detach(), gradient), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("seeds", [(1, 2), (1, 1)], ids=["a seed per rank", "one seed"])
+def test_data_parallel_ranks_draw_by_their_seeds(seeds, tmp_path):
+    multiprocessing.spawn(train_a_step, (free_port(), str(tmp_path), seeds), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first[0], second[0]) == (seeds[0] == seeds[1])
+    assert torch.equal(first[1], second[1])  # the gradients' mean
+    assert first[1].abs().sum() > 0
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+@needs_gpu
+def test_cuda_graph_draws_anew_at_each_replay():
+    pool = StochasticPool2d(3, 1, 1)
+    x = torch.rand(2, 4, 16, 16, device="cuda", requires_grad=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            pool(x).sum().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    x.grad = None
+    with torch.cuda.graph(graph):
+        output = pool(x)
+        (grad,) = torch.autograd.grad(output.sum(), x)
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append(output.clone())
+        # Forward and backward of one replay belong together.
+        torch.testing.assert_close((grad * x).sum(), output.sum())
+    assert not torch.equal(*replays)
+
+
+@needs_gpu
+def test_graphed_callables():
+    network = Block().cuda()
+    x = torch.randn(2, 3, 8, 8, device="cuda")
+    graphed = torch.cuda.make_graphed_callables(network, (x,))
+    outputs = [graphed(x) for _ in range(2)]
+    outputs[0].sum().backward()
+    assert not torch.equal(*outputs)
+
+
+@needs_gpu
+def test_streams():
+    """Launches go to the current stream, behind what is on it already."""
+    x = torch.rand(8, 64, 64, 64, device="cuda")
+    expected = stochastic_pool2d(x + 1, 3, 1, 1, generator=generator(x.device))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        output = stochastic_pool2d(x + 1, 3, 1, 1, generator=generator(x.device))
+    stream.synchronize()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current_one():
+    x = torch.rand(2, 4, 16, 16)
+    outputs = [
+        stochastic_pool2d(x.to(device), 3, 1, 1, generator=generator(torch.device(device)))
+        for device in ("cuda:0", "cuda:1")
+    ]
+    assert torch.equal(*(output.cpu() for output in outputs))
