@@ -18,6 +18,7 @@ from torch import multiprocessing, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 from stochastic_pooling import (
     AdaptiveStochasticPool2d,
@@ -168,6 +169,28 @@ def test_subclasses_stay_subclasses(device):
     x = torch.randn(1, 2, 6, 6, device=device).as_subclass(Tagged)
     for training in (True, False):
         assert type(stochastic_pool2d(x, 2, training=training)) is Tagged
+
+
+def test_functions_are_one_node_for_fx_and_can_be_intercepted(device):
+    def pools(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        x = stochastic_pool2d(x, 3, 1, 1, bias=bias, training=False)
+        return adaptive_stochastic_pool2d(x, 2, training=False)
+
+    traced = torch.fx.symbolic_trace(pools)
+    functions = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert functions == [stochastic_pool2d, adaptive_stochastic_pool2d]
+    x, bias = torch.randn(1, 2, 6, 6, device=device), torch.randn(2, device=device)
+    assert torch.equal(traced(x, bias), pools(x, bias))
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    with Recorder():
+        stochastic_pool2d(x, 3)
+    assert seen[0] is stochastic_pool2d
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")

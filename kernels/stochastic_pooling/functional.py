@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
+from torch.overrides import wrap_torch_function
 
 from . import autograd
 from .window import Window
@@ -15,7 +16,22 @@ Pooled: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _overridable(pool: Callable[P, R]) -> Callable[P, R]:
+    """Let `__torch_function__` take over: a subclass's, a mode's, or that of `torch.fx`, for which
+    a call is one node."""
+
+    def tensors(input: Any, *_: Any, bias: Any = None, **__: Any) -> tuple[Any, Any]:
+        return input, bias
+
+    decorate: Any = wrap_torch_function(tensors)
+    return decorate(pool)
+
+
+@_overridable
 def stochastic_pool2d(
     input: torch.Tensor,
     kernel_size: int | Sequence[int],
@@ -62,6 +78,7 @@ def stochastic_pool2d(
     return _pool(2, input, window, return_indices, bias, training, generator)
 
 
+@_overridable
 def stochastic_pool1d(
     input: torch.Tensor,
     kernel_size: int | Sequence[int],
@@ -83,6 +100,7 @@ def stochastic_pool1d(
     return _pool(1, input, window, return_indices, bias, training, generator)
 
 
+@_overridable
 def stochastic_pool3d(
     input: torch.Tensor,
     kernel_size: int | Sequence[int],
@@ -105,6 +123,7 @@ def stochastic_pool3d(
     return _pool(3, input, window, return_indices, bias, training, generator)
 
 
+@_overridable
 def adaptive_stochastic_pool2d(
     input: torch.Tensor,
     output_size: int | Sequence[int | None] | None,
