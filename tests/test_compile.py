@@ -190,6 +190,19 @@ def test_export_of_a_model_in_evaluation(strict, network_and_shape, device):
         torch.testing.assert_close(output, expected)
 
 
+def test_export_of_uneven_windows_for_any_image_size(device):
+    pool = AdaptiveStochasticPool2d(4).to(device).eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        pool,
+        (torch.randn(2, 3, 10, 11, device=device),),
+        dynamic_shapes=({2: dynamic, 3: dynamic},),
+    )
+    for size in ((10, 11), (13, 9), (7, 22)):
+        x = torch.randn(2, 3, *size, device=device)
+        torch.testing.assert_close(program.module()(x), pool(x))
+
+
 def test_exported_training_graph_draws_and_trains(device):
     network = TwoPools(StochasticPool2d(3, 1, 1), nn.Conv2d).to(device)
     x = torch.randn(2, 3, 6, 6, device=device)

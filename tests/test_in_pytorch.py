@@ -141,7 +141,8 @@ def test_integers_of_other_libraries(device):
     x = torch.randn(1, 2, 7, 7, device=device)
     expected = stochastic_pool2d(x, 3, 2, 1, training=False)
     for three, two in ((np.int64(3), np.int32(2)), (torch.tensor(3), torch.tensor(2))):
-        assert torch.equal(stochastic_pool2d(x, three, (two, two), 1, training=False), expected)
+        for stride in (two, (two, two)):
+            assert torch.equal(stochastic_pool2d(x, three, stride, 1, training=False), expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -273,6 +274,23 @@ def test_average_of_probabilities(device):
     assert half.mean.dtype == torch.float16
 
 
+def test_average_of_outputs_in_the_same_memory(device):
+    """As a CUDA graph gives them."""
+
+    class Reusing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.memory = StochasticPool2d(2), torch.empty(1, 1, 1, 64, device=device)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.memory.copy_(self.pool(x))
+
+    x = torch.tensor([[1.0, 3.0]], device=device).repeat(2, 64).view(1, 1, 2, 128)
+    average = average_draws(Reusing().eval(), x, draws=2)
+    assert set(average.mean.unique().tolist()) == {1.0, 2.0, 3.0}
+    assert average.std.max() > 1
+
+
 def test_average_says_what_is_wrong(device):
     pool, x = StochasticPool2d(2), torch.randn(1, 1, 4, 4, device=device)
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
@@ -281,8 +299,14 @@ def test_average_says_what_is_wrong(device):
         average_draws(pool.eval(), x, draws=1)
     with pytest.raises(ValueError, match="no stochastic pool"):
         average_draws(nn.MaxPool2d(2).eval(), x)
-    with pytest.raises(TypeError, match="gave a tuple"):
+    with pytest.raises(TypeError, match="of tuple, which has no mean"):
         average_draws(StochasticPool2d(2, return_indices=True).eval(), x)
+    with pytest.raises(TypeError, match=r"of torch\.int64, which has no mean"):
+        average_draws(pool, x, transform=lambda output: output.argmax(-1))
+    part = nn.Sequential(pool, nn.Dropout()).eval()
+    part[1].train()
+    with pytest.raises(ValueError, match="a part of it, is in training mode"):
+        average_draws(part, x)
     # The pools are as before, whatever happened inside.
     with pytest.raises(RuntimeError), sampling(pool):
         pool(x[0, 0])

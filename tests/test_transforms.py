@@ -128,6 +128,40 @@ def test_jacobians_and_hessian(device):
     torch.testing.assert_close(func.hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
 
 
+def test_forward_mode_inside_forward_mode(training, device):
+    """Second derivatives without a reverse pass, against those by reverse mode."""
+    pool = drawing_alike(2, training, device)
+    x, bias = inputs(2, device)
+    first, second = torch.randn_like(x), torch.randn_like(x)
+
+    def along(x: torch.Tensor) -> torch.Tensor:
+        return func.jvp(lambda x: pool(x.pow(2), bias), (x,), (first,))[1]
+
+    _, tangent = func.jvp(along, (x,), (second,))
+    cotangent = torch.randn_like(tangent)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return (pool(x.pow(2), bias) * cotangent).sum()
+
+    _, product = torch.autograd.functional.hvp(loss, x, second)
+    torch.testing.assert_close((tangent * cotangent).sum(), (product * first).sum())
+    assert tangent.abs().sum() > 0
+
+
+def test_tangents_of_an_empty_batch_of_a_nan_and_of_the_bias_alone(training, device):
+    pool = drawing_alike(2, training, device)
+    x, bias = inputs(2, device)
+    assert func.jvp(pool, (x[:0],), (x[:0],))[1].shape == x[:0].shape
+    x[0, 0] = torch.nan
+    assert (
+        func.jvp(lambda x: pool(x, bias), (x,), (torch.ones_like(x),))[1][0, 0].isnan().all()
+        or training
+    )
+    half = x.half()
+    output, tangent = func.jvp(lambda b: pool(half, b), (bias.float(),), (bias.float(),))
+    assert tangent.dtype == output.dtype == torch.float16
+
+
 def batch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(4, *SHAPES[2], dtype=torch.float64, device=device)
     return x, torch.rand(4, SHAPES[2][1], dtype=torch.float64, device=device)

@@ -122,7 +122,7 @@ def test_unbatched_volumes_and_bad_ones(device):
     batched = stochastic_pool3d(x[None], 2, return_indices=True, generator=generator(device))
     for one, other in zip(single, batched, strict=True):
         assert torch.equal(one, other[0])
-    restored = F.max_unpool3d(*single, 2, output_size=x.shape)
+    restored = F.max_unpool3d(*batched, 2, output_size=x[None].shape)[0]
     assert torch.equal(restored[restored > 0], x[restored > 0])
     assert stochastic_pool3d(x.new_zeros(0, 3, 4, 5, 6), 2).shape == (0, 3, 2, 2, 3)
     with pytest.raises(RuntimeError, match="Expected 4D or 5D"):

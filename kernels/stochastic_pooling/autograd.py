@@ -12,11 +12,13 @@ picking cells and sending back to them. The expectation y = sum w * w / S has th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._functorch import eager_transforms
 from torch.autograd import Function
 
 from . import ops, reference
@@ -49,6 +51,7 @@ class StochasticSample(Function):
         ctx.save_for_backward(code)
         ctx.save_for_forward(code)
         ctx.size = tuple(input.shape[2:])
+        ctx.dtype = input.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -72,7 +75,7 @@ class StochasticSample(Function):
         ctx: Any, tangent: torch.Tensor | None, bias_tangent: torch.Tensor | None, *_: None
     ) -> tuple:
         (code,) = ctx.saved_tensors
-        return _pick(tangent, bias_tangent, code, ctx.size, ctx.window), None
+        return _pick(tangent, bias_tangent, code, ctx.size, ctx.window).to(ctx.dtype), None
 
 
 class StochasticSampleBackward(Function):
@@ -222,12 +225,13 @@ def sample(
     input: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.sample`, differentiable by whatever transform runs it."""
-    if not torch.compiler.is_compiling():
-        return StochasticSample.apply(input, bias, seed, window)
     arguments = window.arguments(input.dim() - 2)
-    if torch.compiler.is_exporting():
+    if not torch.compiler.is_compiling():
+        if not _nested_forward_mode():
+            return StochasticSample.apply(input, bias, seed, window)
+    elif torch.compiler.is_exporting():
         return ops.sample(input, bias, seed, *arguments)
-    if not _transforming():
+    elif not _transforming():
         return _CompilableSample.apply(input, bias, seed, window)
     still = None if bias is None else bias.detach()
     _, code = ops.sample(input.detach(), still, seed, *arguments)
@@ -240,10 +244,11 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     if torch.onnx.is_in_onnx_export():
         return _composed_expectation(input, bias, window)
     if not torch.compiler.is_compiling():
-        return StochasticExpectation.apply(input, bias, window)
-    if torch.compiler.is_exporting():
+        if not _nested_forward_mode():
+            return StochasticExpectation.apply(input, bias, window)
+    elif torch.compiler.is_exporting():
         return ops.expectation(input, bias, *window.arguments(input.dim() - 2))
-    if not _transforming():
+    elif not _transforming():
         return _CompilableExpectation.apply(input, bias, window)
     return _composed_expectation(input, bias, window)
 
@@ -252,6 +257,12 @@ def _transforming() -> bool:
     """Whether a transform of `torch.func` runs: `torch.compile` looks through a Function there, so
     that its derivatives would be lost."""
     return torch._C._are_functorch_transforms_active()
+
+
+def _nested_forward_mode() -> bool:
+    """Whether forward mode runs inside forward mode: PyTorch differentiates the `jvp` of a Function
+    no further, and takes its outer tangents for zeros."""
+    return eager_transforms.JVP_NESTING > 1
 
 
 class _CompilableSample(StochasticSample):
@@ -304,9 +315,11 @@ def _pick(
     picked = None
     if tangent is not None:
         index = window.flat_indices(code, *size)
-        # `reshape`, for autograd's own batching of gradients has no `flatten`.
-        flat = (*code.shape[:2], -1)
-        picked = tangent.reshape(flat).gather(2, index.reshape(flat)).view(code.shape)
+        # `reshape`, for autograd's own batching of gradients has no `flatten`; no -1, for an empty
+        # batch has no size to infer.
+        cells = tangent.reshape(*code.shape[:2], math.prod(size))
+        index = index.reshape(*code.shape[:2], math.prod(code.shape[2:]))
+        picked = cells.gather(2, index).view(code.shape)
     if bias_tangent is not None:
         channel = bias_tangent.view(-1, *[1] * (code.dim() - 2))
         picked = channel.expand(code.shape) if picked is None else picked + channel.to(picked.dtype)
@@ -343,7 +356,7 @@ def _expectation_tangent(
 ) -> torch.Tensor:
     """2 sum (w / S) t - (y / S) sum t, over the live cells with their tangents t.
 
-    Not a number in a window with an infinite cell.
+    Not a number in a window with a NaN or an infinite cell.
     """
     w = reference.rectify(input, bias)
     t = torch.zeros_like(w) if tangent is None else tangent.to(w.dtype)
@@ -356,7 +369,7 @@ def _expectation_tangent(
     cells = [cell * scale for cell in reference.cells(w, window)]
     tangents = reference.cells(t, window)
     total = _sum(cells)
-    live = total >= reference.SMALLEST_SUM
+    live = ~(total < reference.SMALLEST_SUM)  # NaN lives
     divisor = torch.where(live, total, 1)
     shares = [cell / divisor for cell in cells]
     along = _sum(share * t_cell for share, t_cell in zip(shares, tangents, strict=True))

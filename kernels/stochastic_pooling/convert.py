@@ -46,15 +46,17 @@ def replace_pooling(
     model: nn.Module,
     select: str | Iterable[str] | Callable[[str, nn.Module], bool] | None = None,
     *,
-    types: Iterable[type[nn.Module]] = _WINDOWED,
+    types: type[nn.Module] | Iterable[type[nn.Module]] = _WINDOWED,
     sample_in_eval: bool = False,
 ) -> nn.Module:
     """Swap a model's max and average pools for stochastic pools with the same arguments, in place.
 
     A twin keeps its pool's name, training mode and hooks (their handles too), and an instance that
     stands in several places is one instance afterwards. State dicts do not change: pools have no
-    state. Only modules are seen, not `F.max_pool2d` in a `forward`; and only the very types named,
-    not their subclasses, which may pad or pool in another way.
+    state. A twin rectifies: after a layer without a ReLU, negative values become 0.
+
+    Only modules are seen, not `F.max_pool2d` in a `forward`; and only the very types named, not
+    their subclasses, which may pad or pool in another way.
 
     Args:
         model: changed in place, unless it is a pool itself.
@@ -75,11 +77,12 @@ def replace_pooling(
         UserWarning: where an average counts its padding or has its own divisor, which a draw does
             not.
     """
-    types = tuple(types)
+    types = (types,) if isinstance(types, type) else tuple(types)
     for pool_type in types:
         if pool_type not in _TWINS:
+            name = getattr(pool_type, "__name__", pool_type)
             raise ValueError(
-                f"types: {pool_type.__name__} has no stochastic twin; choose from "
+                f"types: {name} has no stochastic twin; choose from "
                 + ", ".join(f"nn.{known.__name__}" for known in _TWINS)
             )
     pools = [
@@ -198,7 +201,8 @@ def fuse(model: nn.Module, *, concrete_args: dict[str, Any] | None = None) -> fx
         A graph module with the same module names, state-dict keys, modes and hooks, so that
         checkpoints load both ways. `meta["folded"]` lists what was folded, a line per call of a
         pool (`"features.2: ReLU features.1, bias of features.0"`); the lines are also logged at
-        INFO. What a folded convolution's settings are is fixed; its parameters are not.
+        INFO; a pickle loses them. A folded convolution's settings are fixed, its parameters are
+        not; hooks put on it later (pruning, `weight_norm`, FSDP) do not run.
 
     Raises:
         RuntimeError: if `torch.fx` cannot trace `model`.
@@ -281,7 +285,8 @@ def _drop_relus(value: fx.Node, modules: dict[str, nn.Module], folded: list[str]
     if _operation(value, modules) in _RELUS:
         (source,) = value.all_input_nodes
         # Else others may see what a ReLU in place writes, or write to what the pool reads then.
-        if len(source.users) > 1 or _operation(source, modules) not in _FRESH:
+        fresh = _operation(source, modules) in _FRESH and "out" not in source.kwargs
+        if len(source.users) > 1 or not fresh:
             return value
         value.replace_all_uses_with(source)
         value.graph.erase_node(value)

@@ -24,7 +24,8 @@ def _overridable(pool: Callable[P, R]) -> Callable[P, R]:
     """Let `__torch_function__` take over: a subclass's, a mode's, or that of `torch.fx`, for which
     a call is one node."""
 
-    def tensors(input: Any, *_: Any, bias: Any = None, **__: Any) -> tuple[Any, Any]:
+    # With a default, so that the pool itself complains of a missing input.
+    def tensors(input: Any = None, *_: Any, bias: Any = None, **__: Any) -> tuple[Any, Any]:
         return input, bias
 
     decorate: Any = wrap_torch_function(tensors)
@@ -138,11 +139,13 @@ def adaptive_stochastic_pool2d(
     Output row i pools the input rows from floor(i H / OH) to ceil((i + 1) H / OH), columns alike;
     an output size of 1 pools whole planes. All else as `stochastic_pool2d`. Where H or W is not a
     multiple of the output size, windows differ in size: the input is then laid out window by
-    window first, which takes memory of up to (1 + OH / H) (1 + OW / W) inputs.
+    window first, which takes memory of up to (1 + OH / H) (1 + OW / W) inputs, and a bias of
+    infinity gives NaN.
 
     Args:
         output_size: one int, or (OH, OW); None keeps the input's size.
     """
+    _check_tensors(input, bias)
     if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
         raise RuntimeError(
             "adaptive_stochastic_pool2d(): Expected 3D or 4D tensor with optional 0 dim batch size "
@@ -154,7 +157,10 @@ def adaptive_stochastic_pool2d(
         raise RuntimeError(
             f"adaptive_stochastic_pool2d: output_size must be one int or two, got {output_size!r}"
         )
-    outputs = [size if out is None else out for size, out in zip(sizes, wanted, strict=True)]
+    outputs = [
+        size if out is None else _numbers(out, 1, "output_size")[0]
+        for size, out in zip(sizes, wanted, strict=True)
+    ]
     if min(outputs) < 1:
         raise RuntimeError(
             f"adaptive_stochastic_pool2d: output_size must be positive, got {output_size!r}"
@@ -170,7 +176,7 @@ def adaptive_stochastic_pool2d(
         places.append(place)
         input = input.index_select(dim, place)
         shape = (-1, 1) if dim == -2 else (-1,)
-        # Never drawn: max(-inf + bias, 0) is 0.
+        # Never drawn: max(-inf + bias, 0) is 0 for any finite bias.
         input = input.masked_fill(absent.view(shape), -torch.inf)
     window = _window(2, kernel)
     pooled = _pool(2, input, window, return_indices, bias, training, generator)
@@ -192,6 +198,7 @@ def _pool(
     generator: torch.Generator | None,
 ) -> Pooled:
     """The pool over the last `dims` dimensions."""
+    _check_tensors(input, bias)
     if input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
         raise RuntimeError(
             f"Expected {dims + 1}D or {dims + 2}D (batch mode) tensor with optional 0 dim batch "
@@ -235,18 +242,25 @@ def _adaptive_windows(
 ) -> tuple[int, torch.Tensor, torch.Tensor]:
     """Cells of the longest window along one dimension; then, window by window, the positions of
     as many cells, and whether the window does not have that cell."""
-    starts = [i * length // outputs for i in range(outputs)]
-    ends = [-(-(i + 1) * length // outputs) for i in range(outputs)]
-    cells = max(end - start for start, end in zip(starts, ends, strict=True))
-    positions = torch.tensor(starts, device=device)[:, None] + torch.arange(cells, device=device)
-    absent = positions >= torch.tensor(ends, device=device)[:, None]
-    return cells, positions.clamp(max=length - 1).flatten(), absent.flatten()
+    cells = max(-(-(i + 1) * length // outputs) - i * length // outputs for i in range(outputs))
+    # On the device and from a range: a list would be copied there, which waits for the device and
+    # which no CUDA graph can capture, and `torch.export` would fix a symbolic length.
+    number = torch.arange(outputs, device=device)[:, None]
+    positions = number * length // outputs + torch.arange(cells, device=device)
+    ends = ((number + 1) * length + outputs - 1) // outputs
+    return cells, positions.clamp(max=length - 1).flatten(), (positions >= ends).flatten()
+
+
+def _check_tensors(input: object, bias: object) -> None:
+    for name, value in (("input", input), ("bias", bias)):
+        if not isinstance(value, torch.Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"argument '{name}' must be a tensor, not {type(value).__name__}")
 
 
 def _check(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> None:
     if input.dtype not in _DTYPES:
         raise NotImplementedError(
-            f'"stochastic_pool2d" not implemented for {input.dtype}: '
+            f"stochastic pooling is not implemented for {input.dtype}: "
             "it takes float16, bfloat16, float32 and float64"
         )
     channels, *size = input.shape[1:]
@@ -283,11 +297,15 @@ def _window(
     """The window of arguments with `dims` numbers or one, for pools over `dims` dimensions."""
     return Window.of(
         _numbers(kernel_size, dims, "kernel_size"),
-        _numbers(kernel_size if stride is None or stride in ((), []) else stride, dims, "stride"),
+        _numbers(kernel_size if stride is None or _empty(stride) else stride, dims, "stride"),
         _numbers(padding, dims, "padding"),
         _numbers(dilation, dims, "dilation"),
         bool(ceil_mode),
     )
+
+
+def _empty(value: int | Sequence[int]) -> bool:
+    return isinstance(value, Sequence) and len(value) == 0
 
 
 def _numbers(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:

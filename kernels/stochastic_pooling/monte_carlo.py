@@ -60,7 +60,7 @@ def average_draws(
     spread tells how much the output depends on the draw.
 
     Args:
-        model: in evaluation mode; it gives one tensor.
+        model: in evaluation mode; it, or `transform`, gives one floating tensor.
         inputs: what it is called with.
         draws: how many forward passes, at least 2.
         transform: applied to each output before it is averaged. Averaging probabilities is usually
@@ -72,24 +72,30 @@ def average_draws(
 
     Raises:
         ValueError: for fewer than 2 draws, a model without stochastic pools or in training mode.
+        TypeError: where there is no floating tensor to average.
     """
     if draws < 2:
         raise ValueError(f"draws must be at least 2 for a spread, got {draws}")
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError(
-            "the model is in training mode, where dropout and batch norm would change it from draw "
-            "to draw: call model.eval() first"
+            "the model, or a part of it, is in training mode, where dropout and batch norm would "
+            "change it from draw to draw: call model.eval() first"
         )
     with torch.no_grad(), sampling(model):
         for count in range(1, draws + 1):
             output = model(*inputs)
-            if not isinstance(output, torch.Tensor):
-                raise TypeError(f"the model gave a {type(output).__name__}, not a tensor")
             output = output if transform is None else transform(output)
+            if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+                kind = getattr(output, "dtype", type(output).__name__)
+                raise TypeError(
+                    f"the draws are of {kind}, which has no mean: let transform make a floating "
+                    "tensor of the model's output"
+                )
             dtype = output.dtype
             output = output.float() if dtype in (torch.float16, torch.bfloat16) else output
             if count == 1:
-                mean, squares = output, torch.zeros_like(output)
+                # A clone: the model may give the same memory every time (a buffer, CUDA graphs).
+                mean, squares = output.clone(), torch.zeros_like(output)
                 continue
             # Welford's way: no difference of large sums.
             step = output - mean

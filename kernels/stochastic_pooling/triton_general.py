@@ -428,8 +428,8 @@ def gather_kernel(
         x = tl.load(in_ptr, mask=mask, other=0.0)
         w = tl.where(mask, rectified(x, bias, ACC), 0.0)
         # Without a slope w does not count, and may be NaN: a cell that no window holds.
-        gradient = tl.where(gathered == 0, -offsets, w * (2 * gathered) - offsets)
-        gathered = tl.where(w == float("inf"), offsets, gradient)
+        slope = tl.where(gathered == 0, 0.0, w * (2 * gathered))
+        gathered = tl.where(w == float("inf"), offsets, slope - offsets)
         gathered = tl.where(w == 0, 0.0, gathered)
 
     grad_in = image * grad_in_stride_n + channel.to(INDEX) * grad_in_stride_c
