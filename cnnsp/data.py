@@ -1,4 +1,11 @@
-"""Photographs in ``train_data/<class>`` and ``test_data/<class>``, decoded once into memory."""
+"""Photographs in ``train_data/<class>`` and ``test_data/<class>``, decoded once into memory.
+
+A photograph takes 192 KiB, 256 × 256 pixels of three bytes. A split above 4 GiB (21,845
+photographs) stays on disk, and its photographs are decoded for each batch by DataLoader workers,
+each as often as the epoch has items of it. So a million photographs, which would take 183 GiB, take
+the memory of their paths and of the batches under way, and as many workers as decode a batch in the
+time of a step.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +23,8 @@ from tqdm import tqdm
 from .errors import UserError
 from .network import IMAGE_SIZE
 
+# Bytes of a split that are decoded into memory.
+HOST_BUDGET = 4 * 1024**3
 # What operating systems leave in folders. Hidden files are ignored too.
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
 # What Pillow raises for a damaged file, beside OSError (truncated, or no image at all).
@@ -27,7 +36,7 @@ class ImageSet:
     """Decoded images of one split.
 
     Attributes:
-        images: uint8 ``[N, 3, H, W]``, RGB.
+        images: uint8 ``[N, 3, H, W]``, RGB; those of a folder are channels_last in memory.
         labels: int64 ``[N]``, positions in ``classes``.
         classes: the class names, in alphabetical order.
     """
@@ -38,6 +47,55 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images of one split that are left in their files.
+
+    Attributes:
+        paths: of the images.
+        labels: int64 ``[N]``, positions in ``classes``.
+        classes: the class names, in alphabetical order.
+        size: height and width that they are decoded to.
+    """
+
+    paths: tuple[Path, ...]
+    labels: Tensor
+    classes: tuple[str, ...]
+    size: int = IMAGE_SIZE
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory that all images would take."""
+        return 3 * self.size**2 * len(self.paths)
+
+    def decode(self, numbers: Sequence[int], workers: int = 1, progress: bool = False) -> Tensor:
+        """Images ``numbers``, uint8 ``[B, H*W, 3]``, decoded by ``workers`` threads.
+
+        Raises:
+            UserError: when a file is no image, or damaged.
+        """
+        images = torch.empty(len(numbers), self.size**2, 3, dtype=torch.uint8)
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            decoded = pool.map(lambda number: decode(self.paths[number], self.size), numbers)
+            bar = tqdm(
+                decoded, "decoding", len(numbers), unit="image", leave=False,
+                disable=None if progress else True,
+            )  # fmt: skip
+            try:
+                for image, pixels in zip(images, bar, strict=True):
+                    image.numpy()[:] = pixels.reshape(-1, 3)
+            except UserError:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return images
+
+
+Images = ImageSet | ImageFiles
 
 
 def is_junk(path: Path) -> bool:
@@ -89,11 +147,20 @@ def list_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def load_folder(
-    data_dir: str | Path, *, workers: int = 2, size: int = IMAGE_SIZE
-) -> tuple[ImageSet, ImageSet]:
+    data_dir: str | Path,
+    *,
+    workers: int = 2,
+    size: int = IMAGE_SIZE,
+    budget_bytes: int = HOST_BUDGET,
+    validate: int | None = None,
+) -> tuple[Images, Images]:
     """Decode ``data_dir/train_data`` and ``data_dir/test_data`` with ``workers`` threads.
 
-    Memory: 192 KiB an image at 256 × 256.
+    A split that would take more than ``budget_bytes`` of memory is left in its files, where a
+    damaged one shows only when it is used.
+
+    With ``validate``, a number from 0 to 3, the second split is not that of ``test_data`` but this
+    quarter of ``train_data``, which the first then lacks: every fourth image of each class.
 
     Raises:
         UserError: naming the folder or file at fault; see :func:`list_split` and :func:`decode`.
@@ -108,20 +175,29 @@ def load_folder(
         raise UserError(f"classes of {data_dir} differ between the splits: {', '.join(only)}")
     if len(train) < 2:
         raise UserError(f"{data_dir} holds one class, {next(iter(train))!r}; it takes two or more")
-    return _decode_split(train, workers, size), _decode_split(test, workers, size)
+
+    if validate is not None:
+        train, test = _hold_out(train, validate)
+
+    def load(split: dict[str, list[Path]]) -> Images:
+        paths = tuple(path for group in split.values() for path in group)
+        labels = torch.tensor([n for n, group in enumerate(split.values()) for _ in group])
+        files = ImageFiles(paths, labels, tuple(split), size)
+        if files.decoded_bytes > budget_bytes:
+            return files
+        pixels = files.decode(range(len(files)), workers, progress=True)
+        images = pixels.unflatten(1, (size, size)).permute(0, 3, 1, 2)
+        return ImageSet(images, labels, files.classes)
+
+    return load(train), load(test)
 
 
-def _decode_split(files: dict[str, list[Path]], workers: int, size: int) -> ImageSet:
-    paths: Sequence[Path] = [path for group in files.values() for path in group]
-    labels = [label for label, group in enumerate(files.values()) for _ in group]
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor(workers) as pool:
-        decoded = pool.map(lambda path: decode(path, size), paths)
-        try:
-            bar = tqdm(decoded, "decoding", len(paths), unit="image", leave=False, disable=None)
-            for position, pixels in enumerate(bar):
-                images[position] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return ImageSet(images, torch.tensor(labels), tuple(files))
+def _hold_out(
+    split: dict[str, list[Path]], quarter: int
+) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    for name, paths in split.items():
+        if len(paths) < 4:
+            raise UserError(f"class {name!r} has {len(paths)} images: too few for quarters")
+    held = {name: paths[quarter::4] for name, paths in split.items()}
+    kept = {name: [p for p in paths if p not in held[name]] for name, paths in split.items()}
+    return kept, held

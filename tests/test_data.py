@@ -1,4 +1,4 @@
-"""Photographs in memory, their 61 variants, the order of an epoch, and the synthetic flowers."""
+"""Photographs in memory and in files, and the synthetic flowers."""
 
 from __future__ import annotations
 
@@ -11,78 +11,15 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
-from cnnsp.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    PAPER_VARIANTS,
-    ImageBank,
-    Variant,
-    epoch_batches,
-)
-from cnnsp.data import ImageSet, decode, load_folder
+from cnnsp import UserError
+from cnnsp.augment import PAPER_VARIANTS, ImageBank, epoch_batches
+from cnnsp.data import ImageFiles, ImageSet, decode, load_folder
 from cnnsp.synthetic import CLASSES, synthetic_flowers
 
 
-def random_images(count: int, height: int = 24, width: int = 24) -> ImageSet:
-    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
-    return ImageSet(images, torch.arange(count) % 2, ("a", "b"))
-
-
-def reference_variant(image: torch.Tensor, variant: Variant) -> torch.Tensor:
-    """One image through torchvision on PIL, as a DataLoader of the replication has it."""
-    picture = tv.to_pil_image(image)
-    picture = tv.adjust_gamma(tv.rotate(picture, variant.angle), variant.gamma)
-    return tv.normalize(tv.to_tensor(picture), IMAGENET_MEAN, IMAGENET_STD)
-
-
-def test_recipe_has_61_variants() -> None:
-    assert len(set(PAPER_VARIANTS)) == len(PAPER_VARIANTS) == 61
-    assert PAPER_VARIANTS[0] == Variant(0, 1.0)
-    assert sorted(v.angle for v in PAPER_VARIANTS if v.gamma == 1 and v.angle) == [
-        angle for angle in range(-15, 16) if angle
-    ]
-    gammas = sorted(v.gamma for v in PAPER_VARIANTS if v.gamma != 1)
-    assert gammas == pytest.approx([0.7 + 0.02 * k for k in range(31) if k != 15])
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_variants_equal_torchvision(channels_last: bool) -> None:
-    """Every level of every pixel, of images that hold every level."""
-    images = random_images(2, 40, 56)
-    images.images[0, :, :16, :16] = torch.arange(256, dtype=torch.uint8).view(16, 16)
-    bank = ImageBank(images, PAPER_VARIANTS, channels_last=channels_last)
-    batch, labels = bank.batch(torch.arange(len(bank)))
-    assert batch.dtype == torch.float32
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    assert batch.is_contiguous(memory_format=form)
-    assert labels.tolist() == [0] * 61 + [1] * 61
-    expected = [reference_variant(image, v) for image in images.images for v in PAPER_VARIANTS]
-    torch.testing.assert_close(batch, torch.stack(expected), rtol=0, atol=2e-6)
-
-
-def test_a_batch_does_not_depend_on_its_company() -> None:
-    bank = ImageBank(random_images(3), PAPER_VARIANTS)
-    items = torch.randperm(len(bank))[:21]
-    together, labels = bank.batch(items)
-    for position, item in enumerate(items):
-        alone, label = bank.batch(item[None])
-        assert torch.equal(alone[0], together[position])
-        assert label[0] == labels[position]
-
-
-def test_an_epoch_takes_each_item_once_in_an_order_of_its_own() -> None:
-    def order(epoch: int, seed: int = 0, first: int = 0) -> list[int]:
-        return torch.cat([*epoch_batches(50, 8, seed=seed, epoch=epoch, first=first)]).tolist()
-
-    assert sorted(order(0)) == list(range(50))
-    assert order(0) == order(0)
-    assert len({tuple(order(e, s)) for e in range(3) for s in range(3)}) == 9
-    assert order(1, first=4) == order(1)[32:]
-    sizes = [len(batch) for batch in epoch_batches(50, 8, seed=0, epoch=0)]
-    assert sizes == [8] * 6 + [2]
-
-
-def test_folder_is_decoded_as_torchvision_decodes_it(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight images in each split, in several modes, beside junk."""
     rng = np.random.default_rng(0)
     for split in ("train_data", "test_data"):
         for name in ("tulip", "aster"):
@@ -93,15 +30,60 @@ def test_folder_is_decoded_as_torchvision_decodes_it(tmp_path: Path) -> None:
                 Image.fromarray(pixels).convert(mode).save(folder / f"{number}.png")
             (folder / ".DS_Store").write_bytes(b"junk")
             (folder / "Thumbs.db").write_bytes(b"junk")
-    train, test = load_folder(tmp_path, workers=2, size=32)
+    return tmp_path
+
+
+def test_folder_is_decoded_as_torchvision_decodes_it(folder: Path) -> None:
+    train, test = load_folder(folder, workers=2, size=32)
+    assert isinstance(train, ImageSet)
+    assert isinstance(test, ImageSet)
     assert train.classes == test.classes == ("aster", "tulip")
     assert train.images.shape == (8, 3, 32, 32)
     assert train.images.dtype == torch.uint8
     assert train.labels.tolist() == [0] * 4 + [1] * 4
     transform = v2.Resize((32, 32))
-    for position, path in enumerate(sorted((tmp_path / "train_data").rglob("*.png"))):
+    for position, path in enumerate(sorted((folder / "train_data").rglob("*.png"))):
         expected = v2.functional.pil_to_tensor(transform(Image.open(path).convert("RGB")))
         assert torch.equal(train.images[position], expected), path
+
+
+def test_a_split_above_the_budget_stays_in_its_files(folder: Path) -> None:
+    (folder / "test_data" / "aster" / "0.png").unlink()
+    train, test = load_folder(folder, size=32, budget_bytes=7 * 32 * 32 * 3)
+    assert isinstance(train, ImageFiles)
+    assert isinstance(test, ImageSet)
+    assert len(train) == 8
+    assert train.labels.tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_in_files_make_the_batches_of_those_in_memory(folder: Path, workers: int) -> None:
+    in_memory, _ = load_folder(folder, size=32)
+    in_files, _ = load_folder(folder, size=32, budget_bytes=0)
+    expected = ImageBank(in_memory, PAPER_VARIANTS[:3])
+    bank = ImageBank(in_files, PAPER_VARIANTS[:3], workers=workers)
+    assert len(bank) == len(expected) == 24
+    assert "files" in bank.placement
+    # Batches of 4, 4 and 1 items, of which the last leaves a second rank without any.
+    order = [*epoch_batches(9, 4, seed=0, epoch=0), torch.empty(0, dtype=torch.int64)]
+    state = torch.get_rng_state()
+    made = list(bank.batches(iter(order)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(made) == len(order)
+    for items, (same_items, images, labels) in zip(order, made, strict=True):
+        assert torch.equal(same_items, items)
+        for got in ((images, labels), bank.batch(items)):
+            assert torch.equal(got[0], expected.batch(items)[0])
+            assert torch.equal(got[1], expected.batch(items)[1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_file_is_named_in_one_line(folder: Path, workers: int) -> None:
+    damaged = folder / "train_data" / "tulip" / "2.png"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    train, _ = load_folder(folder, size=32, budget_bytes=0)
+    with pytest.raises(UserError, match=r"^cannot decode .*2\.png: [^\n]*$"):
+        list(ImageBank(train, workers=workers).batches(torch.arange(8).split(4)))
 
 
 def test_photographs(photographs: Path) -> None:

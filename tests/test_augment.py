@@ -1,0 +1,320 @@
+"""The 61 variants of an image, random augmentation, and the order of an epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from cnnsp import augment
+from cnnsp.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PAPER_VARIANTS,
+    ImageBank,
+    RandomAugment,
+    Variant,
+    epoch_batches,
+)
+from cnnsp.data import ImageSet
+
+# Of normalised images.
+TOLERANCE = 1e-3
+
+
+def random_images(count: int, height: int = 24, width: int = 24) -> ImageSet:
+    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % 2, ("a", "b"))
+
+
+def make_bank(images: ImageSet, recipe: RandomAugment | Sequence[Variant], **options) -> ImageBank:
+    if isinstance(recipe, RandomAugment):
+        return ImageBank(images, augment=recipe, **options)
+    return ImageBank(images, recipe, **options)
+
+
+def reference_variant(image: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """One image through torchvision on PIL, as a DataLoader of the replication has it."""
+    picture = tv.to_pil_image(image)
+    picture = tv.adjust_gamma(tv.rotate(picture, variant.angle), variant.gamma)
+    return tv.normalize(tv.to_tensor(picture), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_recipe_has_61_variants() -> None:
+    assert len(set(PAPER_VARIANTS)) == len(PAPER_VARIANTS) == 61
+    assert PAPER_VARIANTS[0] == Variant(0, 1.0)
+    assert sorted(v.angle for v in PAPER_VARIANTS if v.gamma == 1 and v.angle) == [
+        angle for angle in range(-15, 16) if angle
+    ]
+    gammas = sorted(v.gamma for v in PAPER_VARIANTS if v.gamma != 1)
+    assert gammas == pytest.approx([0.7 + 0.02 * k for k in range(31) if k != 15])
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request: pytest.FixtureRequest, device, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What makes the batches: the compiled loops, which only a CPU has, or plain PyTorch."""
+    if request.param == "torch":
+        monkeypatch.setattr(augment, "_compiled_loops", lambda: None)
+    elif device.type != "cpu" or augment._compiled_loops() is None:
+        pytest.skip("the compiled loops serve CPUs that have numba")
+    return request.param
+
+
+FORMATS = pytest.mark.parametrize("channels_last", [False, True])
+
+
+@FORMATS
+def test_variants_equal_torchvision(loops: str, device, poisoned, channels_last: bool) -> None:
+    """Every level of every pixel, of images that hold every level."""
+    images = random_images(2, 40, 56)
+    images.images[0, :, :16, :16] = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    bank = ImageBank(images, PAPER_VARIANTS, device=device, channels_last=channels_last)
+    batch, labels = bank.batch(torch.arange(len(bank)))
+    assert batch.dtype == torch.float32
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    assert batch.is_contiguous(memory_format=form)
+    assert labels.tolist() == [0] * 61 + [1] * 61
+    expected = [reference_variant(image, v) for image in images.images for v in PAPER_VARIANTS]
+    torch.testing.assert_close(batch.cpu(), torch.stack(expected), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("recipe", [PAPER_VARIANTS, RandomAugment()], ids=["paper", "random"])
+def test_a_batch_does_not_depend_on_its_company(loops: str, device, recipe) -> None:
+    bank = make_bank(random_images(3), recipe, device=device)
+    items = torch.randperm(len(bank))[:21]
+    together, labels = bank.batch(items, 5)
+    for position, item in enumerate(items):
+        alone, label = bank.batch(item[None], 5)
+        assert torch.equal(alone[0], together[position])
+        assert label[0] == labels[position]
+
+
+def test_an_epoch_takes_each_item_once_in_an_order_of_its_own() -> None:
+    def order(epoch: int, seed: int = 0, first: int = 0) -> list[int]:
+        return torch.cat([*epoch_batches(50, 8, seed=seed, epoch=epoch, first=first)]).tolist()
+
+    assert sorted(order(0)) == list(range(50))
+    assert order(0) == order(0)
+    assert len({tuple(order(e, s)) for e in range(3) for s in range(3)}) == 9
+    assert order(1, first=4) == order(1)[32:]
+    sizes = [len(batch) for batch in epoch_batches(50, 8, seed=0, epoch=0)]
+    assert sizes == [8] * 6 + [2]
+
+
+def test_ranks_share_each_batch() -> None:
+    def batches(rank: int = 0, world_size: int = 1) -> list[Tensor]:
+        return [*epoch_batches(41, 8, seed=0, epoch=3, rank=rank, world_size=world_size)]
+
+    ranks = [batches(rank, 3) for rank in range(3)]
+    assert [len(batches) for batches in ranks] == [6, 6, 6]
+    for step, whole in enumerate(batches()):
+        parts = [batches[step] for batches in ranks]
+        assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+        assert parts[0].tolist() == whole.tolist()[::3]
+    assert [len(batches[-1]) for batches in ranks] == [1, 0, 0]
+    with pytest.raises(ValueError, match="rank must be between 0 and 2, got 3"):
+        batches(3, 3)
+
+
+HEIGHT, WIDTH = 40, 56
+# Draws nothing at all. The ratio is that of the pixels, so the whole image has that of its sides.
+STILL = RandomAugment(
+    repeats=5, degrees=0, scale=(1, 1), ratio=(WIDTH / HEIGHT, WIDTH / HEIGHT), flip=0,
+    gamma=(1, 1), brightness=0, contrast=0, saturation=0,
+)  # fmt: skip
+
+
+def crop(image: Tensor, drawn: augment.Draw, mode: InterpolationMode) -> Tensor:
+    top, left, height, width = (int(n) for n in drawn[:4])
+    return tv.resized_crop(image, top, left, height, width, [HEIGHT, WIDTH], mode, antialias=False)
+
+
+def rotate(image: Tensor, drawn: augment.Draw, mode: InterpolationMode) -> Tensor:
+    if mode == InterpolationMode.NEAREST_EXACT:
+        mode = InterpolationMode.NEAREST
+    return tv.rotate(image, float(drawn.angle), mode)
+
+
+def flip(image: Tensor, drawn: augment.Draw, mode: InterpolationMode) -> Tensor:
+    return tv.hflip(image) if drawn.flip else image
+
+
+def crop_and_flip(image: Tensor, drawn: augment.Draw, mode: InterpolationMode) -> Tensor:
+    return flip(crop(image, drawn, mode), drawn, mode)
+
+
+def rotate_and_flip(image: Tensor, drawn: augment.Draw, mode: InterpolationMode) -> Tensor:
+    return flip(rotate(image, drawn, mode), drawn, mode)
+
+
+def colour(image: Tensor, drawn: augment.Draw, mode: InterpolationMode) -> Tensor:
+    image = tv.adjust_brightness(image, float(drawn.brightness))
+    image = tv.adjust_contrast(image, float(drawn.contrast))
+    image = tv.adjust_saturation(image, float(drawn.saturation))
+    return tv.adjust_gamma(image, float(drawn.gamma))
+
+
+# The draws of one operator, or of several whose composition interpolates once.
+OPERATORS: dict[str, tuple[Callable[..., Tensor], dict[str, object]]] = {
+    "nothing": (lambda image, *_: image, {}),
+    "crop": (crop, {"scale": (0.1, 1.0), "ratio": (0.5, 2.0)}),
+    "rotation": (rotate, {"degrees": 180}),
+    "flip": (flip, {"flip": 0.5}),
+    "crop and flip": (crop_and_flip, {"scale": (0.3, 0.9), "flip": 0.5}),
+    "rotation and flip": (rotate_and_flip, {"degrees": 15, "flip": 0.5}),
+    "brightness": (colour, {"brightness": 1}),
+    "contrast": (colour, {"contrast": 1}),
+    "saturation": (colour, {"saturation": 1}),
+    "gamma": (colour, {"gamma": (0.7, 1.3)}),
+    "all colour": (
+        colour, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "gamma": (0.7, 1.3)}
+    ),
+}  # fmt: skip
+
+
+@FORMATS
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_random_operators_equal_torchvision(
+    loops: str, device, poisoned, name: str, interpolation: str, channels_last: bool
+) -> None:
+    operator, ranges = OPERATORS[name]
+    recipe = dataclasses.replace(STILL, interpolation=interpolation, **ranges)
+    images = random_images(2, HEIGHT, WIDTH)
+    bank = ImageBank(images, augment=recipe, device=device, channels_last=channels_last)
+    items = torch.arange(len(bank))
+    batch, labels = bank.batch(items, 7)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    assert batch.is_contiguous(memory_format=form)
+    assert labels.tolist() == [0] * 5 + [1] * 5
+    mode = InterpolationMode.BILINEAR
+    if interpolation == "nearest":
+        mode = InterpolationMode.NEAREST_EXACT
+    drawn = recipe.draw(items, 7, HEIGHT, WIDTH)
+    for item in range(len(bank)):
+        one = augment.Draw(*(numbers[item] for numbers in drawn))
+        image = operator(images.images[item // 5] / 255, one, mode)
+        expected = tv.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+        differs = (batch[item].cpu() - expected).abs() > TOLERANCE
+        # Where the position lies within rounding of the middle, either neighbour is the nearest.
+        assert differs.double().mean() <= (0.002 if interpolation == "nearest" else 0), item
+
+
+def test_compiled_loops_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All operators together, on an image as smooth as a photograph."""
+    if augment._compiled_loops() is None:
+        pytest.skip("no numba")
+    images = random_images(3, 64, 48)
+    banks = [ImageBank(images, augment=RandomAugment(repeats=20))]
+    monkeypatch.setattr(augment, "_compiled_loops", lambda: None)
+    banks.append(ImageBank(images, augment=RandomAugment(repeats=20)))
+    compiled, plain = (bank.batch(torch.arange(60))[0] for bank in banks)
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=TOLERANCE)
+
+
+def test_draws_depend_on_seed_epoch_and_item_alone() -> None:
+    recipe, items = RandomAugment(seed=1), torch.randperm(1000)
+    whole = torch.stack(recipe.draw(items, 4, 256, 256))
+    part = torch.stack(recipe.draw(items[300:310], 4, 256, 256))
+    assert torch.equal(whole[:, 300:310], part)
+    for other in (
+        recipe.draw(items, 5, 256, 256),
+        RandomAugment(seed=2).draw(items, 4, 256, 256),
+        RandomAugment(seed=1 + 2**32).draw(items, 4, 256, 256),
+        recipe.draw(items + 2**32, 4, 256, 256),
+    ):
+        assert not (whole[4] == other.angle).any()
+
+
+def test_draws_fill_their_ranges() -> None:
+    drawn = RandomAugment().draw(torch.arange(20_000), 0, 256, 256)
+    for numbers, low, high in (
+        (drawn.angle, -15, 15),
+        (drawn.gamma, 0.7, 1.3),
+        (drawn.brightness, 0.8, 1.2),
+        (drawn.contrast, 0.8, 1.2),
+        (drawn.saturation, 0.8, 1.2),
+    ):
+        # Of a uniform distribution; the standard error of the mean is range / 490.
+        assert low <= numbers.min() < low + 0.001 * (high - low)
+        assert high >= numbers.max() > high - 0.001 * (high - low)
+        assert numbers.mean() == pytest.approx((low + high) / 2, abs=(high - low) / 100)
+    assert set(drawn.flip.tolist()) == {0, 1}
+    assert drawn.flip.mean() == pytest.approx(0.5, abs=0.015)
+    area = drawn.height * drawn.width / 256**2
+    assert 0.59 < area.min() < 0.61
+    assert area.max() > 0.95
+    ratio = drawn.width / drawn.height
+    assert 0.79 < ratio.min() < 0.81
+    assert 1.24 < ratio.max() < 1.26
+    for start, size in ((drawn.top, drawn.height), (drawn.left, drawn.width)):
+        assert start.min() == 0
+        assert (start + size).max() == 256
+    # No parameter says anything about another one, but for the crop's.
+    correlations = torch.corrcoef(torch.stack(drawn[4:])) - torch.eye(6)
+    assert correlations.abs().max() < 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("recipe", [PAPER_VARIANTS, RandomAugment()], ids=["paper", "random"])
+def test_batches_come_in_the_training_dtype(loops: str, device, dtype, recipe) -> None:
+    images = random_images(2)
+    items = torch.arange(0, 122, 5)
+    expected, _ = make_bank(images, recipe, device=device).batch(items)
+    for channels_last in (False, True):
+        bank = make_bank(images, recipe, device=device, dtype=dtype, channels_last=channels_last)
+        assert torch.equal(bank.batch(items)[0], expected.to(dtype))
+
+
+@FORMATS
+@pytest.mark.parametrize("budget_bytes", [0, augment.GPU_BUDGET])
+def test_batches_are_those_of_batch(device, channels_last: bool, budget_bytes: int) -> None:
+    """From the device's memory, and through the host's; a CPU has one memory."""
+    bank = ImageBank(
+        random_images(5), PAPER_VARIANTS, device=device, channels_last=channels_last,
+        budget_bytes=budget_bytes,
+    )  # fmt: skip
+    assert "images" in bank.placement
+    batches = [*epoch_batches(50, 16, seed=0, epoch=0), torch.empty(0, dtype=torch.int64)]
+    kept = list(bank.batches(batches))
+    seen = set()
+    reused = bank.batches(batches, reuse=True)
+    for items, kept_batch, again in zip(batches, kept, reused, strict=True):
+        images, labels = bank.batch(items)
+        seen.add(again[1].data_ptr())
+        for got in (kept_batch, again):
+            assert torch.equal(got[0], items)
+            assert torch.equal(got[1], images)
+            assert torch.equal(got[2], labels)
+    assert len(seen - {0}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"degrees": -1}, "degrees must be between 0 and 180, got -1"),
+        ({"scale": (0.0, 1.0)}, "scale must be two ascending positive numbers, got (0.0, 1.0)"),
+        ({"scale": (0.5, 1.5)}, "scale must not exceed 1, the whole image, got (0.5, 1.5)"),
+        ({"ratio": (2, 1)}, "ratio must be two ascending positive numbers, got (2, 1)"),
+        ({"gamma": (-1, 1)}, "gamma must be two ascending positive numbers, got (-1, 1)"),
+        ({"flip": 1.5}, "flip is a probability between 0 and 1, got 1.5"),
+        ({"contrast": -0.1}, "contrast must not be negative, got -0.1"),
+        ({"interpolation": "cubic"}, 'interpolation must be "bilinear" or "nearest"'),
+        ({"seed": -1}, "seed must be between 0 and 2**64 - 1, got -1"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RandomAugment(**arguments)
+
+
+def test_variants_and_random_augmentation_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="give variants or augment, not both"):
+        ImageBank(random_images(1), PAPER_VARIANTS, augment=RandomAugment())
