@@ -1,0 +1,370 @@
+"""What a training step takes of a GPU's memory, by an account that needs no GPU.
+
+A real step (forward, loss, backward, optimiser) runs on PyTorch's fake tensors, which have shapes,
+types and lifetimes but no memory. Every storage is counted from its birth to its death, so the peak
+is what ``torch.cuda.max_memory_allocated`` would say, but for two assumptions:
+
+- cuDNN does not tell its workspace without a GPU. Its fast kernels take channels last, in multiples
+  of 16 bytes, so a convolution is taken to copy each operand that is laid out otherwise, such as
+  three-channel images. ``LIBRARY_WORKSPACE`` bytes more are for cuBLAS and for partial sums.
+- Making a batch on the GPU comes before the step. With the batch before, it takes 1.6 MB an image
+  and 0.2 GB: less than the step does from about 200 images on, so it is left out.
+
+Of a card's memory, ``CONTEXT`` bytes are for CUDA and its kernels, and the allocator is taken to
+lose a share ``FRAGMENTATION`` of the rest. A GB has 10⁹ bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .cli import ArgumentParser, number
+from .network import CNN_SP, IMAGE_SIZE, POOLINGS
+
+PROG = "python -m cnnsp.memory"
+LIBRARY_WORKSPACE = 128 * 2**20
+CONTEXT = 600_000_000
+FRAGMENTATION = 0.1
+
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+_OPTIMIZERS: dict[str, Any] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a training step takes, in bytes. ``peak`` is the sum of the other lines.
+
+    Attributes:
+        parameters: the weights, fp32.
+        gradients: one of each weight, counted for the whole step, as when they accumulate.
+        optimizer_state: momentum of SGD; two moments of Adam and AdamW.
+        weight_average: the averaged weights, if there are any.
+        image_bank: the images that batches are made from, as given.
+        input_batch: the images of the step, in the training's type, and their labels.
+        weight_copies: autocast's half-precision copies of weights, kept for backward.
+        saved_for_backward: what else the forward pass leaves; exactly linear in the batch size but
+            for the loss.
+        transient: what the most demanding operator needs on top of all the above.
+        workspace: by how much cuDNN's copies raise the peak, and LIBRARY_WORKSPACE; assumed.
+        peak: most bytes allocated at any one time.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    weight_average: int
+    image_bank: int
+    input_batch: int
+    weight_copies: int
+    saved_for_backward: int
+    transient: int
+    workspace: int
+    peak: int
+
+
+@lru_cache(maxsize=256)
+def account(
+    batch_size: int,
+    *,
+    pool: str = "stochastic",
+    amp_dtype: str | None = "float16",
+    channels_last: bool = True,
+    opt: str = "sgd",
+    momentum: float = 0.9,
+    weight_average: bool = False,
+    num_classes: int = 3,
+    image_bank_bytes: int = 0,
+) -> Account:
+    """The memory of a training step of :class:`CNN_SP` on a GPU.
+
+    Args:
+        batch_size: images in a step, at least 1; if gradients accumulate, in one pass.
+        pool: pooling of the network.
+        amp_dtype: ``"float16"`` or ``"bfloat16"`` for autocast, or None for plain fp32.
+        channels_last: memory format of images and weights.
+        opt: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        momentum: of SGD, which has no state without it.
+        weight_average: whether an average of the weights is kept.
+        num_classes: number of classes.
+        image_bank_bytes: what the images that batches are made from take.
+    """
+    # Autograd refuses fake CUDA tensors where there is no CUDA, so these are a CPU's. Its autocast
+    # takes the same convolutions and linear layers to half precision, and the pools follow. What
+    # differs, the class scores and the mask of dropout, is 0.2 KB an image.
+    with FakeTensorMode(), _LiveStorages() as storages:
+        step = _Step("cpu", batch_size, pool, amp_dtype, channels_last, opt, momentum, num_classes)
+        parameters = list(step.model.parameters())
+        storages.parameters = {_key(parameter) for parameter in parameters}
+        # The first step makes gradients and optimiser state; with these in place the second is
+        # like all that follow.
+        for _ in range(2):
+            before = storages.live
+            storages.peak = storages.peak_with_copies = 0
+            loss = step.forward()
+            kept, weight_copies = storages.live, storages.weight_copies
+            step.backward(loss)
+            del loss
+        state = tree_leaves([*step.optimizer.state.values()])
+        lines = {
+            "parameters": _bytes(parameters),
+            "gradients": _bytes(parameter.grad for parameter in parameters),
+            "optimizer_state": _bytes(state),
+            "weight_average": _bytes(parameters) if weight_average else 0,
+            "image_bank": image_bank_bytes,
+            "input_batch": _bytes([step.images, step.labels]),
+            "weight_copies": weight_copies,
+            "saved_for_backward": kept - before - weight_copies,
+            "transient": storages.peak - kept,
+            "workspace": storages.peak_with_copies - storages.peak + LIBRARY_WORKSPACE,
+        }
+    return Account(**lines, peak=sum(lines.values()))
+
+
+def measure(
+    batch_size: int,
+    *,
+    pool: str = "stochastic",
+    amp_dtype: str | None = "float16",
+    channels_last: bool = True,
+    opt: str = "sgd",
+    momentum: float = 0.9,
+    num_classes: int = 3,
+) -> int:
+    """The ``peak`` of :func:`account`, measured in two steps on the current CUDA device."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step = _Step("cuda", batch_size, pool, amp_dtype, channels_last, opt, momentum, num_classes)
+    for _ in range(2):
+        step.backward(step.forward())
+    return torch.cuda.max_memory_allocated() - before
+
+
+def largest_batch(memory_bytes: float, **options: Any) -> int:
+    """The largest batch that fits a card of ``memory_bytes``; 0 if not one image does.
+
+    ``options`` are those of :func:`account`.
+    """
+    usable = (memory_bytes - CONTEXT) * (1 - FRAGMENTATION)
+
+    def peak(batch_size: int) -> int:
+        return account(batch_size, **options).peak
+
+    # The peak is linear but for the smallest batches, so the line gives all but the last few steps.
+    slope = (peak(1024) - peak(512)) / 512
+    batch_size = max(0, 512 + int((usable - peak(512)) / slope))
+    while batch_size > 0 and peak(batch_size) > usable:
+        batch_size -= 1
+    while peak(batch_size + 1) <= usable:
+        batch_size += 1
+    return batch_size
+
+
+def advice(memory_bytes: float, batch_size: int, accumulate: int = 1, **options: Any) -> str:
+    """One line for the user whose step ran out of memory: which batch fits.
+
+    Args:
+        memory_bytes: memory of the card.
+        batch_size: images in the step that did not fit.
+        accumulate: parts that it was computed in.
+        options: those of :func:`account`.
+    """
+    fits = largest_batch(memory_bytes, **options)
+    card = f"{memory_bytes / 1e9:.1f} GB"
+    start = f"out of GPU memory at --batch-size {batch_size}"
+    if accumulate > 1:
+        start += f" --accumulate {accumulate}"
+    if fits == 0:
+        return f"{start}: not one image fits in {card}; train with --device cpu"
+    if fits >= math.ceil(batch_size / accumulate):
+        return (
+            f"{start}, though about {fits:,} images should fit in {card}: close what else uses the "
+            "GPU, or choose a smaller --batch-size"
+        )
+    return (
+        f"{start}: about {fits:,} images fit in {card}; --accumulate "
+        f"{math.ceil(batch_size / fits)} computes the same batch in parts that fit"
+    )
+
+
+class _Step:
+    """A network, its optimiser and a batch, and the two halves of a step with them."""
+
+    def __init__(
+        self,
+        device: str,
+        batch_size: int,
+        pool: str,
+        amp_dtype: str | None,
+        channels_last: bool,
+        opt: str,
+        momentum: float,
+        num_classes: int,
+    ) -> None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        shape = (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+        self.amp_dtype = getattr(torch, amp_dtype) if amp_dtype else None
+        # The bank makes images in autocast's type.
+        dtype = self.amp_dtype or torch.float32
+        images = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+        self.images = images.zero_()
+        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        with torch.device(device):
+            self.model = CNN_SP(num_classes, pool)
+        for conv in self.model.modules():
+            if isinstance(conv, nn.Conv2d):  # `model.to` cannot exchange fake parameters
+                conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=layout))
+        arguments = {"momentum": momentum} if opt == "sgd" else {}
+        self.optimizer = _OPTIMIZERS[opt](self.model.parameters(), fused=True, **arguments)
+
+    def forward(self) -> Tensor:
+        enabled = self.amp_dtype is not None
+        with torch.autocast(self.images.device.type, dtype=self.amp_dtype, enabled=enabled):
+            output = self.model(self.images)
+        return F.nll_loss(output.float(), self.labels)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.optimizer.step()
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Counts the bytes of every storage that an operator makes, until it dies.
+
+    Attributes:
+        live: bytes alive now.
+        peak: most bytes alive after an operator.
+        peak_with_copies: the same with what cuDNN copies in that operator.
+        parameters: storages of the weights.
+        weight_copies: bytes alive now in copies of them of another type.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.peak_with_copies = 0
+        self._sizes: dict[int, int] = {}
+        self.parameters: set[int] = set()
+        self._copies: set[int] = set()
+
+    @property
+    def weight_copies(self) -> int:
+        return sum(self._sizes[key] for key in self._copies)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for output in outputs:
+            self._count(output)
+        if func is torch.ops.aten._to_copy.default and _key(args[0]) in self.parameters:
+            self._copies.add(_key(result))
+        copies = 0
+        if func in _CONVOLUTIONS:
+            operands = [*(arg for arg in args if isinstance(arg, Tensor)), *outputs]
+            copies = sum(_cudnn_copy(operand) for operand in operands if operand.dim() == 4)
+        self.peak = max(self.peak, self.live)
+        self.peak_with_copies = max(self.peak_with_copies, self.live + copies)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        key = _key(tensor)
+        if key not in self._sizes:
+            storage = tensor.untyped_storage()
+            self._sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+        self._copies.discard(key)
+
+
+def _key(tensor: Tensor) -> int:
+    """The identity of a tensor's storage, as long as that lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def _cudnn_copy(operand: Tensor) -> int:
+    """Bytes of the copy that cuDNN is taken to make of a convolution's operand."""
+    channels, aligned = operand.shape[1], 16 // operand.element_size()
+    if channels % aligned == 0 and operand.is_contiguous(memory_format=torch.channels_last):
+        return 0
+    padded = math.ceil(channels / aligned) * aligned
+    return operand.numel() // channels * padded * operand.element_size()
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(PROG, __doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("-b", "--batch-size", type=number(int, 1), default=256, help="images in a step")
+    positive = number(float, 0, exclusive=True)
+    add("--gpu-memory-gb", type=positive, default=6.0, help="of a card, in GB of 10⁹ bytes")
+    add("--pool", choices=POOLINGS, help="one pooling; when not given: all, side by side")
+    add(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mixed precision, channels last; without it fp32, contiguous, as train.py has it",
+    )
+    add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="its type")
+    add("--opt", choices=tuple(_OPTIMIZERS), default="sgd", help="optimiser")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the account with ``arguments`` (default: the command line); returns the exit status."""
+    args = make_parser().parse_args(arguments)
+    pools = [args.pool] if args.pool else POOLINGS
+    options: dict[str, Any] = {"channels_last": args.amp, "opt": args.opt}
+    options["amp_dtype"] = args.amp_dtype if args.amp else None
+
+    accounts = [account(args.batch_size, pool=pool, **options) for pool in pools]
+    rows = {
+        line.name.replace("_", " "): [_megabytes(getattr(a, line.name)) for a in accounts]
+        for line in fields(Account)
+    }
+    if torch.cuda.is_available():
+        rows["measured here"] = [_measured(args.batch_size, pool=pool, **options) for pool in pools]
+    memory = args.gpu_memory_gb * 1e9
+    fitting = [largest_batch(memory, pool=pool, **options) for pool in pools]
+    rows[f"batch for {args.gpu_memory_gb:g} GB"] = [f"{batch:,}" for batch in fitting]
+    for name, cells in {f"MB at batch {args.batch_size}": pools, **rows}.items():
+        print(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
+    return 0
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+def _measured(batch_size: int, **options: Any) -> str:
+    try:
+        return _megabytes(measure(batch_size, **options))
+    except torch.OutOfMemoryError:
+        return "out of memory"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
