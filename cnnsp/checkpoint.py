@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import torch
 
 from .errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _KEYS = {
     "format",
     "model",
+    "average",
     "pooling",
     "classes",
     "options",
@@ -22,24 +25,31 @@ _KEYS = {
     "items",
     "optimizer",
     "scaler",
-    "random",
 }
 
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write ``state`` to ``path``; a file of that name stays intact until the new one is whole.
 
+    That holds when the machine loses power, too: the content is on the disk before the name.
+
     Raises:
         UserError: when it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        torch.save(state, temporary)
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}") from None
+        # A folder that became read-only keeps the fragment, which nobody reads.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "; the one before it is intact" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {reason}{kept}") from None
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -52,13 +62,29 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
+        # torch.load takes the tensors as they are; the archive's checksums tell a flipped bit.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+    except PermissionError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ):
         raise UserError(f"checkpoint {path} is damaged, or no PyTorch file") from None
-    if not isinstance(state, dict) or not state.keys() >= _KEYS:
+    if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is no checkpoint that train.py wrote")
     if state["format"] != FORMAT:
         raise UserError(f"checkpoint {path} has format {state['format']}; this is format {FORMAT}")
+    if not state.keys() >= _KEYS:
+        raise UserError(f"{path} is no checkpoint that train.py wrote")
     return state
 
 

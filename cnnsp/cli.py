@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from .errors import UserError
+from .interruption import Interrupted
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -33,9 +35,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type[int] | type[float], least: float, *, exclusive: bool = False
+    kind: type[int] | type[float],
+    least: float,
+    *,
+    exclusive: bool = False,
+    most: float = math.inf,
 ) -> Callable[[str], float]:
-    """An argument type: a finite ``kind`` of at least ``least``, or above it."""
+    """An argument type: a finite ``kind``, at least ``least`` or above it, at most ``most``."""
 
     def parse(text: str) -> float:
         try:
@@ -46,18 +52,30 @@ def number(
         if not math.isfinite(value) or value < least or (exclusive and value == least):
             bound = f"above {least}" if exclusive else f"at least {least}"
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return value
 
     return parse
 
 
 def exit_status(prog: str, work: Callable[[], None]) -> int:
-    """Do ``work``; 0, or 2 after one line on stderr when the user has to put something right."""
+    """Do ``work``; 0, or another status after one line on stderr.
+
+    The status is 2 when the user has to put something right, and 128 more than the signal that
+    asked for an end: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A Windows code page lacks characters that names of files and classes may have.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interruption:
+        print(f"{prog}: {interruption}", file=sys.stderr)
+        return 128 + interruption.signal
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -33,6 +33,7 @@ class CNN_SP(nn.Module):  # noqa: N801  the paper's name
         num_classes: number of classes, at least 1.
         pooling: ``"stochastic"`` (draws in training, expectation in evaluation), ``"max"`` or
             ``"avg"``.
+        dropout: probability of dropping one of fc1's outputs in training.
 
     Shape:
         input ``[N, 3, 256, 256]``, floating point, contiguous or channels_last;
@@ -42,7 +43,9 @@ class CNN_SP(nn.Module):  # noqa: N801  the paper's name
         ValueError: for an unknown ``pooling``, or an input of another shape.
     """
 
-    def __init__(self, num_classes: int = 3, pooling: str = "stochastic") -> None:
+    def __init__(
+        self, num_classes: int = 3, pooling: str = "stochastic", dropout: float = 0.1
+    ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -56,7 +59,7 @@ class CNN_SP(nn.Module):  # noqa: N801  the paper's name
         self.pool = _make_pool(pooling)
         self.fc1 = nn.Linear(120 * 10 * 10, 100)
         self.fc2 = nn.Linear(100, num_classes)
-        self.dropout = nn.Dropout(0.1)
+        self.dropout = nn.Dropout(dropout)
 
     def _block(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """Convolution, bias, ReLU, pool."""

@@ -1,28 +1,34 @@
-"""What a run leaves for its reader: ``summary.csv``, ``curves.png``, TensorBoard, the progress."""
+"""What a run leaves for its reader: ``summary.csv``, PNG files, TensorBoard, the progress."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import csv
 import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from .augment import IMAGENET_MEAN, IMAGENET_STD
+from . import figures
+from .augment import IMAGENET_MEAN, IMAGENET_STD, ImageBank
 from .errors import UserError
+from .evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -56,43 +62,21 @@ def write_summary(history: Sequence[EpochResult], path: Path) -> None:
     for result in history:
         row = asdict(result)
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    _replace(path, text.getvalue().encode())
+    replace_file(path, text.getvalue().encode())
 
 
 def draw_curves(history: Sequence[EpochResult], path: Path, title: str) -> None:
-    """Draw training loss, test accuracy and test loss over the epochs, as PNG."""
-    epochs = [result.epoch for result in history]
-    train_losses = [result.train_loss for result in history]
-    accuracies = [result.test_accuracy for result in history]
-    test_losses = [result.test_loss for result in history]
-    best, lowest = max(accuracies), min(test_losses)
-
-    # A figure of its own, without pyplot: it needs no display and changes nobody's backend.
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    figure.suptitle(title)
-    train_loss, accuracy, test_loss = axes
-    train_loss.plot(epochs, train_losses, "o-", color="C0")
-    train_loss.set_title("Training loss")
-    train_loss.set_ylim(bottom=0)
-    accuracy.plot(epochs, accuracies, "o-", color="C2")
-    accuracy.axhline(best, color="C2", linestyle=":", linewidth=1)
-    accuracy.set_title(f"Test accuracy (%), best {best:.2f}")
-    test_loss.plot(epochs, test_losses, "o-", color="C3")
-    test_loss.axhline(lowest, color="C3", linestyle=":", linewidth=1)
-    test_loss.set_title(f"Test loss, lowest {lowest:.4f}")
-    for axis in axes:
-        axis.set_xlabel("Epoch")
-        axis.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3)
-        axis.lines[0].set_markersize(3.5)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120, format="png")
-    _replace(path, image.getvalue())
+    """Draw losses and test accuracy over the epochs, as PNG."""
+    replace_file(path, figures.png(figures.curves(history, title)))
 
 
-def _replace(path: Path, content: bytes) -> None:
+def draw_confusion(evaluation: Evaluation, classes: Sequence[str], path: Path, title: str) -> None:
+    """Draw the confusion matrix with the sensitivity of each class, as PNG."""
+    replace_file(path, figures.png(figures.confusion(evaluation, classes, title)))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write ``path``, which stays as it is until the new content is whole; raises UserError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(content)
@@ -110,24 +94,90 @@ class Board:
 
     def first_batch(self, images: Tensor) -> None:
         """Show up to 32 normalised images ``[B, 3, H, W]`` at half their size."""
-        mean, std = (
-            torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
         small = F.interpolate(images[:32].float().cpu(), scale_factor=0.5, mode="area")
-        self._writer.add_image("first_batch", make_grid((small * std + mean).clamp(0, 1)), 0)
+        self._writer.add_image("first_batch", make_grid(_visible(small)), 0)
+
+    def graph(self, model: nn.Module, images: Tensor) -> None:
+        """Show what ``model`` does to ``images`` in evaluation mode; says so where it cannot."""
+        # A copy on the CPU: the model's mode and the device's random numbers stay as they are.
+        try:
+            copied = copy.deepcopy(model).cpu().eval()
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[]),
+                contextlib.redirect_stdout(io.StringIO()),
+                warnings.catch_warnings(),
+            ):
+                # The tracer is deprecated, but TensorBoard's graphs come from nothing else.
+                warnings.simplefilter("ignore")
+                self._writer.add_graph(copied, images[:1].float().cpu())
+        except Exception as error:  # whatever the tracer cannot do: a run is worth more
+            reason = " ".join(str(error).split())
+            print(f"TensorBoard gets no graph of the network: {reason}", file=sys.stderr)
+
+    def hyper_parameters(self, options: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Record settings and what they led to, for TensorBoard's table of runs.
+
+        Args:
+            options: None is left out; what is neither number nor text is shown as text.
+            metrics: by the names of their columns, which no other scalar has.
+        """
+        shown = {
+            name: value if type(value) in (int, float, str) else str(value)
+            for name, value in options.items()
+            if value is not None
+        }
+        # SummaryWriter.add_hparams would make a folder for each, which shows as another run.
+        writer = self._writer._get_file_writer()
+        for summary in hparams(shown, metrics):
+            writer.add_summary(summary)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value)
+        self._writer.flush()
 
     def train_loss(self, loss: float, step: int) -> None:
         self._writer.add_scalar("train/loss", loss, step)
 
-    def epoch(self, result: EpochResult, step: int) -> None:
+    def epoch(self, result: EpochResult, step: int, memory_mib: float | None = None) -> None:
+        """Show an epoch's results, and the device memory that it needed at most."""
         self._writer.add_scalar("test/loss", result.test_loss, step)
         self._writer.add_scalar("test/accuracy", result.test_accuracy, step)
         self._writer.add_scalar("lr", result.lr, step)
         self._writer.add_scalar("images_per_second", result.images_per_second, step)
+        if memory_mib is not None:
+            self._writer.add_scalar("memory_mib", memory_mib, step)
         self._writer.flush()
+
+    def evaluation(
+        self, evaluation: Evaluation, test: ImageBank, classes: Sequence[str], step: int
+    ) -> None:
+        """Show the confusion matrix, and the up to 16 test images that were most wrong."""
+        title = f"Test accuracy {evaluation.accuracy:.2f} %"
+        self._figure("test/confusion", figures.confusion(evaluation, classes, title), step)
+        worst = evaluation.most_wrong(16)
+        if len(worst):
+            images, _ = test.batch(worst)
+            figure = figures.mistakes(
+                _visible(images.cpu()),
+                evaluation.labels[worst],
+                evaluation.log_probs[worst],
+                classes,
+                "Test images with the highest loss",
+            )
+            self._figure("test/most_wrong", figure, step)
+        self._writer.flush()
+
+    def _figure(self, tag: str, figure: Figure, step: int) -> None:
+        self._writer.add_image(tag, figures.pixels(figure), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _visible(images: Tensor) -> Tensor:
+    """Normalised images ``[..., 3, H, W]`` on the CPU, from 0 to 1 again."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images * std + mean).clamp(0, 1)
 
 
 class EpochProgress:
@@ -137,9 +187,11 @@ class EpochProgress:
         name: shown in front.
         steps: steps in the epoch.
         done: steps done before, when an interrupted epoch goes on.
+        silent: whether to show nothing, in all processes of a run but one.
     """
 
-    def __init__(self, name: str, steps: int, done: int = 0) -> None:
+    def __init__(self, name: str, steps: int, done: int = 0, *, silent: bool = False) -> None:
+        self._silent = silent
         self._name, self._steps, self._step = name, steps, done
         self._images, self._start = 0, time.perf_counter()
         self._bar = tqdm(
@@ -149,7 +201,7 @@ class EpochProgress:
             unit="step",
             leave=False,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=silent or not sys.stderr.isatty(),
         )
 
     def __enter__(self) -> EpochProgress:
@@ -169,6 +221,8 @@ class EpochProgress:
         self._bar.update()
 
     def report(self, loss: float) -> None:
+        if self._silent:
+            return
         rate = self._images / (time.perf_counter() - self._start)
         if self._bar.disable:
             print(
@@ -178,3 +232,15 @@ class EpochProgress:
             )
         else:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """A table as lines: its first ``left`` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

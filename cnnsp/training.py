@@ -1,63 +1,29 @@
-"""The training loop: epochs, evaluation, checkpoints, and going on from one."""
+"""A run: its epochs and evaluations, what it writes, and how it stops and goes on."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import signal
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint, report
 from .augment import ImageBank, epoch_batches
+from .distributed import Team
 from .errors import UserError
-from .network import CNN_SP
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What a run is made of. The defaults are the recipe of the flower replication.
-
-    Attributes:
-        data_dir: folder of the photographs, or ``"synthetic"``; only recorded here.
-        pool: pooling of :class:`CNN_SP`.
-        epochs: epochs in all, those before a resumed checkpoint included.
-        batch_size: images in an optimiser step.
-        opt: ``"sgd"`` or ``"adam"``.
-        lr: learning rate of the first ``lr_step`` epochs.
-        momentum: of SGD.
-        weight_decay: L2 penalty.
-        lr_step: epochs after which the learning rate is divided by 10, again and again.
-        amp_dtype: autocast type, or None for plain fp32.
-        channels_last: memory format of images and weights.
-        torchcompile: whether to compile the network.
-        seed: of the weights, the order of the images, dropout and the stochastic pools.
-        max_steps: optimiser steps after which to evaluate and stop, or None.
-        log_interval: optimiser steps between two reports of the loss.
-    """
-
-    data_dir: str = "synthetic"
-    pool: str = "stochastic"
-    epochs: int = 30
-    batch_size: int = 256
-    opt: str = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    lr_step: int = 10
-    amp_dtype: str | None = None
-    channels_last: bool = False
-    torchcompile: bool = False
-    seed: int = 0
-    max_steps: int | None = None
-    log_interval: int = 10
+from .evaluation import Evaluation, log_probabilities
+from .interruption import Interrupted, Requests
+from .learner import Learner
+from .recipe import TrainOptions, learning_rate
 
 
 @dataclass
@@ -88,39 +54,6 @@ class Progress:
         return cls(**{**state, "history": history})
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss, and how many of ``total`` images were recognised."""
-
-    loss: float
-    correct: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        """In per cent."""
-        return 100 * self.correct / self.total
-
-
-def evaluate(
-    model: nn.Module, bank: ImageBank, batch_size: int, amp_dtype: torch.dtype | None = None
-) -> Evaluation:
-    """Loss and accuracy of ``model``, in evaluation mode, over all items of ``bank``."""
-    training = model.training
-    model.eval()
-    loss = torch.zeros((), device=bank.device)
-    correct = torch.zeros((), dtype=torch.int64, device=bank.device)
-    with torch.no_grad():
-        for items in torch.arange(len(bank)).split(batch_size):
-            images, labels = bank.batch(items)
-            with _autocast(bank.device, amp_dtype):
-                output = model(images)
-            loss += F.nll_loss(output.float(), labels, reduction="sum")
-            correct += (output.argmax(1) == labels).sum()
-    model.train(training)
-    return Evaluation(float(loss) / len(bank), int(correct), len(bank))
-
-
 def check_output(folder: Path, *, resuming: bool = False) -> None:
     """Check that a run can be written to ``folder``, without creating anything.
 
@@ -141,20 +74,17 @@ def check_output(folder: Path, *, resuming: bool = False) -> None:
         )
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
 class Trainer:
     """Trains one CNN_SP and writes what it learns to a folder.
 
     Args:
         options: the recipe.
-        train: training images in all their variants.
+        train: training images, augmented.
         test: test images; on the same device.
         classes: names of the classes.
-        output: folder for checkpoints, ``args.json``, ``summary.csv``, ``curves.png`` and
-            TensorBoard's events; :meth:`run` creates it.
+        output: folder for checkpoints, ``args.json``, ``summary.csv``, pictures and TensorBoard's
+            events; :meth:`run` creates it.
+        team: the processes that train together, each with a trainer of its own.
     """
 
     def __init__(
@@ -164,68 +94,64 @@ class Trainer:
         test: ImageBank,
         classes: tuple[str, ...],
         output: Path,
+        team: Team | None = None,
     ) -> None:
         self.options, self.train, self.test = options, train, test
         self.classes, self.output = classes, output
+        self.team = team or Team()
         self.device = train.device
-        self.amp_dtype = getattr(torch, options.amp_dtype) if options.amp_dtype else None
-
-        torch.manual_seed(options.seed)
-        model = CNN_SP(len(classes), options.pool).to(self.device)
-        if options.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        self.model = model
-        self.forward: nn.Module = (
-            cast(nn.Module, torch.compile(model)) if options.torchcompile else model
-        )
-        self.optimizer = _make_optimizer(model.parameters(), options, self.device)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.amp_dtype == torch.float16
-        )
+        self.learner = Learner(options, len(classes), self.device, self.team)
         self.progress = Progress()
+        self._saved_at = time.monotonic()
 
     def run(self) -> Progress:
         """Train to the last epoch, or for ``max_steps``; returns where that ended.
 
         Raises:
             UserError: when the output folder cannot be written, or the loss is not finite.
+            Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
         """
+        if self.team.leads:
+            self._write_options()
+        board = (
+            report.Board(self.output, first_step=self.progress.total_steps)
+            if self.team.leads
+            else None
+        )
+        try:
+            with Requests() as requests:
+                steps_left = self.options.max_steps
+                while self.progress.epoch < self.options.epochs and steps_left != 0:
+                    before = self.progress.total_steps
+                    self._epoch(board, requests, steps_left)
+                    if steps_left is not None:
+                        steps_left -= self.progress.total_steps - before
+        finally:
+            if board is not None:
+                board.close()
+        return self.progress
+
+    def _write_options(self) -> None:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(self.options), indent=2)
             (self.output / "args.json").write_text(text + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
-        board = report.Board(self.output, first_step=self.progress.total_steps)
-        try:
-            steps_left = self.options.max_steps
-            while self.progress.epoch < self.options.epochs and steps_left != 0:
-                before = self.progress.total_steps
-                self._epoch(board, steps_left)
-                if steps_left is not None:
-                    steps_left -= self.progress.total_steps - before
-        finally:
-            board.close()
-        return self.progress
 
-    def _epoch(self, board: report.Board, steps_left: int | None) -> None:
+    def _epoch(
+        self, board: report.Board | None, requests: Requests, steps_left: int | None
+    ) -> None:
         """Train one epoch, or what is left of it, evaluate, and write everything."""
-        options, progress = self.options, self.progress
-        steps = math.ceil(len(self.train) / options.batch_size)
-        lr = options.lr * 0.1 ** (progress.epoch // options.lr_step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        progress = self.progress
+        steps = math.ceil(len(self.train) / self.options.batch_size)
 
         start = time.perf_counter()
-        images = self._train_steps(board, steps, steps_left)
-        images_per_second = images / (time.perf_counter() - start)
+        before = progress.images
+        lr = self._train_steps(board, requests, steps, steps_left)
+        images_per_second = (progress.images - before) / (time.perf_counter() - start)
         train_loss = progress.loss_sum / progress.images
-        if not math.isfinite(train_loss):
-            raise UserError(
-                f"the training loss became {train_loss} in epoch {progress.epoch + 1}; "
-                "a lower --lr may help"
-            )
-        test = evaluate(self.forward, self.test, options.batch_size, self.amp_dtype)
+        test = self.evaluate()
 
         result = report.EpochResult(
             progress.epoch + 1,
@@ -243,92 +169,163 @@ class Trainer:
             progress.loss_sum = 0.0
         is_best = test.accuracy > progress.best_accuracy
         progress.best_accuracy = max(progress.best_accuracy, test.accuracy)
+        self._save(also_best=is_best)
+        if board is not None:
+            self._report(board, result, test)
 
-        state = self._state()
-        checkpoint.save(state, self.output / "last.pt")
-        if is_best:
-            checkpoint.save(state, self.output / "best.pt")
-        report.write_summary(progress.history, self.output / "summary.csv")
-        title = f"CNN_SP, {options.pool} pooling, {options.data_dir}"
-        report.draw_curves(progress.history, self.output / "curves.png", title)
-        board.epoch(result, progress.total_steps)
-        print(
-            f"Epoch {result.epoch}/{options.epochs}: train loss {train_loss:.4f}, lr {lr:g}, "
-            f"{images_per_second:.0f} images/s, {result.seconds:.0f} s\n"
-            f"Test set: average loss {test.loss:.4f}, "
-            f"accuracy {test.correct}/{test.total} ({test.accuracy:.2f}%)",
-            flush=True,
-        )
-
-    def _train_steps(self, board: report.Board, steps: int, steps_left: int | None) -> int:
-        """Optimiser steps to the end of the epoch, ``steps_left`` at most; images trained on."""
+    def _train_steps(
+        self,
+        board: report.Board | None,
+        requests: Requests,
+        steps: int,
+        steps_left: int | None,
+    ) -> float:
+        """Optimiser steps to the end of the epoch, ``steps_left`` at most; the last one's rate."""
         options, progress = self.options, self.progress
-        self.forward.train()
-        # Summed on the device: reading it would make the host wait for every step.
-        loss_sum = torch.tensor(progress.loss_sum, device=self.device)
-        before = progress.images
+        last = steps if steps_left is None else min(steps, progress.step + steps_left)
+        watch = _LossWatch(self.device, progress.loss_sum)
         batches = epoch_batches(
             len(self.train),
             options.batch_size,
             seed=options.seed,
             epoch=progress.epoch,
             first=progress.step,
+            rank=self.team.rank,
+            world_size=self.team.size,
         )
+        # Where an interrupted run had done the last step already, there is nothing left to train.
+        lr = learning_rate(options, progress.epoch, max(progress.step - 1, 0), steps)
         name = f"epoch {progress.epoch + 1}/{options.epochs}"
-        with report.EpochProgress(name, steps, progress.step) as bar:
-            for items in batches:
-                images, labels = self.train.batch(items)
-                if progress.total_steps == 0:
+        bar = report.EpochProgress(name, steps, progress.step, silent=board is None)
+        with bar:
+            for _, images, labels in self.train.batches(batches, progress.epoch, reuse=True):
+                if board is not None and progress.total_steps == 0:
                     board.first_batch(images)
-                loss = self._step(images, labels)
-                loss_sum += loss * len(items)
+                    board.graph(self.learner.model, images[:1])
+                lr = learning_rate(options, progress.epoch, progress.step, steps)
+                left = len(self.train) - progress.step * options.batch_size
+                size = min(options.batch_size, left)
+                loss = self.learner.step(
+                    images, labels, batch_size=size, number=progress.total_steps, lr=lr
+                )
+                watch.add(loss, size, progress.total_steps)
                 progress.step += 1
                 progress.total_steps += 1
-                progress.images += len(items)
-                bar.advance(len(items))
-                if progress.step % options.log_interval == 0 or progress.step == steps:
-                    value = float(loss)
+                progress.images += size
+                bar.advance(size)
+                if progress.step % options.log_interval == 0 or progress.step == last:
+                    watch.send(progress.total_steps)
+                for step, value in watch.arrived(wait=progress.step == last):
+                    if not math.isfinite(value):
+                        self._check_finite(watch)
                     bar.report(value)
-                    board.train_loss(value, progress.total_steps)
-                if steps_left is not None:
-                    steps_left -= 1
-                    if steps_left == 0:
-                        break
-        progress.loss_sum = float(loss_sum)
-        return progress.images - before
+                    if board is not None:
+                        board.train_loss(value, step)
+                self._stop_if_asked(requests, watch)
+                if progress.step == last:
+                    break
+                if time.monotonic() - self._saved_at > options.checkpoint_interval:
+                    self._save_within_epoch(watch)
+        self._check_finite(watch)
+        progress.loss_sum = watch.loss_sum()
+        return lr
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser step; the mean loss of its batch, on the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with _autocast(self.device, self.amp_dtype):
-            output = self.forward(images)
-        loss = F.nll_loss(output.float(), labels)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.detach()
+    def _stop_if_asked(self, requests: Requests, watch: _LossWatch) -> None:
+        # The signal need not have come to every process, nor at the same step.
+        number = self.team.highest(requests.signal or 0)
+        if number == 0:
+            return
+        self._save_within_epoch(watch)
+        raise Interrupted(
+            number,
+            f"{signal.Signals(number).name}: stopped in epoch {self.progress.epoch + 1} after step "
+            f"{self.progress.step}; --resume {self.output / 'last.pt'} goes on from there",
+        )
 
-    def _state(self) -> dict[str, Any]:
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {
+    def _save_within_epoch(self, watch: _LossWatch) -> None:
+        self._check_finite(watch)
+        self.progress.loss_sum = watch.loss_sum()
+        self._save()
+
+    def _check_finite(self, watch: _LossWatch) -> None:
+        """Raise UserError, rather than save weights that are lost."""
+        step = watch.first_bad_step()
+        if step is None:
+            return
+        kept = self.output / "last.pt"
+        back = f"; {kept} is from before it" if kept.exists() else ""
+        raise UserError(
+            f"the training loss was not finite in epoch {self.progress.epoch + 1}, at step "
+            f"{step + 1} of the run; a lower --lr may help, or --warmup-epochs{back}"
+        )
+
+    def evaluate(self) -> Evaluation:
+        """The network on the test images, each process taking its share."""
+        options, team = self.options, self.team
+        items = torch.arange(len(self.test))
+        batch_size = math.ceil(options.batch_size / options.accumulate)
+        mine = log_probabilities(
+            self.learner.network,
+            self.test,
+            items[team.rank :: team.size],
+            batch_size,
+            self.learner.amp_dtype,
+        )
+        return Evaluation.of(team.rows(mine, len(items)), self.test.labels.cpu())
+
+    def _report(self, board: report.Board, result: report.EpochResult, test: Evaluation) -> None:
+        """Show an epoch's results in the folder, in TensorBoard and on the terminal."""
+        progress, pool = self.progress, self.options.pool
+        report.write_summary(progress.history, self.output / "summary.csv")
+        title = f"CNN_SP, {pool} pooling"
+        report.draw_curves(progress.history, self.output / "curves.png", title)
+        report.draw_confusion(
+            test, self.classes, self.output / "confusion.png", f"{title}, epoch {result.epoch}"
+        )
+        cuda = self.device.type == "cuda"
+        memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
+        board.epoch(result, progress.total_steps, memory_mib)
+        board.evaluation(test, self.test, self.classes, progress.total_steps)
+        if progress.epoch == self.options.epochs:
+            board.hyper_parameters(
+                asdict(self.options),
+                {
+                    "last_accuracy": result.test_accuracy,
+                    "last_loss": result.test_loss,
+                    "lowest_loss": min(row.test_loss for row in progress.history),
+                },
+            )
+        print(
+            f"Epoch {result.epoch}/{self.options.epochs}: train loss {result.train_loss:.4f}, "
+            f"lr {result.lr:.3g}, {result.images_per_second:.0f} images/s, "
+            f"{result.seconds:.0f} s\n"
+            f"Test set: average loss {test.loss:.4f}, "
+            f"accuracy {test.correct}/{test.total} ({test.accuracy:.2f}%)",
+            flush=True,
+        )
+
+    def _save(self, *, also_best: bool = False) -> None:
+        self._saved_at = time.monotonic()
+        if not self.team.leads:
+            return
+        state = {
             "format": checkpoint.FORMAT,
-            "model": self.model.state_dict(),
             "pooling": self.options.pool,
             "classes": list(self.classes),
             "options": asdict(self.options),
             "progress": asdict(self.progress),
             "items": len(self.train),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": random,
+            **self.learner.state(),
         }
+        checkpoint.save(state, self.output / "last.pt")
+        if also_best:
+            checkpoint.save(state, self.output / "best.pt")
 
     def restore(self, state: dict[str, Any], path: str | Path) -> None:
         """Go on from ``state``, which :func:`cnnsp.checkpoint.load` read from ``path``.
 
-        Settings that the options give anew, such as the learning rate, hold from here on.
+        Settings that the options give anew, such as the learning rate, hold from here on. The
+        number of processes may be another one.
 
         Raises:
             UserError: when the state does not fit the options or the data, or is already at the
@@ -344,41 +341,73 @@ class Trainer:
                 "a larger --epochs goes on"
             )
         # Within an epoch, the number of steps says which images are left only if these agree.
-        here = (options.batch_size, options.seed, len(self.train))
-        if progress.step > 0 and here != (before.batch_size, before.seed, state["items"]):
+        here = (options.augment, options.batch_size, options.seed, len(self.train))
+        there = (before.augment, before.batch_size, before.seed, state["items"])
+        if progress.step > 0 and here != there:
             raise UserError(
                 f"checkpoint {path} stopped within an epoch: it goes on only with the same images, "
-                f"--batch-size {before.batch_size} and --seed {before.seed}"
+                f"--augment {before.augment}, --batch-size {before.batch_size} and "
+                f"--seed {before.seed}"
             )
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"] and self.scaler.is_enabled():
-                self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(state["random"]["cpu"])
-            if self.device.type == "cuda" and "cuda" in state["random"]:
-                torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+            self.learner.load(state)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"checkpoint {path} does not fit: {str(error).splitlines()[0]}"
             ) from None
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = options.weight_decay
-            if "momentum" in group:
-                group["momentum"] = options.momentum
         self.progress = progress
 
 
-def _make_optimizer(
-    parameters: Iterable[nn.Parameter], options: TrainOptions, device: torch.device
-) -> torch.optim.Optimizer:
-    # A fused optimiser takes the scaler's verdict on the device: no host synchronisation.
-    fused = device.type == "cuda"
-    lr, weight_decay = options.lr, options.weight_decay
-    if options.opt == "sgd":
-        return torch.optim.SGD(
-            parameters, lr, options.momentum, weight_decay=weight_decay, fused=fused
-        )
-    if options.opt == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
-    raise ValueError(f"opt must be sgd or adam, got {options.opt!r}")
+class _LossWatch:
+    """The losses of an epoch's steps, on the device, where adding them up stops nobody.
+
+    Args:
+        device: where the losses are computed.
+        loss_sum: sum over the images of the epoch's earlier steps.
+    """
+
+    def __init__(self, device: torch.device, loss_sum: float) -> None:
+        self._device = device
+        self._sum = torch.tensor(loss_sum, device=device)
+        self._loss = self._sum
+        self._first_bad = torch.tensor(-1, device=device)
+        self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, loss: Tensor, images: int, step: int) -> None:
+        """Take in the mean loss of step ``step`` over ``images`` images."""
+        self._loss = loss
+        self._sum = self._sum + loss * images
+        bad = ~torch.isfinite(loss) & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, step, self._first_bad)
+
+    def send(self, step: int) -> None:
+        """Start the last loss on its way to the host, as that of ``step``."""
+        if self._device.type != "cuda":
+            self._sent.append((step, self._loss, None))
+            return
+        value = torch.empty((), pin_memory=True)
+        value.copy_(self._loss, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._sent.append((step, value, event))
+
+    def arrived(self, *, wait: bool = False) -> Iterator[tuple[int, float]]:
+        """Steps and losses that have come to the host, or with ``wait`` all that were sent."""
+        while self._sent:
+            step, value, event = self._sent[0]
+            if event is not None:
+                if wait:
+                    event.synchronize()
+                elif not event.query():
+                    return
+            self._sent.popleft()
+            yield step, float(value)
+
+    def loss_sum(self) -> float:
+        """The sum over the epoch's images; waits for the device."""
+        return float(self._sum)
+
+    def first_bad_step(self) -> int | None:
+        """The first step whose loss is not finite; waits for the device."""
+        step = int(self._first_bad)
+        return None if step < 0 else step

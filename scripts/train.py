@@ -8,21 +8,25 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cnnsp import UserError, checkpoint, synthetic
-from cnnsp.augment import PAPER_VARIANTS, ImageBank, Variant
+from cnnsp import UserError, checkpoint, distributed, memory, synthetic
+from cnnsp.augment import AS_IS, PAPER_VARIANTS, ImageBank, RandomAugment, Variant
 from cnnsp.cli import ArgumentParser, exit_status, number
-from cnnsp.data import ImageSet, load_folder
+from cnnsp.data import Images, load_folder
+from cnnsp.devices import choose_amp_dtype, choose_device, keep_freed_memory
 from cnnsp.network import POOLINGS
-from cnnsp.training import Trainer, TrainOptions, check_output
+from cnnsp.recipe import AUGMENTATIONS, OPTIMIZERS, RECIPES, SCHEDULES, TrainOptions
+from cnnsp.training import Trainer, check_output
 
 PROG = "train.py"
 SYNTHETIC = "synthetic"
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 def make_parser() -> ArgumentParser:
@@ -42,23 +46,61 @@ def make_parser() -> ArgumentParser:
     )
     add("-j", "--workers", type=number(int, 1), default=4, help="threads that decode images")
 
+    add(
+        "--validate",
+        type=int,
+        choices=range(4),
+        metavar="QUARTER",
+        help="to choose settings without the test images: hold out this quarter (0 to 3) of each "
+        "class's training images, and evaluate on it instead",
+    )
+
+    share = number(float, 0, most=1)
     group = parser.add_argument_group(
-        "recipe", "Defaults are the paper's recipe; synthetic flowers take a shorter one."
+        "recipe",
+        "Defaults are the paper's recipe. --recipe best sets what did best on held-out training "
+        "photographs; synthetic flowers take a shorter recipe of their own.",
     )
     add = group.add_argument
+    add("--recipe", choices=tuple(RECIPES), help="defaults for the settings below")
     add("--pool", choices=POOLINGS, default=default.pool, help="pooling")
+    add(
+        "--augment",
+        choices=AUGMENTATIONS,
+        default=default.augment,
+        help="the paper's rotations and gamma corrections, each once an epoch, or random crops, "
+        "rotations, flips and colours, always new",
+    )
+    add(
+        "--repeats",
+        type=number(int, 1),
+        default=default.repeats,
+        help="with --augment random, how often an epoch takes each image",
+    )
     add("--epochs", type=number(int, 1), default=default.epochs, help="epochs in all")
     add(
         "-b",
         "--batch-size",
         type=number(int, 1),
         default=default.batch_size,
-        help="images in a step of the optimiser",
+        help="images in a step of the optimiser, over all processes",
     )
-    add("--opt", choices=("sgd", "adam"), default=default.opt, help="optimiser")
+    add("--opt", choices=OPTIMIZERS, default=default.opt, help="optimiser")
     add("--lr", type=number(float, 0, exclusive=True), default=default.lr, help="learning rate")
     add("--momentum", type=number(float, 0), default=default.momentum, help="momentum of SGD")
-    add("--weight-decay", type=number(float, 0), default=default.weight_decay, help="L2 penalty")
+    add("--nesterov", action=flag, default=default.nesterov, help="Nesterov's momentum, with SGD")
+    add(
+        "--weight-decay",
+        type=number(float, 0),
+        default=default.weight_decay,
+        help="L2 penalty; decoupled with adamw",
+    )
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default=default.schedule,
+        help="of the learning rate: steps down, or a cosine to 0",
+    )
     add(
         "--lr-step",
         type=number(int, 1),
@@ -66,6 +108,31 @@ def make_parser() -> ArgumentParser:
         metavar="EPOCHS",
         help="epochs after which the learning rate is divided by 10, again and again",
     )
+    add(
+        "--warmup-epochs",
+        type=number(float, 0),
+        default=default.warmup_epochs,
+        metavar="EPOCHS",
+        help="epochs over which the learning rate rises at the start",
+    )
+    add(
+        "--label-smoothing", type=share, default=default.label_smoothing, help="share of the target"
+    )
+    add(
+        "--mixup",
+        type=number(float, 0),
+        default=default.mixup,
+        metavar="ALPHA",
+        help="mix each image with another, by a share from Beta(ALPHA, ALPHA)",
+    )
+    add(
+        "--ema",
+        type=share,
+        default=default.ema,
+        metavar="DECAY",
+        help="evaluate a moving average of the weights, with this decay",
+    )
+    add("--dropout", type=share, default=default.dropout, help="probability, before the last layer")
     add(
         "--seed",
         type=number(int, 0),
@@ -82,7 +149,27 @@ def make_parser() -> ArgumentParser:
         action=flag,
         help="memory format; when not given: on for CPUs, and for CUDA with mixed precision",
     )
-    add("--torchcompile", action=flag, help="compile the network with torch.compile")
+    add(
+        "--torchcompile",
+        nargs="?",
+        const="default",
+        choices=COMPILE_MODES,
+        metavar="MODE",
+        help=f"compile the network: {', '.join(COMPILE_MODES)}; reduce-overhead uses CUDA graphs",
+    )
+    add(
+        "--accumulate",
+        type=number(int, 1),
+        default=default.accumulate,
+        metavar="PARTS",
+        help="compute a batch in parts, one after the other: less memory for the same recipe",
+    )
+    add(
+        "--gpu-memory-gb",
+        type=number(float, 0, exclusive=True),
+        metavar="GB",
+        help="take no more of the GPU's memory than this, as on a smaller card; GB of 10^9 bytes",
+    )
 
     add = parser.add_argument_group("run").add_argument
     add(
@@ -99,6 +186,13 @@ def make_parser() -> ArgumentParser:
         metavar="STEPS",
         help="steps from one report of the loss to the next",
     )
+    add(
+        "--checkpoint-interval",
+        type=number(float, 0),
+        default=default.checkpoint_interval,
+        metavar="SECONDS",
+        help="time from one checkpoint to the next within an epoch",
+    )
     return parser
 
 
@@ -111,53 +205,20 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         state = checkpoint.load(args.resume)
         inherited = {k: v for k, v in state["options"].items() if k != "max_steps"}
         parser.set_defaults(output_dir=args.resume.parent, **inherited)
-    elif args.data_dir == SYNTHETIC:
+    elif args.data_dir == SYNTHETIC and args.recipe is None:
         parser.set_defaults(**synthetic.RECIPE)
+    if args.recipe is not None:
+        parser.set_defaults(**RECIPES[args.recipe])
     return parser.parse_args(arguments), state
 
 
-def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: PyTorch knows no such device") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine, or this PyTorch, has no CUDA")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: not available on this machine") from None
-    return device
-
-
-def choose_amp_dtype(amp: bool | None, name: str | None, device: torch.device) -> str | None:
-    """The type for autocast, or None for fp32 throughout."""
-    if amp is False:
-        return None
-    if name is not None or amp is None:
-        return name
-    if device.type == "cpu" and not _has_bfloat16_instructions():
-        print(
-            "--amp: this CPU has no bf16 instructions, so training stays in fp32, which is faster "
-            "here; --amp-dtype bfloat16 forces bf16."
-        )
-        return None
-    return "float16" if device.type == "cuda" else "bfloat16"
-
-
-def _has_bfloat16_instructions() -> bool:
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN, or a later one
-        return False
-
-
-def load_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, tuple[Variant, ...]]:
-    """Training images, test images, and the variants of a training image."""
+def load_images(args: argparse.Namespace) -> tuple[Images, Images, tuple[Variant, ...]]:
+    """Training images, those to evaluate on, and the paper's variants of a training image."""
     if args.data_dir != SYNTHETIC:
-        return *load_folder(args.data_dir, workers=args.workers), PAPER_VARIANTS
+        train, test = load_folder(args.data_dir, workers=args.workers, validate=args.validate)
+        return train, test, PAPER_VARIANTS
+    if args.validate is not None:
+        raise UserError("--validate needs photographs: --data-dir FOLDER")
     print(
         "Training on synthetic flowers, which the program draws itself: the accuracy says nothing "
         "about photographs.\n"
@@ -166,6 +227,8 @@ def load_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, tuple[Var
         flush=True,
     )
     train, test = synthetic.load(workers=args.workers)
+    if args.recipe is not None:
+        return train, test, PAPER_VARIANTS
     paper = TrainOptions()
     print(
         f"Shorter than the paper's recipe: {len(synthetic.VARIANTS)} variants of an image, not "
@@ -177,14 +240,49 @@ def load_images(args: argparse.Namespace) -> tuple[ImageSet, ImageSet, tuple[Var
     return train, test, synthetic.VARIANTS
 
 
-def run(arguments: Sequence[str] | None) -> None:
-    # Lets PyTorch use huge pages on Linux. A step allocates gigabytes; with small pages much of
-    # its time goes into page faults. PyTorch reads this at its first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    args, state = parse(arguments)
-    if state is not None:
-        checkpoint.check_pooling(state, args.resume, args.pool)
-    device = choose_device(args.device)
+def own_gpu(device: torch.device) -> torch.device:
+    """The GPU of this process, where torchrun starts one process a GPU."""
+    if device.type != "cuda" or not distributed.is_launched():
+        return device
+    rank, count = distributed.local_rank(), torch.cuda.device_count()
+    if rank >= count:
+        raise UserError(f"torchrun starts more processes here than there are GPUs ({count})")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def limit_gpu_memory(device: torch.device, gigabytes: float | None) -> None:
+    if gigabytes is None:
+        return
+    if device.type != "cuda":
+        raise UserError("--gpu-memory-gb needs a GPU")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
+
+
+def out_of_memory(args: argparse.Namespace, device: torch.device) -> str:
+    """What to do about it, in one line."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    limit = total if args.gpu_memory_gb is None else args.gpu_memory_gb * 1e9
+    return memory.advice(
+        min(total, limit),
+        args.batch_size,
+        args.accumulate,
+        pool=args.pool,
+        amp_dtype=args.amp_dtype,
+        channels_last=args.channels_last,
+        opt=args.opt,
+        momentum=args.momentum,
+        weight_average=args.ema > 0,
+    )
+
+
+def train(
+    args: argparse.Namespace,
+    state: dict[str, Any] | None,
+    device: torch.device,
+    team: distributed.Team,
+) -> None:
     args.amp_dtype = choose_amp_dtype(args.amp, args.amp_dtype, device)
     if args.channels_last is None:
         args.channels_last = device.type == "cpu" or args.amp_dtype is not None
@@ -192,28 +290,62 @@ def run(arguments: Sequence[str] | None) -> None:
         args.output_dir = Path("runs", f"{args.pool}-{time.strftime('%Y%m%d-%H%M%S')}")
     check_output(args.output_dir, resuming=state is not None)
 
-    train, test, variants = load_images(args)
+    train_images, test_images, variants = load_images(args)
     if state is not None:
-        checkpoint.check_classes(state, args.resume, train.classes)
+        checkpoint.check_classes(state, args.resume, train_images.classes)
     names = {field.name for field in fields(TrainOptions)}
     options = TrainOptions(**{k: v for k, v in vars(args).items() if k in names and v is not None})
-    trainer = Trainer(
-        options,
-        ImageBank(train, variants, device=device, channels_last=args.channels_last),
-        ImageBank(test, device=device, channels_last=args.channels_last),
-        train.classes,
-        args.output_dir,
+    random = args.augment == "random"
+    bank = ImageBank(
+        train_images,
+        AS_IS if random else variants,
+        augment=RandomAugment(repeats=args.repeats, seed=args.seed) if random else None,
+        device=device,
+        channels_last=args.channels_last,
+        dtype=getattr(torch, args.amp_dtype or "float32"),
+        workers=args.workers,
     )
+    test_bank = ImageBank(
+        test_images, device=device, channels_last=args.channels_last, workers=args.workers
+    )
+    trainer = Trainer(options, bank, test_bank, train_images.classes, args.output_dir, team)
     if state is not None:
         trainer.restore(state, args.resume)
+    processes = f", {team.size} processes" if team.size > 1 else ""
+    made = f"drawn {args.repeats} times an epoch" if random else f"in {len(variants)} variants"
     print(
         f"CNN_SP with {args.pool} pooling on {device}, {args.amp_dtype or 'float32'}, "
-        f"{'channels_last' if args.channels_last else 'contiguous'}\n"
-        f"{len(train)} training images in {len(variants)} variants, {len(test)} test images\n"
+        f"{'channels_last' if args.channels_last else 'contiguous'}{processes}\n"
+        f"{len(train_images)} training images {made}, {bank.placement}; "
+        f"{len(test_images)} test images\n"
         f"Output: {args.output_dir}",
         flush=True,
     )
     trainer.run()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+        print(f"Peak GPU memory: {peak:.0f} MiB allocated", flush=True)
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    # Lets PyTorch use huge pages on Linux. A step allocates gigabytes; with small pages much of
+    # its time goes into page faults. PyTorch reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed_memory()
+    args, state = parse(arguments)
+    if state is not None:
+        checkpoint.check_pooling(state, args.resume, args.pool)
+    device = own_gpu(choose_device(args.device))
+    limit_gpu_memory(device, args.gpu_memory_gb)
+    team = distributed.start(device)
+    try:
+        # Without a standard output, print does nothing: one process speaks for all.
+        with nullcontext() if team.leads else redirect_stdout(None):
+            train(args, state, device, team)
+    except torch.OutOfMemoryError:
+        raise UserError(out_of_memory(args, device)) from None
+    finally:
+        distributed.stop()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,83 @@
+"""The processes that train together, as ``torchrun`` starts them; mostly there is one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run, seen from one of them.
+
+    Every method is called by all of them at once.
+
+    Attributes:
+        rank: this process's number; 0 writes files and speaks.
+        size: their number.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of everybody's ``tensor``, which is overwritten."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def highest(self, number: int) -> int:
+        """The largest of everybody's ``number``, exchanged without the GPUs."""
+        if self.size == 1:
+            return number
+        box = torch.tensor(number)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
+
+    def rows(self, mine: Tensor, total: int) -> Tensor:
+        """Of a table of ``total`` rows, each process has every ``size``-th; all of them, in order.
+
+        Args:
+            mine: rows ``rank, rank + size, …``, ``[R, C]``, on the CPU.
+            total: rows of the table.
+        """
+        if self.size == 1:
+            return mine
+        table = mine.new_zeros(total, *mine.shape[1:])
+        table[self.rank :: self.size] = mine
+        dist.all_reduce(table)
+        return table
+
+
+def is_launched() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+
+
+def local_rank() -> int:
+    """This process's number on its machine, and that of its GPU."""
+    return int(os.environ["LOCAL_RANK"])
+
+
+def start(device: torch.device) -> Team:
+    """Join the processes that ``torchrun`` started; alone, without it."""
+    if not is_launched():
+        return Team()
+    # CPU tensors go by gloo in any case, so that the hosts can agree without stopping the GPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Team(dist.get_rank(), dist.get_world_size())
+
+
+def stop() -> None:
+    """Leave the processes that :func:`start` joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,168 @@
+"""The pictures of a run: curves, confusion matrix, and the images it gets most wrong."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from .evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from .report import EpochResult
+
+# Every figure here is made without pyplot: it needs no display and changes nobody's backend.
+_DPI = 120
+# Each epoch leaves a grid of photographs, which PNG hardly compresses.
+_PHOTOGRAPHS_DPI = 80
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure as uint8 ``[H, W, 3]``."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def curves(history: Sequence[EpochResult], title: str) -> Figure:
+    """Training loss, test accuracy, and both losses over the epochs."""
+    epochs = [result.epoch for result in history]
+    train_losses = [result.train_loss for result in history]
+    accuracies = [result.test_accuracy for result in history]
+    test_losses = [result.test_loss for result in history]
+    best, lowest = max(accuracies), min(test_losses)
+
+    figure = Figure(figsize=(12, 3.6), dpi=_DPI, layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    train_loss, accuracy, losses = figure.subplots(1, 3)
+    style = {"marker": "o", "markersize": 3.5}
+    train_loss.plot(epochs, train_losses, color="C0", **style)
+    train_loss.set_title("Training loss")
+    accuracy.plot(epochs, accuracies, color="C2", **style)
+    accuracy.axhline(best, color="C2", linestyle=":", linewidth=1)
+    accuracy.set_title(f"Test accuracy (%), best {best:.2f}")
+    losses.plot(epochs, test_losses, color="C3", label="test", **style)
+    losses.plot(epochs, train_losses, color="C0", label="training", **style)
+    losses.axhline(lowest, color="C3", linestyle=":", linewidth=1)
+    losses.set_title(f"Test loss, lowest {lowest:.4f}")
+    losses.legend()
+    train_loss.set_ylim(0, 1.06 * max(train_losses))
+    losses.set_ylim(0, 1.06 * max(train_losses + test_losses))
+    for axis in (train_loss, accuracy, losses):
+        axis.set_xlabel("Epoch")
+        axis.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Figure:
+    """Counts in cells that are the darker, the larger their share of the row.
+
+    Rows are true classes, with their sensitivities on the right; columns are predictions.
+    """
+    counts = evaluation.confusion
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    places = range(len(classes))
+    # Inches of a cell: as few as its number needs when there are many.
+    cell = max(0.45, min(1.1, 4.5 / len(classes)))
+    side = cell * len(classes)
+    longest = max(map(len, classes)) * 0.08
+    width = max(side + longest + 2.2, 5)
+    height = side + 1.6 + longest * 0.7
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    lines = [textwrap.fill(line, int(width / 0.1)) for line in title.splitlines()]
+    figure.suptitle("\n".join(lines), parse_math=False)
+    axis = figure.subplots()
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    digits = len(str(int(counts.max())))
+    size = min(14.0, cell * 72 / max(digits, 2) * 0.9)
+    for row in places:
+        for column in places:
+            count, dark = int(counts[row, column]), float(shares[row, column]) > 0.5
+            if count or len(classes) <= 6:  # noughts would hide the mistakes among many classes
+                axis.text(
+                    column,
+                    row,
+                    str(count),
+                    ha="center",
+                    va="center",
+                    fontsize=size,
+                    color="white" if dark else "black",
+                )
+    turn = 45 if side / len(classes) < longest + 0.1 else 0
+    axis.set_xticks(
+        places,
+        classes,
+        rotation=turn,
+        ha="right" if turn else "center",
+        rotation_mode="anchor",
+        parse_math=False,
+    )
+    axis.set_yticks(places, classes, parse_math=False)
+    axis.set_xlabel("Predicted class")
+    axis.set_ylabel("True class")
+    # Lines between the cells.
+    edges = np.arange(len(classes) - 1) + 0.5
+    axis.set_xticks(edges, minor=True)
+    axis.set_yticks(edges, minor=True)
+    axis.grid(which="minor", color="white", linewidth=1.5)
+    axis.tick_params(which="both", length=0)
+    axis.spines[:].set_visible(False)
+
+    right = axis.secondary_yaxis("right")
+    percents = ["none" if math.isnan(s) else f"{s:.1f} %" for s in evaluation.sensitivities]
+    right.set_yticks(places, percents)
+    right.set_ylabel("Sensitivity")
+    right.tick_params(length=0)
+    right.spines[:].set_visible(False)
+    return figure
+
+
+def mistakes(
+    images: Tensor, labels: Tensor, log_probs: Tensor, classes: Sequence[str], title: str
+) -> Figure:
+    """A grid of images with "true → predicted p=0.97" below each.
+
+    Args:
+        images: ``[N, 3, H, W]`` from 0 to 1, N at least 1.
+        labels: int64 ``[N]``.
+        log_probs: ``[N, C]``.
+        classes: the class names.
+        title: above the grid.
+    """
+    columns = min(4, len(images))
+    rows = math.ceil(len(images) / columns)
+    size = (2.3 * columns, 2.55 * rows + 0.4)
+    figure = Figure(figsize=size, dpi=_PHOTOGRAPHS_DPI, layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    found = log_probs.argmax(1)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in axes[len(images) :]:
+        axis.set_visible(False)
+    for axis, image, label, log_prob, position in zip(
+        axes, images, labels.tolist(), log_probs, found.tolist(), strict=False
+    ):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+        probability = float(log_prob[position].exp())
+        caption = f"{classes[label]} → {classes[position]} p={probability:.2f}"
+        axis.set_xlabel(textwrap.fill(caption, 32), fontsize=9, parse_math=False)
+    return figure

@@ -1,0 +1,158 @@
+"""The network with its optimiser: one step of training, and their state."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .devices import autocast
+from .distributed import Team
+from .network import CNN_SP
+from .recipe import TrainOptions, WeightAverage, make_optimizer, smoothed
+
+
+def seed_draws(seed: int, step: int, rank: int) -> None:
+    """Set PyTorch's generators to a state that follows from these three numbers alone.
+
+    Dropout and the pools then draw the same in a run that was interrupted, without a random state
+    to keep, and differently in every step and process.
+    """
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> np.uint64(1)))
+
+
+class Learner:
+    """Trains one CNN_SP.
+
+    Args:
+        options: the recipe.
+        num_classes: of the network.
+        device: where it trains.
+        team: the processes that train together; each has a learner and a part of every batch.
+
+    Attributes:
+        model: the network that is trained.
+    """
+
+    def __init__(
+        self, options: TrainOptions, num_classes: int, device: torch.device, team: Team
+    ) -> None:
+        self.options, self.device, self.team = options, device, team
+        self.amp_dtype = getattr(torch, options.amp_dtype) if options.amp_dtype else None
+
+        torch.manual_seed(options.seed)
+        model = CNN_SP(num_classes, options.pool, options.dropout).to(device)
+        if options.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.model = model
+        self._average = (
+            WeightAverage(model, deepcopy(model), options.ema) if options.ema > 0 else None
+        )
+        self._optimizer = make_optimizer(model.parameters(), options, device)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+
+        self._forward: nn.Module = model
+        if team.size > 1:
+            # Every process makes the same model; the gradients' mean keeps them the same.
+            ids = [device.index] if device.type == "cuda" else None
+            self._forward = DistributedDataParallel(model, device_ids=ids)
+        if options.torchcompile is not None:
+            mode = None if options.torchcompile == "default" else options.torchcompile
+            self._forward = cast(nn.Module, torch.compile(self._forward, mode=mode))
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that the run is for: the average of the weights, where there is one."""
+        return self.model if self._average is None else self._average.model
+
+    def step(
+        self, images: Tensor, labels: Tensor, *, batch_size: int, number: int, lr: float
+    ) -> Tensor:
+        """One step of the optimiser.
+
+        Args:
+            images: this process's part of the batch, ``[B, 3, 256, 256]``; may be empty.
+            labels: int64 ``[B]``.
+            batch_size: images in the whole batch.
+            number: steps before this one, since the run began.
+            lr: learning rate.
+
+        Returns:
+            The mean loss of the whole batch, without label smoothing: float32 on the device, still
+            to be computed there.
+        """
+        self._forward.train()
+        seed_draws(self.options.seed, number, self.team.rank)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        parts = max(1, min(self.options.accumulate, len(images)))
+        for part, (x, y) in enumerate(
+            zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True), start=1
+        ):
+            # The processes exchange their gradients once, after the last part.
+            waits = part < parts and self.team.size > 1
+            with self._forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                loss += self._backward(x, y, batch_size)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._average is not None:
+            self._average.update(number)
+        return self.team.sum(loss)
+
+    def _backward(self, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """Add a part's gradients; its share of the batch's mean loss."""
+        share, others = 1.0, None
+        if self.options.mixup > 0:
+            # Mixup (Zhang et al. 2018, arXiv 1710.09412), with partners of the same batch.
+            alpha = self.options.mixup
+            share = float(torch.distributions.Beta(alpha, alpha).sample())
+            others = torch.randperm(len(images)).to(self.device, non_blocking=True)
+            images = torch.lerp(images[others], images, share)
+        with autocast(self.device, self.amp_dtype):
+            output = self._forward(images)
+        loss = F.nll_loss(output.float(), labels, reduction="sum")
+        if others is not None:
+            other_loss = F.nll_loss(output.float(), labels[others], reduction="sum")
+            loss = share * loss + (1 - share) * other_loss
+        objective = smoothed(loss, output, self.options.label_smoothing)
+        # DistributedDataParallel takes the mean over the processes, where the sum is wanted.
+        self._scaler.scale(objective * (self.team.size / batch_size)).backward()
+        return loss.detach() / batch_size
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` goes on from."""
+        average = None if self._average is None else self._average.model.state_dict()
+        return {
+            "model": self.model.state_dict(),
+            "average": average,
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a state; settings that the options give anew hold.
+
+        Raises:
+            RuntimeError, KeyError, TypeError, ValueError: when it is that of something else.
+        """
+        self.model.load_state_dict(state["model"])
+        if self._average is not None:
+            # A run that begins to average starts from the weights that there are.
+            self._average.model.load_state_dict(state["average"] or state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["scaler"])
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = self.options.weight_decay
+            if "momentum" in group:
+                group["momentum"] = self.options.momentum
+                group["nesterov"] = self.options.nesterov

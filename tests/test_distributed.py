@@ -1,0 +1,56 @@
+"""Two processes, as torchrun starts them, train the network that one process trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .scripts import load_script
+from .test_train import load, make_photographs, read_summary
+
+ROOT = Path(__file__).resolve().parents[1]
+main = load_script("train").main
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_two_processes_and_then_one_make_the_run_of_one(tmp_path: Path) -> None:
+    """Pools that draw nothing, so that the runs may be compared; 8 items in batches of 7.
+
+    The two processes get 4 and 3 images of a batch, in two parts, and 1 and 0 of an epoch's last.
+    """
+    photos = make_photographs(tmp_path / "photos")
+    flags = ["--pool", "max", "--dropout", "0", "--augment", "random", "--repeats", "2", "-b", "7"]
+    flags += ["--epochs", "3", "--ema", "0.5", "--accumulate", "2", "--lr", "0.001"]
+    flags += ["--device", "cpu", "--data-dir", str(photos), "--output-dir"]
+    assert main([*flags, str(tmp_path / "one")]) == 0
+
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(ROOT / "scripts/train.py"), *flags, str(tmp_path / "two"), "--max-steps", "3"]
+    result = subprocess.run(
+        [*launch, *script],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 processes") == 1
+    assert len(read_summary(tmp_path / "two")) == 2
+    assert main(["--device", "cpu", "--resume", str(tmp_path / "two" / "last.pt")]) == 0
+
+    one, two = load(tmp_path / "one" / "last.pt"), load(tmp_path / "two" / "last.pt")
+    for part in ("model", "average"):
+        for name in one[part]:
+            torch.testing.assert_close(one[part][name], two[part][name], rtol=1e-4, atol=1e-5)
+    for row, other in zip(
+        read_summary(tmp_path / "one"), read_summary(tmp_path / "two"), strict=True
+    ):
+        assert row["test_accuracy"] == other["test_accuracy"]
+        for name in ("train_loss", "test_loss"):
+            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4)

@@ -1,0 +1,181 @@
+"""Runs that are killed, interrupted or out of disk, and what is left of them.
+
+The number of kills is 2, or that of the environment variable ``CNNSP_KILLS``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnnsp import checkpoint
+from cnnsp.errors import UserError
+from cnnsp.learner import Learner
+
+from .scripts import load_script
+from .test_train import assert_equal, load, make_photographs
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLS = int(os.environ.get("CNNSP_KILLS", "2"))
+main = load_script("train").main
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photographs(tmp_path_factory.mktemp("photos"))
+
+
+def recipe(photos: Path, output: Path, epochs: int) -> list[str]:
+    """Everything that keeps a state: momentum, a schedule, averages, draws and augmentation."""
+    flags = ["--augment", "random", "--repeats", "12", "-b", "7", "--epochs", str(epochs)]
+    flags += ["--ema", "0.9", "--schedule", "cosine", "--warmup-epochs", "1", "--dropout", "0.5"]
+    flags += ["--device", "cpu", "--log-interval", "1", "--checkpoint-interval", "0"]
+    return [*flags, "--data-dir", str(photos), "--output-dir", str(output)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = load(one / "last.pt"), load(other / "last.pt")
+    for part in ("model", "average", "optimizer"):
+        assert_equal(a[part], b[part])
+    for key in ("epoch", "step", "total_steps", "best_accuracy"):
+        assert a["progress"][key] == b["progress"][key]
+    timeless = ("epoch", "train_loss", "test_loss", "test_accuracy", "lr")
+    rows, others = a["progress"]["history"], b["progress"]["history"]
+    assert [[r[k] for k in timeless] for r in rows] == [[r[k] for k in timeless] for r in others]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_killed_run_equals_undisturbed_run(photos: Path, tmp_path: Path) -> None:
+    """Killed at random moments, in steps, evaluations and checkpoints, and resumed each time."""
+    epochs = 3 + KILLS
+    assert main(recipe(photos, tmp_path / "whole", epochs)) == 0
+
+    output = tmp_path / "parts"
+    first = [sys.executable, str(ROOT / "scripts/train.py"), *recipe(photos, output, epochs)]
+    resume = [*first[:2], "--device", "cpu", "--resume", str(output / "last.pt")]
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    moments = random.Random(0)
+    for kill in range(KILLS):
+        command = resume if (output / "last.pt").exists() else first
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "  step " in line:
+                break
+        time.sleep(moments.uniform(0, 0.6))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        assert process.returncode == -signal.SIGKILL, f"the run was over before kill {kill + 1}"
+    if (output / "last.pt").exists():
+        assert main(["--device", "cpu", "--resume", str(output / "last.pt")]) == 0
+    else:
+        assert main(first[2:]) == 0
+    assert_same_run(tmp_path / "whole", output)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_the_run_and_ends_it(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    status: int,
+) -> None:
+    before = signal.getsignal(number)
+    assert main(recipe(photos, tmp_path / "whole", 2)) == 0
+    step = Learner.step
+
+    def step_and_signal(self: Learner, *args, **kwargs) -> torch.Tensor:
+        if kwargs["number"] == 3:
+            signal.raise_signal(number)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", step_and_signal)
+        arguments = [*recipe(photos, tmp_path / "parts", 2), "--checkpoint-interval", "3600"]
+        assert main(arguments) == status
+    error = capsys.readouterr().err
+    assert f"{number.name}: stopped in epoch 1 after step 4" in error
+    assert f"--resume {tmp_path / 'parts' / 'last.pt'}" in error
+    assert load(tmp_path / "parts" / "last.pt")["progress"]["total_steps"] == 4
+    assert signal.getsignal(number) == before
+    assert main(["--device", "cpu", "--resume", str(tmp_path / "parts" / "last.pt")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    step = Learner.step
+
+    def spoil(self: Learner, images: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        images = images * float("nan") if kwargs["number"] == 5 else images
+        return step(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "step", spoil)
+    output = tmp_path / "run"
+    assert main([*recipe(photos, output, 2), "--log-interval", "4"]) == 2
+    error = capsys.readouterr().err
+    assert "the training loss was not finite in epoch 1, at step 6 of the run" in error
+    assert f"{output / 'last.pt'} is from before it" in error
+    assert error.count("\n") == 1
+    state = load(output / "last.pt")
+    assert state["progress"]["total_steps"] == 5
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+def test_disk_that_is_full_keeps_the_checkpoint_before(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk here is a limit on the size of files, which a checkpoint of 20 MB exceeds."""
+    import resource
+
+    output = tmp_path / "run"
+    assert main([*recipe(photos, output, 2), "--max-steps", "1"]) == 0
+    before = (output / "last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))
+    try:
+        capsys.readouterr()
+        assert main(["--device", "cpu", "--resume", str(output / "last.pt")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert f"train.py: error: cannot write {output / 'last.pt'}: " in error
+    assert "the one before it is intact" in error
+    assert error.count("\n") == 1
+    assert (output / "last.pt").read_bytes() == before
+    assert not (output / "last.pt.tmp").exists()
+
+
+def test_folder_that_cannot_be_written_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"before")
+    path.with_name("last.pt.tmp").mkdir()  # nothing can be written there, not even by root
+    with pytest.raises(UserError, match=r"cannot write .*last\.pt: .*; the one before it is intac"):
+        checkpoint.save({"format": checkpoint.FORMAT}, path)
+    assert path.read_bytes() == b"before"
+
+
+def test_checkpoint_with_one_bit_changed_is_damaged(tmp_path: Path) -> None:
+    """torch.load alone takes it for whole."""
+    path = tmp_path / "last.pt"
+    torch.save({"format": checkpoint.FORMAT, "model": torch.zeros(100_000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["model"].count_nonzero() == 1
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load(path)

@@ -1,0 +1,128 @@
+"""Learning rates, losses and averages of a run, and a step of it computed in parts."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cnnsp.distributed import Team
+from cnnsp.learner import Learner, seed_draws
+from cnnsp.recipe import TrainOptions, WeightAverage, learning_rate, smoothed
+
+
+def test_steps_divide_the_learning_rate_by_ten() -> None:
+    options = TrainOptions(lr=0.01, lr_step=10)
+    rates = [learning_rate(options, epoch, 3, 72) for epoch in (0, 9, 10, 19, 20, 29)]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4])
+
+
+def test_cosine_falls_from_the_learning_rate_to_nearly_nothing() -> None:
+    options = TrainOptions(lr=0.2, schedule="cosine", epochs=4)
+    rates = [learning_rate(options, epoch, step, 10) for epoch in range(4) for step in range(10)]
+    assert rates[0] == 0.2
+    assert rates[20] == pytest.approx(0.1)
+    assert 0 < rates[39] < 0.001
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_warmup_rises_step_by_step_and_then_leaves_the_schedule_alone() -> None:
+    options = TrainOptions(lr=0.3, warmup_epochs=1.5, lr_step=2)
+    rates = [learning_rate(options, epoch, step, 2) for epoch in range(3) for step in range(2)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.03, 0.03])
+
+
+def test_smoothed_loss_equals_cross_entropy_with_label_smoothing() -> None:
+    scores, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    log_probabilities = scores.log_softmax(1)
+    loss = F.nll_loss(log_probabilities, labels, reduction="sum")
+    for smoothing in (0.0, 0.1, 0.7):
+        expected = F.cross_entropy(scores, labels, reduction="sum", label_smoothing=smoothing)
+        torch.testing.assert_close(smoothed(loss, log_probabilities, smoothing), expected)
+
+
+def test_weight_average_is_the_weighted_sum_of_all_weights() -> None:
+    """Worked out on the host: the first decays are 1/10, 2/11, 3/12, then the given 0.26."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 5.0)
+    average = WeightAverage(model, deepcopy(model), decay=0.26)
+    expected = 5.0
+    for update, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.26, 0.26)):
+        nn.init.constant_(model.weight, float(update**2))
+        average.update(update)
+        expected = decay * expected + (1 - decay) * update**2
+        assert float(average.model.weight) == pytest.approx(expected)
+    assert not average.model.weight.requires_grad
+
+
+def test_draws_depend_on_seed_step_and_process() -> None:
+    def draw(seed: int, step: int, rank: int) -> float:
+        seed_draws(seed, step, rank)
+        return float(torch.rand(()))
+
+    numbers = [draw(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1)]
+    assert len(set(numbers)) == 8
+    assert draw(1, 0, 1) == numbers[5]
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_batch_in_parts_makes_the_same_step(opt: str) -> None:
+    """Without draws, which differ, and in parts of unequal size: 3 + 2 images."""
+    images, labels = torch.randn(5, 3, 256, 256), torch.tensor([0, 1, 2, 0, 1])
+    options = TrainOptions(pool="max", dropout=0.0, opt=opt, label_smoothing=0.2, lr=1e-3)
+    whole = Learner(options, 3, torch.device("cpu"), Team())
+    parts = Learner(replace(options, accumulate=2), 3, torch.device("cpu"), Team())
+    losses = [
+        learner.step(images, labels, batch_size=5, number=0, lr=1e-3) for learner in (whole, parts)
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    with torch.no_grad():
+        fresh = Learner(options, 3, torch.device("cpu"), Team()).model
+        expected = F.nll_loss(fresh(images), labels)
+    torch.testing.assert_close(losses[0], expected)
+    for one, other, start in zip(
+        whole.model.parameters(), parts.model.parameters(), fresh.parameters(), strict=True
+    ):
+        assert not torch.equal(one, start)
+        # Adam divides by the gradient's size, so a gradient near zero may move a weight either way.
+        tolerance = 1e-6 if opt == "sgd" else 2.5e-3
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+def test_the_network_of_a_run_with_averaging_is_the_average() -> None:
+    options = TrainOptions(ema=0.9)
+    learner = Learner(options, 3, torch.device("cpu"), Team())
+    images, labels = torch.randn(2, 3, 256, 256), torch.tensor([0, 1])
+    for number in range(2):
+        learner.step(images, labels, batch_size=2, number=number, lr=0.01)
+    state = learner.state()
+    assert learner.network is not learner.model
+    assert not torch.equal(state["average"]["fc2.weight"], state["model"]["fc2.weight"])
+
+    other = Learner(options, 3, torch.device("cpu"), Team())
+    other.load(state)
+    assert torch.equal(other.network.fc2.weight, learner.network.fc2.weight)
+    # A run that begins to average where none was starts from the weights.
+    other.load({**state, "average": None})
+    assert torch.equal(other.network.fc2.weight, learner.model.fc2.weight)
+
+
+def test_mixup_takes_the_loss_of_both_images_by_their_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, labels = torch.randn(4, 3, 256, 256), torch.tensor([0, 1, 2, 0])
+    options = TrainOptions(pool="max", dropout=0.0, mixup=0.4)
+    learner = Learner(options, 3, torch.device("cpu"), Team())
+    start = deepcopy(learner.model)
+    share, others = torch.tensor(0.3), torch.tensor([2, 0, 3, 1])
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: share)
+    monkeypatch.setattr(torch, "randperm", lambda count: others)
+    loss = learner.step(images, labels, batch_size=4, number=0, lr=0.01)
+    with torch.no_grad():
+        output = start(0.3 * images + 0.7 * images[others])
+    expected = 0.3 * F.nll_loss(output, labels) + 0.7 * F.nll_loss(output, labels[others])
+    torch.testing.assert_close(loss, expected)

@@ -1,0 +1,217 @@
+"""What a run leaves for its reader: pictures, TensorBoard's events, the progress."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import nn
+
+from cnnsp import CNN_SP, figures, report
+from cnnsp.augment import ImageBank
+from cnnsp.data import ImageSet
+from cnnsp.evaluation import Evaluation
+
+
+def random_evaluation(classes: int, images: int) -> Evaluation:
+    """One that is right more often than not; the last class has no images."""
+    labels = torch.randint(0, classes - 1, (images,))
+    logits = torch.randn(images, classes) + 2 * nn.functional.one_hot(labels, classes)
+    return Evaluation.of(logits.log_softmax(1), labels)
+
+
+def make_history(epochs: int) -> list[report.EpochResult]:
+    return [
+        report.EpochResult(e, 1 / e, 0.5 + 0.1 * e, 70 + e, 0.01, 100.0, 5.0)
+        for e in range(1, epochs + 1)
+    ]
+
+
+def events(folder: Path) -> EventAccumulator:
+    """What TensorBoard reads in ``folder``, images whole."""
+    return EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+
+
+def test_curves_show_the_test_loss_with_the_training_loss() -> None:
+    train_loss, accuracy, losses = figures.curves(make_history(3), "title").axes
+    assert list(train_loss.lines[0].get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert list(accuracy.lines[0].get_ydata()) == [71, 72, 73]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in losses.lines}
+    assert drawn["test"] == pytest.approx([0.6, 0.7, 0.8])
+    assert drawn["training"] == pytest.approx([1, 1 / 2, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("no", "yes"),
+        ("daisy", "dandelion", "rose"),
+        tuple(f"tea no. {n} of $a_{{rather}}$ long name" for n in range(20)),
+    ],
+    ids=len,
+)
+def test_confusion_matrix_is_readable(classes: tuple[str, ...]) -> None:
+    """Every count stands in its cell, every name in the picture, whatever their number."""
+    evaluation = random_evaluation(len(classes), 5000)
+    figure = figures.confusion(evaluation, classes, "a title\n" + "and/a/path" * 8)
+    figures.pixels(figure)  # lays it out
+    (axis,) = figure.axes
+    counts = evaluation.confusion.tolist()
+    shown = {(int(y), int(x)): text for text in axis.texts for x, y in [text.get_position()]}
+    cell = axis.get_window_extent().width / len(classes)
+    for row, column in np.ndindex(len(classes), len(classes)):
+        if (row, column) not in shown:
+            assert counts[row][column] == 0
+            continue
+        text = shown[row, column]
+        assert text.get_text() == str(counts[row][column])
+        assert text.get_window_extent().width < cell
+    (right,) = axis.child_axes
+    labels = [*axis.get_xticklabels(), *axis.get_yticklabels(), *right.get_yticklabels()]
+    percents = [f"{100 * row[place] / sum(row):.1f} %" for place, row in enumerate(counts[:-1])]
+    assert [label.get_text() for label in labels] == [*classes, *classes, *percents, "none"]
+    assert not any(label.get_parse_math() for label in axis.get_xticklabels())
+    assert not any(label.get_parse_math() for label in axis.get_yticklabels())
+    whole = figure.bbox
+    for text in (*labels, figure._suptitle):
+        box = text.get_window_extent()
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1, text
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1, text
+
+
+def test_captions_name_true_and_predicted_class() -> None:
+    log_probs = torch.tensor([[0.03, 0.97], [0.75, 0.25]]).log()
+    images = torch.rand(2, 3, 8, 8)
+    figure = figures.mistakes(images, torch.tensor([0, 1]), log_probs, ("ox", "yak"), "title")
+    captions = [axis.get_xlabel() for axis in figure.axes]
+    assert captions == ["ox → yak p=0.97", "yak → ox p=0.75"]
+    for axis, image in zip(figure.axes, images, strict=True):
+        assert np.array_equal(axis.images[0].get_array(), image.permute(1, 2, 0).numpy())
+
+
+def test_drawn_files(tmp_path: Path) -> None:
+    report.draw_curves(make_history(1), tmp_path / "curves.png", "title")
+    names = ("daisy", "dandelion", "rose")
+    report.draw_confusion(random_evaluation(3, 50), names, tmp_path / "confusion.png", "title")
+    for name in ("curves", "confusion"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.format == "PNG"
+            assert picture.height > 400
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_board_shows_an_epoch(tmp_path: Path) -> None:
+    """All in the run's own folder: a folder within would show as another run."""
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    bank = ImageBank(ImageSet(images, torch.tensor([0, 1, 1]), ("a", "b")))
+    evaluation = Evaluation.of(
+        torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]).log(), bank.labels
+    )
+    board = report.Board(tmp_path)
+    board.train_loss(0.25, 7)
+    board.epoch(make_history(1)[0], 7, memory_mib=512.0)
+    board.evaluation(evaluation, bank, ("a", "b"), 7)
+    options = {"lr": 0.01, "pool": "max", "amp": None, "fast": True, "seeds": (1, 2)}
+    board.hyper_parameters(options, {"best_accuracy": 71.0})
+    board.close()
+
+    assert all(path.is_file() for path in tmp_path.iterdir())
+    seen = events(tmp_path)
+    last = {tag: seen.Scalars(tag)[-1] for tag in seen.Tags()["scalars"]}
+    assert {tag: event.value for tag, event in last.items()} == pytest.approx(
+        {
+            "train/loss": 0.25,
+            "test/loss": 0.6,
+            "test/accuracy": 71,
+            "lr": 0.01,
+            "images_per_second": 100,
+            "memory_mib": 512,
+            "best_accuracy": 71,
+        }
+    )
+    assert last["test/loss"].step == 7
+    assert set(seen.Tags()["images"]) == {"test/confusion", "test/most_wrong"}
+    content = seen.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    told = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["lr"].number_value == 0.01
+    texts = {name: told[name].string_value for name in ("pool", "fast", "seeds")}
+    assert texts == {"pool": "max", "fast": "True", "seeds": "(1, 2)"}
+    assert "amp" not in told
+
+
+def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
+    bank = ImageBank(
+        ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), ("a",))
+    )
+    board = report.Board(tmp_path)
+    board.evaluation(Evaluation.of(torch.zeros(1, 1), bank.labels), bank, ("a",), 1)
+    board.close()
+    assert events(tmp_path).Tags()["images"] == ["test/confusion"]
+
+
+@pytest.mark.parametrize("pooling", ["stochastic", "max"])
+def test_graph_does_not_disturb_training(tmp_path: Path, pooling: str) -> None:
+    """Not even of a network whose pools draw in evaluation, too."""
+    model = CNN_SP(pooling=pooling).train()
+    model.pool.sample_in_eval = True
+    images = torch.randn(2, 3, 256, 256)
+    before = torch.get_rng_state()
+    board = report.Board(tmp_path)
+    board.graph(model, images)
+    board.close()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+    names = [node.name for node in _graph_nodes(tmp_path)]
+    for layer in ("conv1", "conv5", "pool", "fc2"):
+        assert any(f"[{layer}]" in name for name in names), layer
+
+
+def _graph_nodes(folder: Path) -> list:
+    return list(events(folder).Graph().node)
+
+
+class _Untraceable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not with me")
+
+
+def test_graph_that_cannot_be_drawn_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = report.Board(tmp_path)
+    board.graph(_Untraceable(), torch.zeros(1, 3))
+    board.train_loss(math.pi, 1)
+    board.close()
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert "no graph of the network: not with me" in error
+    assert events(tmp_path).Tags()["scalars"] == ["train/loss"]
+
+
+def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with report.EpochProgress("epoch 1/2", 5, done=2) as progress:
+        for step in range(3):
+            progress.advance(8)
+            if step != 1:
+                progress.report(0.5 / (step + 1))
+    out, error = capsys.readouterr()
+    first, last = out.splitlines()
+    assert first.startswith("epoch 1/2  step 3/5  loss 0.5000  ")
+    assert last.startswith("epoch 1/2  step 5/5  loss 0.1667  ")
+    assert last.endswith(" images/s")
+    assert error == ""
+
+
+def test_tables_are_aligned() -> None:
+    rows = [["file", "class", "p"], ["a.jpg", "daisy", "0.5"], ["b", "rose", "0.25"]]
+    assert report.align(rows, left=2) == [
+        "file   class     p",
+        "a.jpg  daisy   0.5",
+        "b      rose   0.25",
+    ]
