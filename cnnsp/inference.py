@@ -1,0 +1,200 @@
+"""From a checkpoint alone to the classes of photographs."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stochastic_pooling import average_draws
+
+from . import checkpoint
+from .augment import ImageBank
+from .data import ImageSet, decode, is_junk
+from .errors import UserError
+from .network import CNN_SP
+
+
+class Network(NamedTuple):
+    """A trained network.
+
+    Attributes:
+        model: in evaluation mode, on the device asked for.
+        classes: the names of its outputs.
+        pooling: one of :data:`cnnsp.network.POOLINGS`.
+    """
+
+    model: CNN_SP
+    classes: tuple[str, ...]
+    pooling: str
+
+
+def load_network(path: str | Path, device: torch.device | str = "cpu") -> Network:
+    """The network of a checkpoint, with the averaged weights if the checkpoint has them.
+
+    Raises:
+        UserError: when :func:`cnnsp.checkpoint.load` cannot read the file, or its weights fit no
+            network or are not finite.
+    """
+    state = checkpoint.load(path)
+    weights = state.get("average") or state["model"]
+    classes = tuple(state["classes"])
+    try:
+        model = CNN_SP(len(classes), state["pooling"])
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        # The last line of PyTorch's message names the weights at fault.
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"checkpoint {path} does not fit: {reason}") from None
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise UserError(f"checkpoint {path} has weights that are not finite: its training diverged")
+    return Network(model.eval().to(device), classes, state["pooling"])
+
+
+class Source(NamedTuple):
+    """A file to classify, and whether it was found in a folder rather than named."""
+
+    path: Path
+    in_folder: bool
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the network says about one file.
+
+    Attributes:
+        source: the file.
+        probabilities: of each class.
+        spread: standard deviation of each probability over the draws; empty without draws.
+    """
+
+    source: Source
+    probabilities: tuple[float, ...]
+    spread: tuple[float, ...] = ()
+
+    @property
+    def position(self) -> int:
+        """Of the most probable class."""
+        return self.probabilities.index(max(self.probabilities))
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that is no image, or a damaged one, and why, in one line."""
+
+    source: Source
+    reason: str
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Source]:
+    """The files named, and all in the folders named, in alphabetical order, without junk.
+
+    Raises:
+        UserError: when a folder cannot be read.
+    """
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
+
+    sources = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            sources.append(Source(path, in_folder=False))
+            continue
+        for folder, folders, files in os.walk(path, onerror=stop):
+            folders[:] = sorted(name for name in folders if not is_junk(Path(name)))
+            found = (Path(folder, name) for name in sorted(files))
+            sources += [Source(p, in_folder=True) for p in found if p.is_file() and not is_junk(p)]
+    return sources
+
+
+def predict(
+    network: Network,
+    sources: Sequence[Source],
+    *,
+    batch_size: int = 64,
+    workers: int = 2,
+    draws: int | None = None,
+) -> Iterator[Prediction | Unreadable]:
+    """Classify files, in their order.
+
+    Args:
+        network: what :func:`load_network` gave.
+        sources: what :func:`find_images` found.
+        batch_size: images in a forward pass.
+        workers: threads that decode; they are a batch ahead.
+        draws: how often the stochastic pools draw, at least 2; the probabilities are the means
+            over the draws, which :func:`torch.manual_seed` repeats for the same files and
+            ``batch_size``. None: the pools take the expectation.
+
+    Yields:
+        one result for each file.
+
+    Raises:
+        ValueError: when there are ``draws`` and the network has no stochastic pools.
+    """
+    for batch in _decoded(sources, batch_size, workers):
+        images = [pixels for _, pixels in batch if not isinstance(pixels, UserError)]
+        results = iter(_classify(network, images, draws) if images else ())
+        for source, pixels in batch:
+            if isinstance(pixels, UserError):
+                yield Unreadable(source, str(pixels))
+            else:
+                yield Prediction(source, *next(results))
+
+
+def _classify(
+    network: Network, images: list[np.ndarray], draws: int | None
+) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Probabilities and spread of each image, uint8 ``[H, W, 3]``."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    device = next(network.model.parameters()).device
+    bank = ImageBank(
+        ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.int64), network.classes),
+        device=device,
+        channels_last=device.type == "cpu",  # the faster format there
+    )
+    batch, _ = bank.batch(torch.arange(len(bank)))
+    if draws is None:
+        with torch.no_grad():
+            means = network.model(batch).exp().tolist()
+        return [(tuple(mean), ()) for mean in means]
+    average = average_draws(network.model, batch, draws=draws, transform=torch.exp)
+    pairs = zip(average.mean.tolist(), average.std.tolist(), strict=True)
+    return [(tuple(mean), tuple(spread)) for mean, spread in pairs]
+
+
+_Decoded = list[tuple[Source, np.ndarray | UserError]]
+
+
+def _decoded(sources: Sequence[Source], batch_size: int, workers: int) -> Iterator[_Decoded]:
+    """Batches of files with their pixels, or with what is wrong with them."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[tuple[Sequence[Source], list[Future[np.ndarray | UserError]]]] = deque()
+        for start in range(0, len(sources), batch_size):
+            part = sources[start : start + batch_size]
+            ahead.append((part, [pool.submit(_try_to_decode, source.path) for source in part]))
+            if len(ahead) == 2:
+                yield _wait(*ahead.popleft())
+        for batch in ahead:
+            yield _wait(*batch)
+
+
+def _wait(sources: Sequence[Source], pixels: list[Future[np.ndarray | UserError]]) -> _Decoded:
+    return [(source, future.result()) for source, future in zip(sources, pixels, strict=True)]
+
+
+def _try_to_decode(path: Path) -> np.ndarray | UserError:
+    if not path.exists():
+        return UserError(f"{path} does not exist")
+    try:
+        return decode(path)
+    except UserError as error:
+        return error

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Write a network that train.py trained as an ONNX file and as an exported PyTorch program."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cnnsp.cli import ArgumentParser, exit_status
+from cnnsp.export import export_onnx, export_program
+from cnnsp.inference import load_network
+
+PROG = "export.py"
+FORMATS = {"torch_export": (export_program, ".pt2"), "onnx": (export_onnx, ".onnx")}
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(PROG, __doc__)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a best.pt or last.pt")
+    add("--format", choices=FORMATS, help="when not given: both")
+    add("--output-dir", type=Path, help="when not given: the folder of the checkpoint")
+    return parser
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    args = make_parser().parse_args(arguments)
+    network = load_network(args.checkpoint)
+    folder = args.output_dir or args.checkpoint.parent
+    for name in [args.format] if args.format else FORMATS:
+        export, suffix = FORMATS[name]
+        path = folder / (args.checkpoint.stem + suffix)
+        difference = export(network, path)
+        print(f"{path}: log-probabilities differ from the checkpoint's by {difference:.1e} at most")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run with ``arguments`` (default: the command line); returns the exit status."""
+    return exit_status(PROG, lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
