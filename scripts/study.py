@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+"""Compare pools and recipes: run train.py for several seeds of each, and tabulate the results."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cnnsp.cli import ArgumentParser, exit_status, number
+from cnnsp.devices import choose_device
+from cnnsp.network import POOLINGS
+from cnnsp.recipe import RECIPES
+from cnnsp.study import Study, cases, machine_name
+
+PROG = "study.py"
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(PROG, __doc__)
+    parser.epilog = "Flags after -- are given to every run of train.py: study.py ... -- --amp"
+    add = parser.add_argument
+    add(
+        "--data-dir",
+        type=Path,
+        required=True,
+        help="folder with train_data/<class>/ and test_data/<class>/",
+    )
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("runs", "study"),
+        help="folder to write to; the same command goes on with what it holds",
+    )
+    recipes = tuple(RECIPES)
+    add("--recipes", nargs="+", choices=recipes, default=recipes, help="recipes to run")
+    add("--pools", nargs="+", choices=POOLINGS, default=POOLINGS, help="pools to run")
+    add("--seeds", type=number(int, 1), default=5, help="runs of each, with the seeds 0, 1, ...")
+    add("--device", help="cuda, cuda:1, cpu ...; when not given: cuda if there is one")
+    add("--name", help="of this machine, for the table; when not given: what PyTorch knows of it")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run with ``arguments`` (default: the command line); returns the exit status.
+
+    That is 1 when runs failed; the others are finished then.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given else len(given)
+    args, flags = make_parser().parse_args(given[:end]), given[end + 1 :]
+    failures: list[str] = []
+
+    def work() -> None:
+        study = Study(
+            script=Path(__file__).with_name("train.py"),
+            folder=args.output_dir,
+            data_dir=args.data_dir,
+            flags=flags,
+            device=args.device,
+            machine=args.name or machine_name(choose_device(args.device)),
+            started_with=f"python scripts/study.py {shlex.join(given)}",
+        )
+        planned = cases(args.recipes, args.pools, args.seeds)
+        study.check(planned)
+        failures.extend(study.run(planned))
+
+    status = exit_status(PROG, work)
+    if failures:
+        print(
+            f"{PROG}: failed: {', '.join(failures)}; the same command tries again", file=sys.stderr
+        )
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

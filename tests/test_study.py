@@ -1,0 +1,347 @@
+"""The study of pools and recipes: its table and figure by hand, and its runs on a tiny set."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from cnnsp import CNN_SP, study
+from cnnsp.augment import ImageBank
+from cnnsp.data import load_folder
+from cnnsp.interruption import Requests
+from cnnsp.report import EpochResult
+from cnnsp.study import Result, cases, differences, draw, mean_and_deviation, origins, table
+
+from .scripts import load_script
+from .test_train import make_photographs
+
+main = load_script("study").main
+
+
+def result(pool: str, seed: int, accuracy: float, **others: Any) -> Result:
+    """One of a run whose other figures do not matter."""
+    values: dict[str, Any] = {
+        "recipe": "paper",
+        "flags": [],
+        "epochs": 2,
+        "train_images": 300,
+        "test_images": 600,
+        "loss": 1.5,
+        "best_accuracy": accuracy,
+        "lowest_loss": 0.5,
+        "sensitivities": {"daisy": 80.0, "rose": 70.0},
+        "train_accuracy": 100.0,
+        "train_loss": 0.01,
+        "seconds": 60.0,
+        "machine": "one",
+        "torch_version": "2.14.1",
+        "threads": 2,
+        "date": "2026-11-25",
+    }
+    return Result(pool=pool, seed=seed, accuracy=accuracy, **{**values, **others})
+
+
+def rows_of(markdown: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+
+
+def test_a_study_goes_seed_by_seed() -> None:
+    assert list(map(str, cases(["paper"], ["stochastic", "max"], 2))) == [
+        "paper-stochastic-0",
+        "paper-max-0",
+        "paper-stochastic-1",
+        "paper-max-1",
+    ]
+
+
+def test_the_deviation_is_that_of_a_sample() -> None:
+    # Squares of the distances from 4: 4, 0, 4; divided by 2.
+    assert mean_and_deviation([2.0, 4.0, 6.0]) == (4.0, 2.0)
+    assert mean_and_deviation([3.5]) == (3.5, None)
+
+
+def test_table_has_means_and_deviations_over_seeds() -> None:
+    results = [
+        result("max", 0, 70.0),
+        result("stochastic", 2, 84.0, loss=2.0, lowest_loss=1.0, train_accuracy=98.0),
+        result("stochastic", 0, 80.0, loss=1.0, lowest_loss=0.5),
+        result("stochastic", 1, 82.0, loss=1.5, lowest_loss=0.25),
+    ]
+    header, _, stochastic, largest = rows_of(table(results))
+    assert header[:4] == ["recipe", "pooling", "seeds", "test accuracy, %"]
+    # The losses' ratios are 2, 2 and 6; the gaps 14, 20 and 18.
+    assert stochastic == [
+        *("paper", "stochastic", "3", "82.00 ± 2.00", "1.500 ± 0.500", "0.583 ± 0.382"),
+        *("3.33 ± 2.31", "99.33 ± 1.15", "17.33 ± 3.06", "80.00 ± 0.00", "70.00 ± 0.00"),
+    ]
+    assert largest == [
+        *("paper", "max", "1", "70.00", "1.500", "0.500", "3.00", "100.00", "30.00"),
+        *("80.00", "70.00"),
+    ]
+
+
+def test_differences_pair_the_seeds() -> None:
+    results = [
+        *(result("stochastic", seed, a) for seed, a in enumerate([80.0, 81.0, 84.0, 90.0])),
+        *(result("max", seed, a) for seed, a in enumerate([79.0, 82.0, 81.0])),
+        *(result("avg", seed, a) for seed, a in enumerate([80.0])),
+    ]
+    text = differences(results)
+    assert text is not None
+    # 1, -1 and 3: the mean is 1, the squares of the distances 0, 4 and 4. Seed 3 has no partner.
+    assert rows_of(text)[2:] == [
+        ["paper", "stochastic minus max", "+1.00 ± 2.00", "2 of 3"],
+        ["paper", "stochastic minus avg", "+0.00", "0 of 1, 1 equal"],
+    ]
+    assert differences([r for r in results if r.pool != "stochastic"]) is None
+
+
+def test_rows_that_mix_machines_are_marked() -> None:
+    alike = [result("stochastic", 0, 80.0), result("stochastic", 1, 81.0), result("max", 0, 79.0)]
+    assert origins(alike) == "All runs: one, torch 2.14.1, 2 threads."
+    assert "*" not in table(alike)
+    for other in ({"machine": "two"}, {"torch_version": "2.15"}, {"threads": 1}):
+        mixed = [alike[0], replace(alike[1], **other), alike[2]]
+        _, _, stochastic, largest = rows_of(table(mixed))
+        assert (stochastic[2], largest[2]) == (r"2 \*", "1")
+        _, _, first, second = origins(mixed).splitlines()
+        assert first == (
+            "- one, torch 2.14.1, 2 threads: paper stochastic (seed 0); paper max (seed 0)"
+        )
+        assert second.endswith(": paper stochastic (seed 1)")
+
+
+def test_figure_shows_accuracies_and_losses(tmp_path: Path) -> None:
+    results = [result(pool, seed, 80.0) for pool in ("stochastic", "max") for seed in range(2)]
+    histories = [
+        [EpochResult(n, 0.5, 1 / n + r.seed, 80.0, 0.01, 100.0, 1.0) for n in (1, 2)]
+        for r in results
+    ]
+    draw(results, histories, tmp_path / "study.png")
+    with Image.open(tmp_path / "study.png") as image:
+        assert image.width > 900
+        colours = image.convert("RGB").getcolors(2**24)
+    assert colours is not None
+    shown = {colour for _, colour in colours}
+    assert {(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)} <= shown  # of the means
+    assert (0x00, 0x9E, 0x73) not in shown  # no average pooling here
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photographs(tmp_path_factory.mktemp("study") / "photos")
+
+
+class Runner:
+    """Runs train.py in this process, and keeps the commands.
+
+    Attributes:
+        commands: what was run.
+        statuses: exit statuses to give, by the folder's name, in place of a run.
+    """
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.statuses: dict[str, int] = {}
+
+    def __call__(self, command: Sequence[str], requests: Requests) -> int:
+        python, script, *arguments = command
+        assert python == sys.executable
+        assert Path(script).resolve() == Path(__file__).resolve().parents[1] / "scripts/train.py"
+        self.commands.append(arguments)
+        folder = Path(arguments[arguments.index("--output-dir") + 1])
+        status = self.statuses.get(folder.name)
+        return load_script("train").main(arguments) if status is None else status
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
+    runner = Runner()
+    monkeypatch.setattr(study, "call", runner)
+    return runner
+
+
+def arguments(photos: Path, output: Path, *flags: str) -> list[str]:
+    ours = ["--data-dir", str(photos), "--output-dir", str(output), "--device", "cpu"]
+    return [*ours, "--recipes", "paper", "--pools", "max", *flags]
+
+
+# An epoch of four images.
+TINY = ["--augment", "random", "--repeats", "1", "-b", "4"]
+
+
+def test_study_writes_results_and_goes_on_where_it_stopped(
+    photos: Path, tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "study"
+    ours = ["--seeds", "2", "--name", "here", "--"]
+    given = arguments(photos, output, *ours, *TINY, "--epochs", "1")
+
+    # The second run fails, and leaves the first alone.
+    runner.statuses["paper-max-1"] = 3
+    assert main(given) == 1
+    printed = capsys.readouterr()
+    assert "failed: paper-max-1 (exit status 3); the same command tries again" in printed.err
+    assert f"--recipe paper --pool max --seed 0 --data-dir {photos}" in printed.out
+    assert [r["seed"] for r in json.loads((output / "results.json").read_text())] == [0]
+
+    # The first is finished; now the second runs.
+    runner.statuses.clear()
+    before = (output / "paper-max-0" / "result.json").read_bytes()
+    assert main(given) == 0
+    assert (output / "paper-max-0" / "result.json").read_bytes() == before
+    assert [c[c.index("--seed") + 1] for c in runner.commands] == ["0", "1", "1"]
+    results = [Result(**r) for r in json.loads((output / "results.json").read_text())]
+    assert [r.seed for r in results] == [0, 1]
+    assert results[0].flags == [*TINY, "--epochs", "1"]
+    assert (results[0].machine, results[0].epochs) == ("here", 1)
+    page = (output / "study.md").read_text(encoding="utf-8")
+    assert table(results) in page
+    assert "4 training and 2 test images; epochs: 1 (paper)" in page
+    assert (output / "study.png").stat().st_size > 10_000
+
+    # Evaluated but not recorded: evaluated again, without training.
+    (output / "paper-max-1" / "result.json").unlink()
+    assert main(given) == 0
+    assert len(runner.commands) == 3
+    assert Result.read(output / "paper-max-1" / "result.json") == results[1]
+
+    # Other flags are refused.
+    capsys.readouterr()
+    assert main([*given[:-1], "2"]) == 2
+    error = capsys.readouterr().err
+    run_with = " ".join(["--data-dir", str(photos), *TINY, "--epochs", "1"])
+    assert f"{output / 'paper-max-0'} was run with {run_with}: give the same" in error
+    assert error.count("\n") == 1
+    assert len(runner.commands) == 3
+
+
+def test_result_is_that_of_the_last_checkpoint(
+    photos: Path, tmp_path: Path, runner: Runner
+) -> None:
+    """Its figures from the weights and from `summary.csv`; begun by train.py, then resumed."""
+    output = tmp_path / "study"
+    flags = [*TINY, "--epochs", "2"]
+    folder = output / "paper-max-0"
+    given = arguments(photos, output, "--seeds", "1", "--", *flags)
+    runner.statuses["paper-max-0"] = 1
+    assert main(given) == 1
+    begun = runner.commands[0]
+    assert load_script("train").main([*begun, "--max-steps", "1"]) == 0
+
+    runner.statuses.clear()
+    assert main(given) == 0
+    assert runner.commands[1] == [*begun, "--resume", str(folder / "last.pt")]
+    ours = Result.read(folder / "result.json")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    last = state["progress"]["history"][-1]
+    assert (ours.epochs, ours.accuracy, ours.loss) == (2, last["test_accuracy"], last["test_loss"])
+    assert ours.lowest_loss == min(row["test_loss"] for row in state["progress"]["history"])
+
+    model = CNN_SP(2, "max").eval()
+    model.load_state_dict(state["model"])
+    train, test = load_folder(photos)
+    with torch.no_grad():
+        on_train, on_test = (
+            model(ImageBank(images).batch(torch.arange(len(images)))[0]) for images in (train, test)
+        )
+    assert ours.train_loss == pytest.approx(float(F.nll_loss(on_train, train.labels)), rel=1e-4)
+    right = (on_test.argmax(1) == test.labels).tolist()  # one image of each class
+    assert ours.sensitivities == {"daisy": 100.0 * right[0], "rose": 100.0 * right[1]}
+    assert ours.train_accuracy == 25.0 * int((on_train.argmax(1) == train.labels).sum())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "0"], "--seeds: must be at least 1"),
+        (["--pools", "median"], "--pools: invalid choice: 'median'"),
+        (["--", "--seed", "3"], "--seed is a flag that the study gives itself"),
+        (["--", "--pool=max"], "--pool=max is a flag that the study gives itself"),
+    ],
+)
+def test_bad_flags(
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    try:
+        status = main(arguments(photos, tmp_path / "study", *flags))
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_run_that_the_study_did_not_start_is_left_alone(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "study" / "paper-max-0"
+    folder.mkdir(parents=True)
+    (folder / "last.pt").write_bytes(b"mine")
+    assert main(arguments(photos, tmp_path / "study")) == 2
+    assert f"{folder} holds a run of something else" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["last.pt"]
+
+
+# Says that it is ready, and ends with status 7 on SIGTERM.
+CHILD = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+# Sends SIGTERM to a process when a file is there.
+WAIT_AND_KILL = """
+import os, pathlib, signal, sys, time
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+os.kill(int(sys.argv[2]), signal.SIGTERM)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals that a process can catch")
+def test_sigterm_is_passed_on_to_the_run(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    killer = subprocess.Popen(
+        [sys.executable, "-c", WAIT_AND_KILL, str(ready), str(os.getpid())],
+    )
+    with Requests() as requests, killer:
+        assert study.call([sys.executable, "-c", CHILD, str(ready)], requests) == 7
+    assert requests.signal == signal.SIGTERM
+
+
+def test_interrupted_study_says_how_to_go_on(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(command: Sequence[str], requests: Requests) -> int:
+        signal.raise_signal(signal.SIGINT)
+        while requests.signal is None:
+            time.sleep(0.001)
+        return 130
+
+    monkeypatch.setattr(study, "call", interrupted)
+    assert main(arguments(photos, tmp_path / "study", "--seeds", "3")) == 130
+    error = capsys.readouterr().err
+    assert "SIGINT: stopped at paper-max-0, run 1 of 3; the same command goes on" in error
