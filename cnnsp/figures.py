@@ -40,30 +40,27 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 def curves(history: Sequence[EpochResult], title: str) -> Figure:
-    """Training loss, test accuracy, and both losses over the epochs."""
+    """Both losses and the test accuracy over the epochs."""
     epochs = [result.epoch for result in history]
     train_losses = [result.train_loss for result in history]
     accuracies = [result.test_accuracy for result in history]
     test_losses = [result.test_loss for result in history]
     best, lowest = max(accuracies), min(test_losses)
 
-    figure = Figure(figsize=(12, 3.6), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(10, 3.8), dpi=_DPI, layout="constrained")
     figure.suptitle(title, parse_math=False)
-    train_loss, accuracy, losses = figure.subplots(1, 3)
+    loss, accuracy = figure.subplots(1, 2)
     style = {"marker": "o", "markersize": 3.5}
-    train_loss.plot(epochs, train_losses, color="C0", **style)
-    train_loss.set_title("Training loss")
-    accuracy.plot(epochs, accuracies, color="C2", **style)
-    accuracy.axhline(best, color="C2", linestyle=":", linewidth=1)
+    loss.plot(epochs, train_losses, color="C0", label="training", **style)
+    loss.plot(epochs, test_losses, color="C3", label="test", **style)
+    loss.axhline(lowest, color="C3", linestyle=":", linewidth=1)
+    loss.set_title(f"Loss, lowest of the test images {lowest:.4f}")
+    loss.set_ylim(0, 1.06 * max(train_losses + test_losses))
+    loss.legend()
+    accuracy.plot(epochs, accuracies, color="C3", **style)
+    accuracy.axhline(best, color="C3", linestyle=":", linewidth=1)
     accuracy.set_title(f"Test accuracy (%), best {best:.2f}")
-    losses.plot(epochs, test_losses, color="C3", label="test", **style)
-    losses.plot(epochs, train_losses, color="C0", label="training", **style)
-    losses.axhline(lowest, color="C3", linestyle=":", linewidth=1)
-    losses.set_title(f"Test loss, lowest {lowest:.4f}")
-    losses.legend()
-    train_loss.set_ylim(0, 1.06 * max(train_losses))
-    losses.set_ylim(0, 1.06 * max(train_losses + test_losses))
-    for axis in (train_loss, accuracy, losses):
+    for axis in (loss, accuracy):
         axis.set_xlabel("Epoch")
         axis.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -89,7 +86,8 @@ def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Fig
     lines = [textwrap.fill(line, int(width / 0.1)) for line in title.splitlines()]
     figure.suptitle("\n".join(lines), parse_math=False)
     axis = figure.subplots()
-    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    # The figure has the shape; with a fixed aspect the layout would leave no room for the labels.
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     digits = len(str(int(counts.max())))
     size = min(14.0, cell * 72 / max(digits, 2) * 0.9)
     for row in places:

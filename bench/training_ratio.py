@@ -1,0 +1,99 @@
+"""Time training by the whole script against bare steps on random tensors, on the same cores.
+
+    python bench/training_ratio.py --images FOLDER [--threads N] [--rounds N] [--output NAME]
+
+In turn, so that a drift of the machine hits both: some steps of the paper's recipe as train.py runs
+them, with augmentation, reports and TensorBoard, and as many steps of the same network and
+optimiser on one batch of random numbers. What is compared are medians of images per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py sets it
+
+import torch
+
+from cnnsp.augment import PAPER_VARIANTS, ImageBank
+from cnnsp.data import ImageSet, load_folder
+from cnnsp.devices import keep_freed_memory
+from cnnsp.distributed import Team
+from cnnsp.learner import Learner
+from cnnsp.network import POOLINGS
+from cnnsp.recipe import TrainOptions
+from cnnsp.training import Trainer
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def measure(folder: Path, pool: str, steps: int, rounds: int) -> dict[str, float]:
+    """Median images per second of both, and their ratio."""
+    train, test = load_folder(folder)
+    assert isinstance(train, ImageSet), "a set for this bench fits in memory"
+    options = TrainOptions(pool=pool, channels_last=True, max_steps=steps)
+    banks = [
+        ImageBank(train, PAPER_VARIANTS, channels_last=True),
+        ImageBank(test, channels_last=True),
+    ]
+    form = torch.channels_last
+    images = torch.randn(options.batch_size, 3, 256, 256).contiguous(memory_format=form)
+    labels = torch.randint(len(train.classes), (options.batch_size,))
+    bare = Learner(options, len(train.classes), torch.device("cpu"), Team())
+    rates: dict[str, list[float]] = {"script": [], "bare": []}
+    with tempfile.TemporaryDirectory() as output:
+        trainer = Trainer(options, *banks, train.classes, Path(output))
+        # The first round is left out: it compiles, and gets memory from the system.
+        for _ in range(rounds + 1):
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.run()
+            rates["script"].append(trainer.progress.history[-1].images_per_second)
+            start = time.perf_counter()
+            for number in range(steps):
+                bare.step(images, labels, batch_size=len(images), number=number, lr=options.lr)
+            rates["bare"].append(steps * len(images) / (time.perf_counter() - start))
+    script, alone = (statistics.median(values[1:]) for values in rates.values())
+    return {"script_images_per_s": script, "bare_images_per_s": alone, "ratio": script / alone}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--pool", choices=POOLINGS, default="stochastic")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="steps of 256 images in a round")
+    parser.add_argument(
+        "--output", metavar="NAME", help="also write to results/training_ratio-NAME.json"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    result = measure(arguments.images, arguments.pool, arguments.steps, arguments.rounds)
+    print(", ".join(f"{name} {value:.3g}" for name, value in result.items()))
+    if arguments.output:
+        conditions = {
+            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "cores": os.cpu_count(),
+            "threads": arguments.threads,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "pool": arguments.pool,
+            "steps": arguments.steps,
+            "rounds": arguments.rounds,
+        }
+        path = RESULTS / f"training_ratio-{arguments.output}.json"
+        path.write_text(json.dumps({**conditions, **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
