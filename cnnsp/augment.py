@@ -12,6 +12,7 @@ PyTorch.
 from __future__ import annotations
 
 import math
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -219,14 +220,15 @@ def _augment(images: Tensor, numbers: Tensor, nearest: bool) -> Tensor:
         source_x, source_y = (source_x + 0.5).floor(), (source_y + 0.5).floor()
     grid = torch.stack(((source_x * 2 + 1) / width - 1, (source_y * 2 + 1) / height - 1), 3)
     mode = "nearest" if nearest else "bilinear"
-    # "border": rounding must not let black in from beyond the image.
-    images = F.grid_sample(images, grid, mode, padding_mode="border", align_corners=False)
+    # Clamped to the crop, no pixel comes from beyond the image but for rounding. (Apple's GPUs know
+    # no other padding than black.)
+    images = F.grid_sample(images, grid, mode, padding_mode="zeros", align_corners=False)
 
     brightness, contrast, saturation, gamma = (c[:, None] for c in colour)
-    weights = torch.tensor(GRAY, device=images.device)[:, None, None]
 
     def gray() -> Tensor:
-        return (images * weights).sum(1, keepdim=True)
+        red, green, blue = images.unbind(1)
+        return (GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue)[:, None]
 
     images = (images * (covered[:, None] / 255 * brightness)).clamp(0, 1)
     images = torch.lerp(gray().mean((2, 3), keepdim=True), images, contrast).clamp(0, 1)
@@ -319,6 +321,12 @@ def _compiled_loops() -> ModuleType | None:
     return augment_numba
 
 
+def _leave_signals_alone(_: int) -> None:
+    """The process that trains decides when to stop, and Ctrl-C comes to its workers, too."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Decoding(Dataset):
     """Batches of decoded files for a DataLoader."""
 
@@ -361,6 +369,8 @@ class ImageBank:
 
     Attributes:
         labels: int64 ``[N]``, on the device.
+        repeats: items that each image makes.
+        device_bytes: bytes of images in the memory of a device that has one of its own.
         placement: where the images are, and how large, for people to read.
 
     Raises:
@@ -381,13 +391,16 @@ class ImageBank:
     ) -> None:
         if augment is not None and tuple(variants) != AS_IS:
             raise ValueError("give variants or augment, not both")
+        if not variants:
+            raise ValueError("variants must not be empty")
         self.variants, self.augment = tuple(variants), augment
         self.device, self.dtype, self.workers = torch.device(device), dtype, workers
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.labels = images.labels.to(self.device)
-        self._repeats = augment.repeats if augment else len(self.variants)
+        self.repeats = augment.repeats if augment else len(self.variants)
         self._loops = _compiled_loops() if self.device.type == "cpu" else None
 
+        self.device_bytes = 0
         self._files = images if isinstance(images, ImageFiles) else None
         if isinstance(images, ImageFiles):
             self.height = self.width = images.size
@@ -403,6 +416,7 @@ class ImageBank:
                 where = f"in host memory, sent to {self.device} batch by batch"
                 if size <= budget_bytes:
                     self._pixels = self._pixels.to(self.device)
+                    self.device_bytes = size
                     where = f"on {self.device}"
         self.placement = f"{size / 2**20:.0f} MiB of images {where}"
 
@@ -420,7 +434,7 @@ class ImageBank:
         self._gamma_of = torch.tensor([gammas.index(v.gamma) for v in self.variants])
 
     def __len__(self) -> int:
-        return len(self.labels) * self._repeats
+        return len(self.labels) * self.repeats
 
     def batch(self, items: Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
         """Images ``[B, 3, H, W]`` and labels int64 ``[B]`` of ``items``, int64 ``[B]``.
@@ -459,14 +473,14 @@ class ImageBank:
         return torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=form)
 
     def _send(self, tensor: Tensor) -> Tensor:
-        """A tensor on the device, without waiting for the copy."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        """A tensor on the device; CUDA does not wait for the copy."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _fetch(self, items: Tensor) -> Tensor | None:
         """The bytes of the items' images in host memory, or None if the device has them."""
-        image = items // self._repeats
+        image = items // self.repeats
         if self._files is not None:
             return self._files.decode(image.tolist(), self.workers)
         if self._pixels.device.type == self.device.type:
@@ -484,7 +498,7 @@ class ImageBank:
         def images() -> Iterator[list[int]]:
             for items in batches:
                 waiting.append(items)
-                yield (items // self._repeats).tolist()
+                yield (items // self.repeats).tolist()
 
         if self._files is not None:
             loader: DataLoader[Any] = DataLoader(
@@ -492,6 +506,7 @@ class ImageBank:
                 batch_sampler=images(),
                 num_workers=self.workers,
                 collate_fn=default_convert,
+                worker_init_fn=_leave_signals_alone,
                 pin_memory=self.device.type == "cuda",
                 # One of its own, for the loader would draw from the default one.
                 generator=torch.Generator(),
@@ -518,14 +533,16 @@ class ImageBank:
         self, items: Tensor, epoch: int, fetched: Tensor | None, output: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Write the images of ``items`` to ``output``; returns it, and the labels."""
-        image = self._send(items // self._repeats)
+        if len(items) > 0 and not 0 <= int(items.min()) <= int(items.max()) < len(self):
+            raise IndexError(f"items must be in range({len(self)})")
+        image = self._send(items // self.repeats)
         if fetched is None:
             pixels, rows = self._pixels, image
         else:
-            pixels = fetched.to(self.device, non_blocking=True)
+            pixels = fetched.to(self.device, non_blocking=self.device.type == "cuda")
             rows = torch.arange(len(items), device=self.device)
         if self.augment is None:
-            variant = items % self._repeats
+            variant = items % self.repeats
             angle, gamma = self._send(self._angle_of[variant]), self._send(self._gamma_of[variant])
             make = self._loops.look_up if self._loops else _look_up
             make(pixels, rows, self._maps, angle, self._levels, gamma, output)
@@ -563,7 +580,7 @@ def epoch_batches(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be between 0 and {world_size - 1}, got {rank}")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(length, generator=generator)
     for start in range(first * batch_size, length, batch_size):
         yield order[start : start + batch_size][rank::world_size]

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 # Where numba is missing or unusable, this import says so with an ImportError. The threads are the
-# pools' own: numba's abort the process when two Python threads enter them at once.
-from stochastic_pooling.numba_kernels import _entry as compiled
-from stochastic_pooling.numba_kernels import _inline as inlined
-from stochastic_pooling.numba_kernels import _share_out as share_out
+# pools' own: numba's abort the process when two Python threads enter at once.
+from stochastic_pooling.numba_kernels import compiled, inlined, share_out
 
 # Table entries are moved as their bits, for numba has no 16-bit floats.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,35 +27,104 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Positions are unsigned, for numba would test whether signed ones count from the end.
 _place = np.uint64
-_THREE = np.uint64(3)
+_ONE, _TWO, _THREE, _FOUR = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
+
+
+@intrinsic
+def _copy_four(context, target, source, to, at):
+    """Copy four bytes at once, from `source[at]` to `target[to]`."""
+
+    def generate(context, builder, signature, arguments):
+        def word(array_type, array, index):
+            data = context.make_array(array_type)(context, builder, array).data
+            return builder.bitcast(builder.gep(data, [index]), ir.IntType(32).as_pointer())
+
+        to_word = word(signature.args[0], arguments[0], arguments[2])
+        at_word = word(signature.args[1], arguments[1], arguments[3])
+        builder.store(builder.load(at_word, align=1), to_word, align=1)
+        return context.get_dummy_value()
+
+    return types.none(target, source, to, at), generate
+
+
+@inlined
+def _widen(words, image):
+    """Copy an image of three bytes a pixel to words of four; word 0 is black, pixel 0 word 1.
+
+    It brings the image into the cache in order, and rotation then finds black like any pixel.
+    """
+    last = image.size // 3 - 1
+    words[:4] = 0
+    for pixel in range(last):
+        # The fourth byte is the next pixel's, which is never used.
+        _copy_four(words, image, _FOUR * _place(pixel + 1), _THREE * _place(pixel))
+    for c in range(3):
+        words[4 * (last + 1) + c] = image[3 * last + c]
+
+
+@inlined
+def _gather_row(line, words, source):
+    """The bytes of one row of a rotated image; `line` has one byte more."""
+    for x in range(source.size):
+        # The fourth byte is written over in its turn.
+        _copy_four(line, words, _THREE * _place(x), _FOUR * _place(source[x]))
+
+
+@inlined
+def _look_up_row(out, line, table, width, pixel_step, channel_step):
+    red, green, blue = table[0], table[1], table[2]
+    out_green, out_blue = out[channel_step:], out[2 * channel_step :]
+    for x in range(width):
+        at, to = _THREE * _place(x), _place(x * pixel_step)
+        out[to] = red[line[at]]
+        out_green[to] = green[line[at + _ONE]]
+        out_blue[to] = blue[line[at + _TWO]]
+
+
+@inlined
+def _scale_row(out, line, slopes, starts, width, pixel_step, channel_step):
+    """What `_look_up_row` does with tables that are straight lines, in vector instructions."""
+    if pixel_step == 3:
+        for at in range(3 * width):
+            out[at] = slopes[at] * np.float32(line[at]) + starts[at]
+    else:
+        for c in range(3):
+            plane = out[c * channel_step :]
+            for x in range(width):
+                plane[x] = slopes[c] * np.float32(line[3 * x + c]) + starts[c]
 
 
 @compiled
 def _look_up(
-    begin, end, pixels, rows, sources, source_of, levels, level_of, output, pixel_step, channel_step
-):
+    begin, end, pixels, rows, sources, source_of, levels, level_of, straight, slope, start, output,
+    pixel_step, channel_step, width,
+):  # fmt: skip
+    gathered = np.empty(3 * width + 1, np.uint8)
+    words = np.empty(4 * (sources.shape[1] + 1), np.uint8)
+    slopes, starts = np.empty(3 * width, np.float32), np.empty(3 * width, np.float32)
     for n in range(begin, end):
-        image, out, table = pixels[rows[n]], output[n], levels[level_of[n]]
-        image_green, image_blue = image[1:], image[2:]
-        out_green, out_blue = out[channel_step:], out[2 * channel_step :]
-        red, green, blue = table[0], table[1], table[2]
-        if source_of[n] == 0:
-            for p in range(image.size // 3):
-                at, to = _THREE * _place(p), _place(p * pixel_step)
-                out[to] = red[image[at]]
-                out_green[to] = green[image_green[at]]
-                out_blue[to] = blue[image_blue[at]]
-            continue
-        source = sources[source_of[n]]
-        for p in range(source.size):
-            to = _place(p * pixel_step)
-            if source[p] > 0:
-                at = _THREE * _place(source[p] - 1)
-                out[to] = red[image[at]]
-                out_green[to] = green[image_green[at]]
-                out_blue[to] = blue[image_blue[at]]
+        image, source, table = pixels[rows[n]], sources[source_of[n]], levels[level_of[n]]
+        if source_of[n] > 0:
+            _widen(words, image)
+        if straight[level_of[n]]:
+            for at in range(3 * width):
+                slopes[at] = slope[level_of[n], at % 3]
+                starts[at] = start[level_of[n], at % 3]
+        for first in range(0, source.size, width):
+            out = output[n, first * pixel_step :]
+            line = image[3 * first :]
+            if source_of[n] > 0:
+                # Two loops are faster than one: loads need not wait for where stores may go.
+                _gather_row(gathered, words, source[first : first + width])
+                line = gathered[0:]
+            # Constant steps make faster loops.
+            if straight[level_of[n]]:
+                numbers = out.view(np.float32)
+                _scale_row(numbers, line, slopes, starts, width, pixel_step, channel_step)
+            elif pixel_step == 3:
+                _look_up_row(out, line, table, width, 3, 1)
             else:
-                out[to], out_green[to], out_blue[to] = red[0], green[0], blue[0]
+                _look_up_row(out, line, table, width, 1, channel_step)
 
 
 @inlined
@@ -102,9 +172,10 @@ def _power(line, exponent, whole, mantissa):
 
 @inlined
 def _locate_row(at, part_x, part_y, factor, y, height, width, numbers, nearest):
-    """Where row `y` of a warped image comes from; its pixel `x` is `factor[x]` times
+    """Where row `y` of the warped image comes from.
 
-    the image's byte `at[x]`, or what lies `part_x[x]`, `part_y[x]` of the way to its neighbours.
+    Pixel `x` is `factor[x]` times the image's at byte `at[x]`, or times what lies `part_x[x]` and
+    `part_y[x]` of the way from there to its neighbours on the right and below.
     """
     one, half, zero = np.float32(1), np.float32(0.5), np.float32(0)
     a, b, c, d = numbers[0], numbers[1], numbers[2], numbers[3]
@@ -218,9 +289,18 @@ def look_up(
     bits = _BITS[output.element_size()]
     arguments = (
         pixels.flatten(1), rows, sources, source_of, levels.view(bits), level_of,
-        _flat(output).view(bits),
+        *_lines(levels), _flat(output).view(bits),
     )  # fmt: skip
     _run(_look_up, output, arguments)
+
+
+def _lines(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tables are straight lines in fp32, their slopes and their first levels: ``[T, 3]``."""
+    start = levels[:, :3, 0].float()
+    slope = (levels[:, :3, 255].float() - start) / 255
+    line = start[:, :, None] + slope[:, :, None] * torch.arange(256)
+    straight = ((line - levels[:, :3]).abs() < 1e-6).flatten(1).all(1)
+    return straight & (levels.dtype == torch.float32), slope, start
 
 
 def draw(
@@ -254,7 +334,7 @@ def draw(
             pixels.flatten(1), rows[start : start + part], numbers[start : start + part], nearest,
             mean, std, _flat(made),
         )  # fmt: skip
-        _run(_draw, made, arguments, made.shape[3])
+        _run(_draw, made, arguments)
         if made is not target:
             target.copy_(made)
 
@@ -264,11 +344,11 @@ def _flat(output: Tensor) -> Tensor:
     return output.flatten(1) if output.is_contiguous() else output.permute(0, 2, 3, 1).flatten(1)
 
 
-def _run(function: Any, output: Tensor, tensors: tuple[Any, ...], *more: int) -> None:
+def _run(function: Any, output: Tensor, tensors: tuple[Any, ...]) -> None:
     count, _, height, width = output.shape
     if count == 0:
         return
     steps = (1, height * width) if output.is_contiguous() else (3, 1)
     arrays = tuple(t.numpy() if isinstance(t, Tensor) else t for t in tensors)
     threads = min(torch.get_num_threads(), count)
-    share_out(function, count, threads, (*arrays, *steps, *more))
+    share_out(function, count, threads, (*arrays, *steps, width))

@@ -9,6 +9,8 @@ time of a step.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +30,18 @@ HOST_BUDGET = 4 * 1024**3
 # What operating systems leave in folders. Hidden files are ignored too.
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
 # What Pillow raises for a damaged file, beside OSError (truncated, or no image at all).
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -82,16 +95,12 @@ class ImageFiles:
         images = torch.empty(len(numbers), self.size**2, 3, dtype=torch.uint8)
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             decoded = pool.map(lambda number: decode(self.paths[number], self.size), numbers)
-            bar = tqdm(
-                decoded, "decoding", len(numbers), unit="image", leave=False,
-                disable=None if progress else True,
-            )  # fmt: skip
-            try:
-                for image, pixels in zip(images, bar, strict=True):
-                    image.numpy()[:] = pixels.reshape(-1, 3)
-            except UserError:
-                pool.shutdown(cancel_futures=True)
-                raise
+            if progress:
+                decoded = tqdm(
+                    decoded, "decoding", len(numbers), unit="image", leave=False, disable=None
+                )
+            for image, pixels in zip(images, decoded, strict=True):
+                image.numpy()[:] = pixels.reshape(-1, 3)
         return images
 
 
@@ -114,6 +123,8 @@ def decode(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{path} is not an image") from None
     except DECODE_ERRORS as error:
@@ -199,5 +210,8 @@ def _hold_out(
         if len(paths) < 4:
             raise UserError(f"class {name!r} has {len(paths)} images: too few for quarters")
     held = {name: paths[quarter::4] for name, paths in split.items()}
-    kept = {name: [p for p in paths if p not in held[name]] for name, paths in split.items()}
+    kept = {
+        name: [path for number, path in enumerate(paths) if number % 4 != quarter]
+        for name, paths in split.items()
+    }
     return kept, held

@@ -21,8 +21,14 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: PyTorch knows no such device") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine, or this PyTorch, has no CUDA")
+    if device.type == "cuda":
+        # Asked without taking any of its memory: another process may be the one to use it.
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise UserError(f"--device {name}: this machine, or this PyTorch, has no CUDA")
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name}: there are {count} GPUs, numbered from 0")
+        return device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):

@@ -113,7 +113,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate ``model``, in evaluation mode, on all items of ``bank``."""
     log_probs = log_probabilities(model, bank, torch.arange(len(bank)), batch_size, amp_dtype)
-    return Evaluation.of(log_probs, bank.labels.repeat_interleave(len(bank.variants)))
+    return Evaluation.of(log_probs, bank.labels.repeat_interleave(bank.repeats))
 
 
 def confusion_rows(evaluation: Evaluation, classes: Sequence[str]) -> list[list[str]]:

@@ -123,7 +123,11 @@ def _write(
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
     try:
-        save(temporary)
+        try:
+            save(temporary)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"cannot write {path}: {reason}") from None
         difference = _largest_difference(network, load(temporary))
         if not difference <= TOLERANCE:  # NaN, too, is refused
             raise UserError(
@@ -131,8 +135,6 @@ def _write(
                 f"{difference:.2g}, more than {TOLERANCE:g}"
             )
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return difference

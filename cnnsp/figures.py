@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Every figure here is made without pyplot: it needs no display and changes nobody's backend.
 _DPI = 120
+# Inches of a confusion matrix.
+_LARGEST = 36
 # Each epoch leaves a grid of photographs, which PNG hardly compresses.
 _PHOTOGRAPHS_DPI = 80
 
@@ -76,8 +78,9 @@ def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Fig
     counts = evaluation.confusion
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     places = range(len(classes))
-    # Inches of a cell: as few as its number needs when there are many.
-    cell = max(0.45, min(1.1, 4.5 / len(classes)))
+    # Inches of a cell: as few as its number needs when there are many, and less when the numbers
+    # of so many classes would make a picture of a gigabyte.
+    cell = min(max(0.45, min(1.1, 4.5 / len(classes))), _LARGEST / len(classes))
     side = cell * len(classes)
     longest = max(map(len, classes)) * 0.08
     width = max(side + longest + 2.2, 5)

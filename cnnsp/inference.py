@@ -105,13 +105,15 @@ def find_images(paths: Sequence[str | Path]) -> list[Source]:
 
     sources = []
     for path in map(Path, paths):
-        if not path.is_dir():
+        if not os.path.isdir(path):
             sources.append(Source(path, in_folder=False))
             continue
         for folder, folders, files in os.walk(path, onerror=stop):
             folders[:] = sorted(name for name in folders if not is_junk(Path(name)))
             found = (Path(folder, name) for name in sorted(files))
-            sources += [Source(p, in_folder=True) for p in found if p.is_file() and not is_junk(p)]
+            sources += [
+                Source(p, in_folder=True) for p in found if os.path.isfile(p) and not is_junk(p)
+            ]
     return sources
 
 
@@ -192,8 +194,6 @@ def _wait(sources: Sequence[Source], pixels: list[Future[np.ndarray | UserError]
 
 
 def _try_to_decode(path: Path) -> np.ndarray | UserError:
-    if not path.exists():
-        return UserError(f"{path} does not exist")
     try:
         return decode(path)
     except UserError as error:

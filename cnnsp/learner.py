@@ -115,7 +115,7 @@ class Learner:
             # Mixup (Zhang et al. 2018, arXiv 1710.09412), with partners of the same batch.
             alpha = self.options.mixup
             share = float(torch.distributions.Beta(alpha, alpha).sample())
-            others = torch.randperm(len(images)).to(self.device, non_blocking=True)
+            others = torch.randperm(len(images), device=self.device)
             images = torch.lerp(images[others], images, share)
         with autocast(self.device, self.amp_dtype):
             output = self._forward(images)
@@ -127,6 +127,11 @@ class Learner:
         # DistributedDataParallel takes the mean over the processes, where the sum is wanted.
         self._scaler.scale(objective * (self.team.size / batch_size)).backward()
         return loss.detach() / batch_size
+
+    def is_finite(self) -> bool:
+        """Whether every weight is; waits for the device."""
+        largest = torch._foreach_norm([*self.model.parameters()], torch.inf)
+        return bool(torch.isfinite(torch.stack(largest)).all())
 
     def state(self) -> dict[str, Any]:
         """What :meth:`load` goes on from."""
@@ -148,11 +153,18 @@ class Learner:
         if self._average is not None:
             # A run that begins to average starts from the weights that there are.
             self._average.model.load_state_dict(state["average"] or state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
-        for group in self._optimizer.param_groups:
-            group["weight_decay"] = self.options.weight_decay
-            if "momentum" in group:
-                group["momentum"] = self.options.momentum
-                group["nesterov"] = self.options.nesterov
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        # A checkpoint has all settings of the optimiser, those that fit its machine included.
+        ours = self._optimizer.param_groups[0]
+        settings = {name: value for name, value in ours.items() if name not in ("params", "lr")}
+        groups = [{**group, **settings} for group in state["param_groups"]]
+        self._optimizer.load_state_dict({**state, "param_groups": groups})
+        for parameter, values in self._optimizer.state.items():
+            for name, value in values.items():
+                # Fused optimisers need a state that lies in memory as the weight does.
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)

@@ -20,6 +20,8 @@ class TrainOptions:
 
     Attributes:
         data_dir: folder of the photographs, or ``"synthetic"``; only recorded here.
+        recipe: name in :data:`RECIPES` that the other options began from, or None; only recorded
+            here.
         augment: ``"paper"`` (61 variants, each once an epoch) or ``"random"``; only recorded here.
         repeats: items that random augmentation makes of an image in an epoch; only recorded here.
         validate: the quarter of the training images that stands in for the test images, 0 to 3,
@@ -51,6 +53,7 @@ class TrainOptions:
     """
 
     data_dir: str = "synthetic"
+    recipe: str | None = None
     augment: str = "paper"
     repeats: int = 61
     validate: int | None = None
@@ -136,7 +139,7 @@ def make_optimizer(
     fused = device.type == "cuda"
     lr, weight_decay = options.lr, options.weight_decay
     if options.opt == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             parameters,
             lr,
             options.momentum,
@@ -144,6 +147,13 @@ def make_optimizer(
             nesterov=options.nesterov,
             fused=fused,
         )
+        if options.momentum > 0:
+            # If the gradient scaler skips its first step, the fused optimiser would go on from
+            # memory that nobody wrote.
+            for group in sgd.param_groups:
+                for parameter in group["params"]:
+                    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if options.opt == "adam":
         return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
     if options.opt == "adamw":

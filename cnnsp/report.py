@@ -90,7 +90,7 @@ class Board:
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
         # A resumed run takes back what an interrupted one logged after its checkpoint.
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def first_batch(self, images: Tensor) -> None:
         """Show up to 32 normalised images ``[B, 3, H, W]`` at half their size."""
@@ -171,7 +171,8 @@ class Board:
         self._writer.add_image(tag, figures.pixels(figure), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):  # where writing failed before, this would say so again
+            self._writer.close()
 
 
 def _visible(images: Tensor) -> Tensor:

@@ -248,6 +248,8 @@ class Study:
         Raises:
             UserError: when one was not.
         """
+        if not self.data_dir.is_dir():
+            raise UserError(f"--data-dir {self.data_dir} is no folder; a study takes photographs")
         for flag in self.flags:
             if flag.split("=")[0] in OWN_FLAGS:
                 raise UserError(f"{flag} is a flag that the study gives itself; leave it out")
@@ -297,14 +299,11 @@ class Study:
                 if (folder / "result.json").exists():
                     print(f"{place} {case} is finished", flush=True)
                     continue
-                status = 0
-                if not self._is_trained(folder):
-                    status = self._train(case, place, requests)
-                _stop_if_asked(requests, f"{case}, run {number} of {len(planned)}")
-                if status != 0:
-                    failures.append(f"{case} (exit status {status})")
-                    continue
                 try:
+                    status = 0 if _is_trained(folder) else self._train(case, place, requests)
+                    _stop_if_asked(requests, f"{case}, run {number} of {len(planned)}")
+                    if status != 0:
+                        raise UserError(f"exit status {status}")
                     result = evaluate_run(folder, case, self.flags, self.machine)
                 except UserError as error:
                     failures.append(f"{case} ({error})")
@@ -318,13 +317,6 @@ class Study:
                 )
         self.write()
         return failures
-
-    def _is_trained(self, folder: Path) -> bool:
-        """Whether an earlier study ended after the run and before its evaluation."""
-        if not (folder / "last.pt").exists():
-            return False
-        state = checkpoint.load(folder / "last.pt")
-        return bool(state["progress"]["epoch"] >= state["options"]["epochs"])
 
     def _train(self, case: Case, place: str, requests: Requests) -> int:
         folder = self.folder / str(case)
@@ -355,6 +347,14 @@ class Study:
         text = document(results, self.started_with, self._recorded_flags())
         report.replace_file(self.folder / "study.md", text.encode())
         draw(results, histories, self.folder / "study.png")
+
+
+def _is_trained(folder: Path) -> bool:
+    """Whether an earlier study ended after the run and before its evaluation."""
+    if not (folder / "last.pt").exists():
+        return False
+    state = checkpoint.load(folder / "last.pt")
+    return bool(state["progress"]["epoch"] >= state["options"]["epochs"])
 
 
 def _stop_if_asked(requests: Requests, where: str) -> None:

@@ -54,8 +54,12 @@ class Progress:
         return cls(**{**state, "history": history})
 
 
-def check_output(folder: Path, *, resuming: bool = False) -> None:
+def check_output(folder: Path, resumed: Path | None = None) -> None:
     """Check that a run can be written to ``folder``, without creating anything.
+
+    Args:
+        folder: output folder.
+        resumed: the checkpoint that the run goes on from; its own folder may hold it.
 
     Raises:
         UserError: when it is no folder, is not writable, or holds another run.
@@ -67,11 +71,16 @@ def check_output(folder: Path, *, resuming: bool = False) -> None:
         raise UserError(f"output folder {folder}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"output folder {folder}: {parent} is not writable")
-    if not resuming and (folder / "last.pt").exists():
+    last = folder / "last.pt"
+    if last.exists() and (resumed is None or last.resolve() != resumed.resolve()):
         raise UserError(
             f"output folder {folder} holds another run; choose another, or go on with it: "
-            f"--resume {folder / 'last.pt'}"
+            f"--resume {last}"
         )
+
+
+# What is due beside a signal, whose numbers are larger: 2 for SIGINT, 15 for SIGTERM.
+_CHECKPOINT = 1
 
 
 class Trainer:
@@ -111,13 +120,19 @@ class Trainer:
             UserError: when the output folder cannot be written, or the loss is not finite.
             Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
         """
+        try:
+            self._run()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
+        return self.progress
+
+    def _run(self) -> None:
+        board = None
         if self.team.leads:
-            self._write_options()
-        board = (
-            report.Board(self.output, first_step=self.progress.total_steps)
-            if self.team.leads
-            else None
-        )
+            self.output.mkdir(parents=True, exist_ok=True)
+            options = json.dumps(asdict(self.options), indent=2) + "\n"
+            report.replace_file(self.output / "args.json", options.encode())
+            board = report.Board(self.output, first_step=self.progress.total_steps)
         try:
             with Requests() as requests:
                 steps_left = self.options.max_steps
@@ -129,15 +144,6 @@ class Trainer:
         finally:
             if board is not None:
                 board.close()
-        return self.progress
-
-    def _write_options(self) -> None:
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(asdict(self.options), indent=2)
-            (self.output / "args.json").write_text(text + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
 
     def _epoch(
         self, board: report.Board | None, requests: Requests, steps_left: int | None
@@ -169,6 +175,9 @@ class Trainer:
             progress.loss_sum = 0.0
         is_best = test.accuracy > progress.best_accuracy
         progress.best_accuracy = max(progress.best_accuracy, test.accuracy)
+        if board is not None:
+            # Before the checkpoint: a run that is killed in between does the epoch again.
+            report.write_summary(progress.history, self.output / "summary.csv")
         self._save(also_best=is_best)
         if board is not None:
             self._report(board, result, test)
@@ -216,54 +225,55 @@ class Trainer:
                 if progress.step % options.log_interval == 0 or progress.step == last:
                     watch.send(progress.total_steps)
                 for step, value in watch.arrived(wait=progress.step == last):
-                    if not math.isfinite(value):
-                        self._check_finite(watch)
                     bar.report(value)
                     if board is not None:
                         board.train_loss(value, step)
-                self._stop_if_asked(requests, watch)
+                self._do_what_is_due(requests, watch)
                 if progress.step == last:
                     break
-                if time.monotonic() - self._saved_at > options.checkpoint_interval:
-                    self._save_within_epoch(watch)
         self._check_finite(watch)
         progress.loss_sum = watch.loss_sum()
         return lr
 
-    def _stop_if_asked(self, requests: Requests, watch: _LossWatch) -> None:
-        # The signal need not have come to every process, nor at the same step.
-        number = self.team.highest(requests.signal or 0)
-        if number == 0:
+    def _do_what_is_due(self, requests: Requests, watch: _LossWatch) -> None:
+        """Save within the epoch, and stop there if a signal asks for it."""
+        due = time.monotonic() - self._saved_at > self.options.checkpoint_interval
+        wish = requests.signal or (_CHECKPOINT if due or watch.lost else 0)
+        # Signals, clocks and losses need not come to every process at the same step.
+        wish = self.team.highest(wish)
+        if wish == 0:
             return
-        self._save_within_epoch(watch)
-        raise Interrupted(
-            number,
-            f"{signal.Signals(number).name}: stopped in epoch {self.progress.epoch + 1} after step "
-            f"{self.progress.step}; --resume {self.output / 'last.pt'} goes on from there",
-        )
-
-    def _save_within_epoch(self, watch: _LossWatch) -> None:
         self._check_finite(watch)
         self.progress.loss_sum = watch.loss_sum()
         self._save()
+        if wish != _CHECKPOINT:
+            raise Interrupted(
+                wish,
+                f"{signal.Signals(wish).name}: stopped in epoch {self.progress.epoch + 1} after "
+                f"step {self.progress.step}; --resume {self.output / 'last.pt'} goes on from there",
+            )
 
     def _check_finite(self, watch: _LossWatch) -> None:
         """Raise UserError, rather than save weights that are lost."""
         step = watch.first_bad_step()
-        if step is None:
+        if step is not None:
+            what = "training loss was"
+        elif not self.learner.is_finite():
+            what, step = "weights were", self.progress.total_steps - 1
+        else:
             return
         kept = self.output / "last.pt"
         back = f"; {kept} is from before it" if kept.exists() else ""
         raise UserError(
-            f"the training loss was not finite in epoch {self.progress.epoch + 1}, at step "
-            f"{step + 1} of the run; a lower --lr may help, or --warmup-epochs{back}"
+            f"the {what} not finite in epoch {self.progress.epoch + 1}, at step {step + 1} of the "
+            f"run; a lower --lr may help, or --warmup-epochs{back}"
         )
 
     def evaluate(self) -> Evaluation:
         """The network on the test images, each process taking its share."""
         options, team = self.options, self.team
         items = torch.arange(len(self.test))
-        batch_size = math.ceil(options.batch_size / options.accumulate)
+        batch_size = math.ceil(options.batch_size / options.accumulate / team.size)
         mine = log_probabilities(
             self.learner.network,
             self.test,
@@ -276,7 +286,6 @@ class Trainer:
     def _report(self, board: report.Board, result: report.EpochResult, test: Evaluation) -> None:
         """Show an epoch's results in the folder, in TensorBoard and on the terminal."""
         progress, pool = self.progress, self.options.pool
-        report.write_summary(progress.history, self.output / "summary.csv")
         title = f"CNN_SP, {pool} pooling"
         report.draw_curves(progress.history, self.output / "curves.png", title)
         report.draw_confusion(
@@ -317,9 +326,10 @@ class Trainer:
             "items": len(self.train),
             **self.learner.state(),
         }
-        checkpoint.save(state, self.output / "last.pt")
+        # In this order, for a run that is killed in between does the epoch again.
         if also_best:
             checkpoint.save(state, self.output / "best.pt")
+        checkpoint.save(state, self.output / "last.pt")
 
     def restore(self, state: dict[str, Any], path: str | Path) -> None:
         """Go on from ``state``, which :func:`cnnsp.checkpoint.load` read from ``path``.
@@ -331,8 +341,12 @@ class Trainer:
             UserError: when the state does not fit the options or the data, or is already at the
                 last epoch.
         """
-        before, options = TrainOptions(**state["options"]), self.options
-        progress = Progress.from_dict(state["progress"])
+        try:
+            before = TrainOptions(**state["options"])
+            progress = Progress.from_dict(state["progress"])
+        except (KeyError, TypeError):
+            raise UserError(f"checkpoint {path} was written by another version") from None
+        options = self.options
         if before.opt != options.opt:
             raise UserError(f"checkpoint {path} was trained with --opt {before.opt}")
         if progress.epoch >= options.epochs:
@@ -352,9 +366,8 @@ class Trainer:
         try:
             self.learner.load(state)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"checkpoint {path} does not fit: {str(error).splitlines()[0]}"
-            ) from None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"checkpoint {path} does not fit: {reason}") from None
         self.progress = progress
 
 
@@ -364,6 +377,9 @@ class _LossWatch:
     Args:
         device: where the losses are computed.
         loss_sum: sum over the images of the epoch's earlier steps.
+
+    Attributes:
+        lost: whether a loss that came to the host was not finite.
     """
 
     def __init__(self, device: torch.device, loss_sum: float) -> None:
@@ -372,6 +388,7 @@ class _LossWatch:
         self._loss = self._sum
         self._first_bad = torch.tensor(-1, device=device)
         self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self.lost = False
 
     def add(self, loss: Tensor, images: int, step: int) -> None:
         """Take in the mean loss of step ``step`` over ``images`` images."""
@@ -388,7 +405,7 @@ class _LossWatch:
         value = torch.empty((), pin_memory=True)
         value.copy_(self._loss, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._sent.append((step, value, event))
 
     def arrived(self, *, wait: bool = False) -> Iterator[tuple[int, float]]:
@@ -401,7 +418,9 @@ class _LossWatch:
                 elif not event.query():
                     return
             self._sent.popleft()
-            yield step, float(value)
+            loss = float(value)
+            self.lost |= not math.isfinite(loss)
+            yield step, loss
 
     def loss_sum(self) -> float:
         """The sum over the epoch's images; waits for the device."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from cnnsp import UserError, checkpoint, synthetic
 from cnnsp.augment import ImageBank
 from cnnsp.cli import ArgumentParser, exit_status, number
-from cnnsp.data import ImageSet, load_folder
+from cnnsp.data import Images, load_folder
 from cnnsp.devices import choose_device
 from cnnsp.evaluation import confusion_rows, evaluate
 from cnnsp.inference import load_network
@@ -34,7 +34,7 @@ def make_parser() -> ArgumentParser:
     add(
         "--output-dir",
         type=Path,
-        help="folder for confusion.png; when not given: that of the checkpoint",
+        help="folder for the picture; when not given: that of the checkpoint",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("-b", "--batch-size", type=number(int, 1), default=64, help="images at once")
@@ -43,7 +43,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def load_images(data_dir: str, split: str, workers: int) -> ImageSet:
+def load_images(data_dir: str, split: str, workers: int) -> Images:
     load = synthetic.load if data_dir == "synthetic" else lambda **kw: load_folder(data_dir, **kw)
     return load(workers=workers)[SPLITS.index(split)]
 
@@ -57,9 +57,11 @@ def run(arguments: Sequence[str] | None) -> None:
     images = load_images(data_dir, args.split, args.workers)
     checkpoint.check_classes(state, args.checkpoint, images.classes)
 
-    bank = ImageBank(images, device=device, channels_last=device.type == "cpu")
+    bank = ImageBank(
+        images, device=device, channels_last=device.type == "cpu", workers=args.workers
+    )
     result = evaluate(network.model, bank, args.batch_size)
-    picture = (args.output_dir or args.checkpoint.parent) / "confusion.png"
+    picture = (args.output_dir or args.checkpoint.parent) / f"confusion-{args.split}.png"
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -34,7 +34,7 @@ def make_parser() -> ArgumentParser:
         help="average the probabilities over N draws of the stochastic pools, and show their "
         "standard deviation",
     )
-    add("--seed", type=number(int, 0), default=0, help="of the draws")
+    add("--seed", type=number(int, 0, most=2**63 - 1), default=0, help="of the draws")
     add("-b", "--batch-size", type=number(int, 1), default=64, help="images at once")
     add("--device", help="cuda, cuda:1, cpu …; when not given: cuda if there is one")
     add("-j", "--workers", type=number(int, 1), default=4, help="threads that decode images")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -16,17 +17,19 @@ from typing import Any
 import torch
 
 from cnnsp import UserError, checkpoint, distributed, memory, synthetic
-from cnnsp.augment import AS_IS, PAPER_VARIANTS, ImageBank, RandomAugment, Variant
+from cnnsp.augment import AS_IS, GPU_BUDGET, PAPER_VARIANTS, ImageBank, RandomAugment, Variant
 from cnnsp.cli import ArgumentParser, exit_status, number
 from cnnsp.data import Images, load_folder
 from cnnsp.devices import choose_amp_dtype, choose_device, keep_freed_memory
+from cnnsp.interruption import Interrupted
 from cnnsp.network import POOLINGS
 from cnnsp.recipe import AUGMENTATIONS, OPTIMIZERS, RECIPES, SCHEDULES, TrainOptions
 from cnnsp.training import Trainer, check_output
 
 PROG = "train.py"
 SYNTHETIC = "synthetic"
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "off")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 def make_parser() -> ArgumentParser:
@@ -44,7 +47,13 @@ def make_parser() -> ArgumentParser:
     add(
         "--output-dir", type=Path, help="folder to write to; runs/<pool>-<date>-<time> if not given"
     )
-    add("-j", "--workers", type=number(int, 1), default=4, help="threads that decode images")
+    add(
+        "-j",
+        "--workers",
+        type=number(int, 1),
+        default=4,
+        help="threads that decode images, or processes, for sets that are larger than memory",
+    )
 
     add(
         "--validate",
@@ -135,7 +144,7 @@ def make_parser() -> ArgumentParser:
     add("--dropout", type=share, default=default.dropout, help="probability, before the last layer")
     add(
         "--seed",
-        type=number(int, 0),
+        type=number(int, 0, most=2**32 - 1),
         default=default.seed,
         help="of the weights, the order of the images, dropout and the stochastic pools",
     )
@@ -176,7 +185,7 @@ def make_parser() -> ArgumentParser:
         "--resume",
         type=Path,
         metavar="CHECKPOINT",
-        help="go on from a last.pt, in its folder and with its settings; other flags override them",
+        help="go on from a last.pt, in its folder and with its recipe; other flags override it",
     )
     add("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps and evaluate")
     add(
@@ -209,7 +218,17 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         parser.set_defaults(**synthetic.RECIPE)
     if args.recipe is not None:
         parser.set_defaults(**RECIPES[args.recipe])
-    return parser.parse_args(arguments), state
+    args = parser.parse_args(arguments)
+    if args.torchcompile == "off":
+        args.torchcompile = None
+    if args.torchcompile in CUDA_GRAPHS and args.accumulate > 1:
+        raise UserError(
+            f"--torchcompile {args.torchcompile} uses CUDA graphs, which know no --accumulate; "
+            "--torchcompile without a mode does"
+        )
+    if args.opt == "sgd" and args.nesterov and args.momentum == 0:
+        raise UserError("--nesterov needs --momentum above 0")
+    return args, state
 
 
 def load_images(args: argparse.Namespace) -> tuple[Images, Images, tuple[Variant, ...]]:
@@ -241,14 +260,18 @@ def load_images(args: argparse.Namespace) -> tuple[Images, Images, tuple[Variant
 
 
 def own_gpu(device: torch.device) -> torch.device:
-    """The GPU of this process, where torchrun starts one process a GPU."""
-    if device.type != "cuda" or not distributed.is_launched():
+    """The GPU of this process, made the current one; torchrun starts one process a GPU."""
+    if device.type != "cuda":
         return device
-    rank, count = distributed.local_rank(), torch.cuda.device_count()
-    if rank >= count:
-        raise UserError(f"torchrun starts more processes here than there are GPUs ({count})")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    index = device.index or 0
+    if distributed.is_launched():
+        if device.index is not None:
+            raise UserError("torchrun gives each process its GPU: --device cuda, without a number")
+        index, count = distributed.local_rank(), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(f"torchrun starts more processes here than there are GPUs ({count})")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def limit_gpu_memory(device: torch.device, gigabytes: float | None) -> None:
@@ -257,16 +280,22 @@ def limit_gpu_memory(device: torch.device, gigabytes: float | None) -> None:
     if device.type != "cuda":
         raise UserError("--gpu-memory-gb needs a GPU")
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
+    # What CUDA itself takes of such a card, PyTorch does not count.
+    share = max(0.0, gigabytes * 1e9 - memory.CONTEXT) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
-def out_of_memory(args: argparse.Namespace, device: torch.device) -> str:
+def out_of_memory(
+    args: argparse.Namespace, device: torch.device, processes: int, image_bytes: int, classes: int
+) -> str:
     """What to do about it, in one line."""
+    if device.type != "cuda":
+        return "out of memory: --accumulate computes a batch in parts, with less"
     total = torch.cuda.get_device_properties(device).total_memory
     limit = total if args.gpu_memory_gb is None else args.gpu_memory_gb * 1e9
     return memory.advice(
         min(total, limit),
-        args.batch_size,
+        math.ceil(args.batch_size / processes),
         args.accumulate,
         pool=args.pool,
         amp_dtype=args.amp_dtype,
@@ -274,6 +303,8 @@ def out_of_memory(args: argparse.Namespace, device: torch.device) -> str:
         opt=args.opt,
         momentum=args.momentum,
         weight_average=args.ema > 0,
+        num_classes=classes,
+        image_bank_bytes=image_bytes,
     )
 
 
@@ -288,7 +319,7 @@ def train(
         args.channels_last = device.type == "cpu" or args.amp_dtype is not None
     if args.output_dir is None:
         args.output_dir = Path("runs", f"{args.pool}-{time.strftime('%Y%m%d-%H%M%S')}")
-    check_output(args.output_dir, resuming=state is not None)
+    check_output(args.output_dir, args.resume)
 
     train_images, test_images, variants = load_images(args)
     if state is not None:
@@ -306,7 +337,11 @@ def train(
         workers=args.workers,
     )
     test_bank = ImageBank(
-        test_images, device=device, channels_last=args.channels_last, workers=args.workers
+        test_images,
+        device=device,
+        channels_last=args.channels_last,
+        budget_bytes=GPU_BUDGET - bank.device_bytes,
+        workers=args.workers,
     )
     trainer = Trainer(options, bank, test_bank, train_images.classes, args.output_dir, team)
     if state is not None:
@@ -321,7 +356,12 @@ def train(
         f"Output: {args.output_dir}",
         flush=True,
     )
-    trainer.run()
+    try:
+        trainer.run()
+    except torch.OutOfMemoryError:
+        image_bytes = bank.device_bytes + test_bank.device_bytes
+        classes = len(train_images.classes)
+        raise UserError(out_of_memory(args, device, team.size, image_bytes, classes)) from None
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
         print(f"Peak GPU memory: {peak:.0f} MiB allocated", flush=True)
@@ -342,8 +382,10 @@ def run(arguments: Sequence[str] | None) -> None:
         # Without a standard output, print does nothing: one process speaks for all.
         with nullcontext() if team.leads else redirect_stdout(None):
             train(args, state, device, team)
-    except torch.OutOfMemoryError:
-        raise UserError(out_of_memory(args, device)) from None
+    except Interrupted as interruption:
+        if team.leads:
+            raise
+        raise SystemExit(128 + interruption.signal) from None
     finally:
         distributed.stop()
 

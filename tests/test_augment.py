@@ -91,7 +91,9 @@ def test_a_batch_does_not_depend_on_its_company(loops: str, device, recipe) -> N
     together, labels = bank.batch(items, 5)
     for position, item in enumerate(items):
         alone, label = bank.batch(item[None], 5)
-        assert torch.equal(alone[0], together[position])
+        # A GPU may add up an image's mean in an order that depends on the batch.
+        tolerance = 0 if device.type == "cpu" else 1e-5
+        torch.testing.assert_close(alone[0], together[position], rtol=0, atol=tolerance)
         assert label[0] == labels[position]
 
 
@@ -269,7 +271,11 @@ def test_batches_come_in_the_training_dtype(loops: str, device, dtype, recipe) -
     expected, _ = make_bank(images, recipe, device=device).batch(items)
     for channels_last in (False, True):
         bank = make_bank(images, recipe, device=device, dtype=dtype, channels_last=channels_last)
-        assert torch.equal(bank.batch(items)[0], expected.to(dtype))
+        # Rounded once more: a last bit of fp32 may make a last bit of the type.
+        batch = bank.batch(items)[0]
+        assert batch.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(batch, expected.to(dtype), rtol=eps, atol=1e-6)
 
 
 @FORMATS
@@ -280,7 +286,7 @@ def test_batches_are_those_of_batch(device, channels_last: bool, budget_bytes: i
         random_images(5), PAPER_VARIANTS, device=device, channels_last=channels_last,
         budget_bytes=budget_bytes,
     )  # fmt: skip
-    assert "images" in bank.placement
+    assert bank.device_bytes == (5 * 24 * 24 * 3 if device.type != "cpu" and budget_bytes else 0)
     batches = [*epoch_batches(50, 16, seed=0, epoch=0), torch.empty(0, dtype=torch.int64)]
     kept = list(bank.batches(batches))
     seen = set()
@@ -318,3 +324,15 @@ def test_arguments_out_of_range_are_named(arguments: dict, message: str) -> None
 def test_variants_and_random_augmentation_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="give variants or augment, not both"):
         ImageBank(random_images(1), PAPER_VARIANTS, augment=RandomAugment())
+
+
+@pytest.mark.parametrize("items", [[-1], [0, 122]])
+def test_items_that_are_not_there_are_refused(loops: str, items: list[int]) -> None:
+    bank = make_bank(random_images(2), PAPER_VARIANTS)
+    with pytest.raises(IndexError, match=r"items must be in range\(122\)"):
+        bank.batch(torch.tensor(items))
+
+
+def test_no_variants_are_refused() -> None:
+    with pytest.raises(ValueError, match="variants must not be empty"):
+        ImageBank(random_images(2), ())

@@ -135,6 +135,28 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before_i
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
 
 
+def test_weights_that_are_not_finite_are_not_saved(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The last step of an epoch spoils them: no loss of the epoch can show it."""
+    step = Learner.step
+
+    def spoil(self: Learner, *args, **kwargs) -> torch.Tensor:
+        loss = step(self, *args, **kwargs)
+        if kwargs["number"] == 6:
+            with torch.no_grad():
+                self.model.fc2.bias[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(Learner, "step", spoil)
+    output = tmp_path / "run"
+    assert main(recipe(photos, output, 2)) == 2
+    assert "the weights were not finite in epoch 1, at step 7 of the run" in capsys.readouterr().err
+    state = load(output / "last.pt")
+    assert state["progress"]["total_steps"] == 6
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
 def test_disk_that_is_full_keeps_the_checkpoint_before(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -223,7 +223,7 @@ def test_no_folder_for_the_cache(monkeypatch):
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
 
-    @kernels._entry
+    @kernels.compiled
     def double(x):
         return 2 * x
 

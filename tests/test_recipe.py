@@ -12,7 +12,7 @@ from torch import nn
 
 from cnnsp.distributed import Team
 from cnnsp.learner import Learner, seed_draws
-from cnnsp.recipe import TrainOptions, WeightAverage, learning_rate, smoothed
+from cnnsp.recipe import TrainOptions, WeightAverage, learning_rate, make_optimizer, smoothed
 
 
 def test_steps_divide_the_learning_rate_by_ten() -> None:
@@ -88,9 +88,7 @@ def test_a_batch_in_parts_makes_the_same_step(opt: str) -> None:
         whole.model.parameters(), parts.model.parameters(), fresh.parameters(), strict=True
     ):
         assert not torch.equal(one, start)
-        # Adam divides by the gradient's size, so a gradient near zero may move a weight either way.
-        tolerance = 1e-6 if opt == "sgd" else 2.5e-3
-        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_network_of_a_run_with_averaging_is_the_average() -> None:
@@ -120,9 +118,44 @@ def test_mixup_takes_the_loss_of_both_images_by_their_shares(
     start = deepcopy(learner.model)
     share, others = torch.tensor(0.3), torch.tensor([2, 0, 3, 1])
     monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: share)
-    monkeypatch.setattr(torch, "randperm", lambda count: others)
+    monkeypatch.setattr(torch, "randperm", lambda count, device: others)
     loss = learner.step(images, labels, batch_size=4, number=0, lr=0.01)
     with torch.no_grad():
         output = start(0.3 * images + 0.7 * images[others])
     expected = 0.3 * F.nll_loss(output, labels) + 0.7 * F.nll_loss(output, labels[others])
     torch.testing.assert_close(loss, expected)
+
+
+def test_fused_momentum_is_whole_when_the_scaler_skips_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """The first step of fp16 often overflows; what the optimiser then keeps must be written."""
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = make_optimizer([weight], TrainOptions(lr=1.0), torch.device("cpu"))
+    optimizer.param_groups[0].update(fused=True, foreach=False)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.ones(1)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.found_inf.zero_()
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), -1.0))
+
+
+def test_optimizer_of_another_machine_takes_the_settings_of_this_one() -> None:
+    """A checkpoint of a GPU in channels_last, read on a CPU in contiguous format."""
+    theirs = Learner(TrainOptions(channels_last=True), 3, torch.device("cpu"), Team())
+    images, labels = torch.randn(2, 3, 256, 256), torch.tensor([0, 1])
+    theirs.step(images, labels, batch_size=2, number=0, lr=0.01)
+    state = theirs.state()
+    state["optimizer"]["param_groups"][0].update(fused=True, foreach=False)
+    ours = Learner(TrainOptions(weight_decay=0.5), 3, torch.device("cpu"), Team())
+    ours.load(state)
+    (group,) = ours._optimizer.param_groups
+    assert group["weight_decay"] == 0.5
+    assert not group["fused"]
+    for theirs_of, ours_of in zip(
+        theirs._optimizer.state.values(), ours._optimizer.state.items(), strict=True
+    ):
+        weight, kept = ours_of
+        assert kept["momentum_buffer"].stride() == weight.stride()
+        assert torch.equal(kept["momentum_buffer"], theirs_of["momentum_buffer"])

@@ -312,7 +312,9 @@ time.sleep(60)
 # Sends SIGTERM to a process when a file is there.
 WAIT_AND_KILL = """
 import os, pathlib, signal, sys, time
-while not pathlib.Path(sys.argv[1]).exists():
+for _ in range(6000):
+    if pathlib.Path(sys.argv[1]).exists():
+        break
     time.sleep(0.01)
 os.kill(int(sys.argv[2]), signal.SIGTERM)
 """

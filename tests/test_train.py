@@ -134,7 +134,7 @@ def test_resumed_run_equals_undisturbed_run(tmp_path: Path, pool: str) -> None:
     assert [row["lr"] for row in rows] == ["0.001", "0.0001", "1e-05"]
 
 
-def test_half_precision_and_compiled_options_run(photos: Path, tmp_path: Path) -> None:
+def test_half_precision_in_contiguous_format_runs(photos: Path, tmp_path: Path) -> None:
     arguments = ["--amp-dtype", "bfloat16", "--no-channels-last", "--opt", "adam", "-b", "2"]
     arguments += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
     assert main([*CPU, *arguments, "--max-steps", "1"]) == 0
@@ -241,6 +241,11 @@ def test_bad_photographs(
         (["--device", "tpu9"], "--device tpu9: PyTorch knows no such device"),
         (["--resume", "no/last.pt"], "checkpoint no/last.pt does not exist"),
         (["--colour"], "unrecognized arguments: --colour"),
+        (["--ema", "1.5"], "--ema: must be at most 1, got 1.5"),
+        (["--seed", str(2**32)], "--seed: must be at most 4294967295"),
+        (["--recipe", "best", "--momentum", "0"], "--nesterov needs --momentum above 0"),
+        (["--torchcompile", "reduce-overhead", "--accumulate", "2"], "know no --accumulate"),
+        (["--gpu-memory-gb", "6"], "--gpu-memory-gb needs a GPU"),
     ],
 )
 def test_bad_flags(
@@ -275,6 +280,9 @@ def test_output_folder_that_cannot_be_used(
     before = (trained / "last.pt").read_bytes()
     assert_refused([*arguments, str(trained)], "holds another run", capsys)
     assert (trained / "last.pt").read_bytes() == before
+    shutil.copytree(trained, tmp_path / "other")
+    resume = [*CPU, "--resume", str(tmp_path / "other" / "last.pt"), "--output-dir", str(trained)]
+    assert_refused(resume, "holds another run", capsys)
 
 
 def test_checkpoints_that_do_not_fit(

@@ -300,7 +300,7 @@ def test_evaluate_script(
     assert told["accuracy"] == pytest.approx(100 * told["correct"] / 5)
     sensitivities = [100 * pairs[0, 0] / 2, 100 * pairs[1, 1] / 3]
     assert told["sensitivities"] == pytest.approx(dict(zip(CLASSES, sensitivities, strict=True)))
-    with Image.open(tmp_path / "new" / "confusion.png") as picture:
+    with Image.open(tmp_path / "new" / "confusion-test_data.png") as picture:
         assert picture.format == "PNG"
 
     # The folder that the checkpoint names, and the picture beside it.
@@ -309,7 +309,7 @@ def test_evaluate_script(
     printed = capsys.readouterr().out
     assert f"accuracy {told['correct']}/5 ({told['accuracy']:.2f} %)" in printed
     assert f"{sensitivities[1]:.2f} %" in printed
-    assert (path.parent / "confusion.png").is_file()
+    assert (path.parent / "confusion-test_data.png").is_file()
     assert run(evaluate, path, "--split", "train_data", "--json") == 0
     assert json.loads(capsys.readouterr().out)["total"] == 2
 
@@ -320,7 +320,7 @@ def test_evaluate_refuses_other_classes(
     path = make_checkpoint("max", classes=["daisy", "tulip"])
     assert run(evaluate, path, "--data-dir", photos) == 2
     assert "has the classes daisy, tulip, the data daisy, rose & co" in capsys.readouterr().err
-    assert not (path.parent / "confusion.png").exists()
+    assert not (path.parent / "confusion-test_data.png").exists()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

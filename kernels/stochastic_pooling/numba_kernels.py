@@ -69,12 +69,12 @@ SMALL = 16_384
 CHUNK = 8
 
 
-def _inline(function: Callable[..., Any]) -> Callable[..., Any]:
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile as a part of the functions that call it. No fast-math: the draw depends on order."""
     return numba.njit(function, nogil=True, error_model="numpy")
 
 
-def _entry(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile on first use, to run without the interpreter's lock, and keep the code on disk."""
     try:
         return numba.njit(function, nogil=True, error_model="numpy", cache=True)
@@ -290,7 +290,7 @@ def _copier(count: int) -> Any:
 _copy_one, _copy_chunk = _copier(1), _copier(CHUNK)
 
 
-@_inline
+@inlined
 def _copy(target, source):
     size = target.size
     if size < CHUNK:
@@ -327,7 +327,7 @@ def _rectifier(count: int) -> Any:
 _rectify_one, _rectify_chunk = _rectifier(1), _rectifier(CHUNK)
 
 
-@_inline
+@inlined
 def _rectify(target, source, bias):
     size = target.size
     if size < CHUNK:
@@ -437,26 +437,26 @@ class _Ring(NamedTuple):
     slots: Any
 
 
-@_inline
+@inlined
 def _whole_chunks(count):
     return (count + CHUNK - 1) // CHUNK * CHUNK
 
 
-@_inline
+@inlined
 def _pitch(cols, plan):
     """Columns of each phase of a line that holds the windows of `cols` outputs."""
     reach = (cols - 1) * plan.stride_w + (plan.kernel_w - 1) * plan.dilation_w
     return reach // plan.stride_w + 1
 
 
-@_inline
+@inlined
 def _lanes(sheets, pitch, cols, step):
     """Lanes of a line; whole vectors where the line is a copy anyway."""
     count = ((sheets - 1) * pitch + cols) * step
     return count if sheets == 1 else _whole_chunks(count)
 
 
-@_inline
+@inlined
 def _tile(number, rows, columns, margin, plan):
     """A tile by its number, of sheets of `rows` x `columns`.
 
@@ -482,14 +482,14 @@ def _tile(number, rows, columns, margin, plan):
     )
 
 
-@_inline
+@inlined
 def _row_of(target, row, rows, columns, sheet, tile, plan):
     """The tile's part of a row of a sheet, in a tensor of `rows` x `columns` numbers a sheet."""
     start = ((sheet * rows + row) * columns + tile.col) * plan.step
     return target[start : start + tile.cols * plan.step]
 
 
-@_inline
+@inlined
 def _unstage(target, staged, row, rows, columns, tile, plan):
     """Store a row of results of several sheets, which lie side by side."""
     for p in range(tile.sheets):
@@ -498,7 +498,7 @@ def _unstage(target, staged, row, rows, columns, tile, plan):
         _copy(to, staged[start : start + to.size])
 
 
-@_inline
+@inlined
 def _cell(line, j, tile, plan):
     """Cell j of the windows of all lanes: a view into the line."""
     column = j * plan.dilation_w
@@ -506,7 +506,7 @@ def _cell(line, j, tile, plan):
     return line[start : start + tile.count]
 
 
-@_inline
+@inlined
 def _inside(phase, first, tile, plan):
     """The columns of a phase that are no padding, and the input column of the first of them."""
     begin = first + phase
@@ -515,7 +515,7 @@ def _inside(phase, first, tile, plan):
     return low, high, begin + low * plan.stride_w
 
 
-@_inline
+@inlined
 def _make_line(line, x, bias_rows, row, first, tile, plan):
     """Fill a line with the weights of an input row; `first` is the input column of its start.
 
@@ -544,7 +544,7 @@ def _make_line(line, x, bias_rows, row, first, tile, plan):
                     _rectify(to, source[at : at + step], bias[at : at + step])
 
 
-@_inline
+@inlined
 def _sum_cells(sums, line, tile, plan):
     """Sums over the cells of a row of each window, in the order of the contract."""
     count = tile.count
@@ -564,7 +564,7 @@ def _sum_cells(sums, line, tile, plan):
             sums[k] += cell[k]
 
 
-@_inline
+@inlined
 def _sum_squares(squares, line, tile, plan):
     squares[: tile.count] = 0
     for j in range(plan.kernel_w):
@@ -573,7 +573,7 @@ def _sum_squares(squares, line, tile, plan):
             squares[k] += cell[k] * cell[k]
 
 
-@_inline
+@inlined
 def _new_ring(most_sheets, most_pitch, plan, with_squares, one):
     slots = (plan.kernel_h - 1) * plan.dilation_h + 1
     lanes = most_sheets * most_pitch * plan.step + CHUNK
@@ -587,7 +587,7 @@ def _new_ring(most_sheets, most_pitch, plan, with_squares, one):
     )
 
 
-@_inline
+@inlined
 def _hold(ring, oh, x, bias_rows, tile, plan, with_squares):
     """Have the lines of output row `oh`'s windows in their slots."""
     padding = ring.held.size
@@ -608,7 +608,7 @@ def _hold(ring, oh, x, bias_rows, tile, plan, with_squares):
             _sum_squares(ring.squares[slot], ring.lines[slot], tile, plan)
 
 
-@_inline
+@inlined
 def _not_between(top_bits, low_bits, smallest, largest):
     """Whether of some sums, by their extreme bits, one is neither 0 nor in [smallest, largest)."""
     return top_bits >= _bits(largest) or low_bits < _bits_below(smallest)
@@ -617,13 +617,13 @@ def _not_between(top_bits, low_bits, smallest, largest):
 # ---------------------------------------------------------------- drawing
 
 
-@_inline
+@inlined
 def _pairs(cols):
     """Pairs of columns, the last of which may lack its second."""
     return (cols + PAIR - 1) // PAIR
 
 
-@_inline
+@inlined
 def _number_calls(pairs, planes, tile, plan):
     """The pair of columns and, from the tile's first, the plane of each call of Philox."""
     call = 0
@@ -635,7 +635,7 @@ def _number_calls(pairs, planes, tile, plan):
                 call += 1
 
 
-@_inline
+@inlined
 def _random_words(words, pairs, planes, first_plane, group, key0, key1, calls):
     """Philox's four words of each call (see philox.py), in the 64-bit lanes of its products."""
     mask = np.uint64(0xFFFFFFFF)
@@ -663,7 +663,7 @@ def _random_words(words, pairs, planes, first_plane, group, key0, key1, calls):
         words[3, k] = np.uint32(c3)
 
 
-@_inline
+@inlined
 def _deal(halves, words, tile, plan):
     """Deal the words of a group of rows, one a row for each call, to the lanes: the low half to
     the first column of a pair, the high half to the second. A last pair without one spills into a
@@ -689,7 +689,7 @@ def _deal(halves, words, tile, plan):
                 place += PAIR * run
 
 
-@_inline
+@inlined
 def _draw_3x3(target, code, ring, halves, tile, plan, one):
     """Draw in windows of 3 x 3: the row first, then the cell in it.
 
@@ -734,7 +734,7 @@ def _draw_3x3(target, code, ring, halves, tile, plan, one):
     return top_bits >= _bits(_as(np.inf, one))
 
 
-@_inline
+@inlined
 def _draw(target, code, value, number, before, ring, halves, tile, plan, one):
     """Draw in windows of any size, cell by cell; for the rest see `_draw_3x3`."""
     count = tile.count
@@ -776,7 +776,7 @@ def _draw(target, code, value, number, before, ring, halves, tile, plan, one):
     return top_bits >= _bits(_as(np.inf, one))
 
 
-@_inline
+@inlined
 def _stand_in(w, infinite, scale, one):
     """The weight v that stands for w where the sum overflows (see reference.py)."""
     if infinite:
@@ -784,7 +784,7 @@ def _stand_in(w, infinite, scale, one):
     return w * scale
 
 
-@_inline
+@inlined
 def _sum_window(k, ring, tile, plan, infinite, scale, one):
     """S of a single window, from the weights that stand for its own, and the largest of these."""
     total = largest = one - one
@@ -799,7 +799,7 @@ def _sum_window(k, ring, tile, plan, infinite, scale, one):
     return total, largest
 
 
-@_inline
+@inlined
 def _weigh_window(k, ring, tile, plan, one):
     """S of a single window, whether it is infinite, and its scale."""
     total, largest = _sum_window(k, ring, tile, plan, False, one, one)
@@ -811,7 +811,7 @@ def _weigh_window(k, ring, tile, plan, one):
     return total, infinite, scale
 
 
-@_inline
+@inlined
 def _draw_one(k, ring, half, tile, plan, one):
     """Draw in a single window, as in reference.py."""
     total, infinite, scale = _weigh_window(k, ring, tile, plan, one)
@@ -831,7 +831,7 @@ def _draw_one(k, ring, half, tile, plan, one):
     return value, plan.dead_code if total <= threshold else code
 
 
-@_inline
+@inlined
 def _total(k, ring, plan, one):
     total = one - one
     for i in range(plan.kernel_h):
@@ -839,7 +839,7 @@ def _total(k, ring, plan, one):
     return total
 
 
-@_inline
+@inlined
 def _redraw(target, code, ring, halves, tile, plan, one):
     """Draw again in the windows whose sum is not finite."""
     like = target[0]
@@ -850,7 +850,7 @@ def _redraw(target, code, ring, halves, tile, plan, one):
         target[k] = _narrow(drawn, like)
 
 
-@_entry
+@compiled
 def _sample_tiles(begin, end, x, bias_rows, output, code, key0, key1, plan, one):
     """Draw every window of the tiles `begin` to `end`."""
     is_3x3 = plan.kernel_h == 3 and plan.kernel_w == 3
@@ -900,7 +900,7 @@ def _sample_tiles(begin, end, x, bias_rows, output, code, key0, key1, plan, one)
 # ---------------------------------------------------------------- backward of drawing
 
 
-@_inline
+@inlined
 def _hold_gradient(grads, codes, grad, code, oh, tile, plan):
     """A row of output gradients and codes as lines, which start `kernel_w - 1` columns early.
 
@@ -920,7 +920,7 @@ def _hold_gradient(grads, codes, grad, code, oh, tile, plan):
         _copy(codes[start : start + size], code[place : place + size])
 
 
-@_inline
+@inlined
 def _gather_3x3(target, sums, grads, codes, slots, tile, plan, one):
     """What the nine windows that hold an input sent to it: cell (i, j) of the window 2 - j columns
     further in line i."""
@@ -947,7 +947,7 @@ def _gather_3x3(target, sums, grads, codes, slots, tile, plan, one):
         target[k] = _narrow(total, like)
 
 
-@_inline
+@inlined
 def _add_channels(partial, sums, tile, plan):
     """Sum a line over its columns: [sheets, step]."""
     for p in range(tile.sheets):
@@ -959,7 +959,7 @@ def _add_channels(partial, sums, tile, plan):
                 channels[d] += numbers[d]
 
 
-@_entry
+@compiled
 def _gather_tiles(begin, end, grad, code, grad_input, partial, plan, one):
     """Backward of 3 x 3 windows with stride 1: every input looks at the nine windows it is in."""
     rows, columns = plan.height, plan.width
@@ -996,7 +996,7 @@ def _gather_tiles(begin, end, grad, code, grad_input, partial, plan, one):
         _add_channels(partial[number % (plan.bands * plan.strips)], sums, tile, plan)
 
 
-@_inline
+@inlined
 def _touching_rows(tile, plan):
     """The rows of outputs of which a window may reach into the tile's rows of inputs."""
     reach = (plan.kernel_h - 1) * plan.dilation_h
@@ -1005,7 +1005,7 @@ def _touching_rows(tile, plan):
     return range(max(low, 0), min(high, plan.out_height))
 
 
-@_entry
+@compiled
 def _scatter_tiles(begin, end, grad, code, grad_input, partial, plan, one):
     """Backward of any windows: every output's gradient is added where its code says."""
     step = plan.step
@@ -1047,7 +1047,7 @@ def _scatter_tiles(begin, end, grad, code, grad_input, partial, plan, one):
 # ---------------------------------------------------------------- expectation
 
 
-@_inline
+@inlined
 def _expect_one(k, ring, tile, plan, one):
     """sum v * v / S of a single window, S, whether it is infinite, and its scale."""
     total, infinite, scale = _weigh_window(k, ring, tile, plan, one)
@@ -1062,12 +1062,12 @@ def _expect_one(k, ring, tile, plan, one):
     return mean, total, infinite, scale
 
 
-@_inline
+@inlined
 def _is_squarable(total):
     return total == 0 or (total >= SMALLEST_SQUARABLE and total < LARGEST_SQUARABLE)
 
 
-@_inline
+@inlined
 def _sum_windows(total, mean, ring, tile, plan, one):
     """S and sum w * w / S of every lane; whether some are void, being no ordinary numbers."""
     count = tile.count
@@ -1088,7 +1088,7 @@ def _sum_windows(total, mean, ring, tile, plan, one):
     return _not_between(top_bits, low_bits, smallest, largest)
 
 
-@_entry
+@compiled
 def _expect_tiles(begin, end, x, bias_rows, output, plan, one):
     """The expectation of every window of the tiles `begin` to `end`."""
     rows, columns = plan.out_height, plan.out_width
@@ -1123,7 +1123,7 @@ def _expect_tiles(begin, end, x, bias_rows, output, plan, one):
                 _unstage(output, target, oh, rows, columns, tile, plan)
 
 
-@_inline
+@inlined
 def _spread(spread, numbers, tile, plan):
     """Add each window's number to the columns of its cells, in phases as those of a line."""
     spread[:] = 0
@@ -1133,7 +1133,7 @@ def _spread(spread, numbers, tile, plan):
             cell[k] += numbers[k]
 
 
-@_inline
+@inlined
 def _expect_row(slope, offset, total, mean, ring, tile, plan, one):
     """Turn a row of output gradients in `slope` into what the gradient is made of (reference.py):
     the numbers by which a weight is multiplied, and those that are taken off."""
@@ -1158,7 +1158,7 @@ def _expect_row(slope, offset, total, mean, ring, tile, plan, one):
         slope[k] = zero if infinite else share * scale
 
 
-@_entry
+@compiled
 def _expect_backward_tiles(
     begin, end, grad, x, bias_rows, grad_input, partial, plan, one
 ):  # fmt: skip
@@ -1251,7 +1251,7 @@ def _submit(function: Callable[[], None]) -> Future[None] | None:
             return None
 
 
-def _share_out(
+def share_out(
     function: Callable[..., None], tiles: int, threads: int, arguments: tuple[Any, ...]
 ) -> None:
     """Call `function(begin, end, *arguments)` on parts of `range(tiles)` until all are done.
@@ -1371,7 +1371,7 @@ class _Job:
         outputs = self.out_height * self.out_width
         numbers = self.sheets * self.step * max(self.height * self.width, outputs)
         threads = min(torch.get_num_threads(), self.tiles) if numbers > SMALL else 1
-        _share_out(function, self.tiles, threads, (*arguments, self.numbers, self.one))
+        share_out(function, self.tiles, threads, (*arguments, self.numbers, self.one))
 
 
 def sample(
