@@ -30,21 +30,51 @@ _place = np.uint64
 _ONE, _TWO, _THREE, _FOUR = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
 
 
+_FOUR_BYTES, _FOUR_FLOATS = ir.VectorType(ir.IntType(8), 4), ir.VectorType(ir.FloatType(), 4)
+
+
+def _place_of(context, builder, array_type, array, index, kind):
+    """The pointer to what lies at an index of an array, as that to an LLVM type."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+
 @intrinsic
 def _copy_four(context, target, source, to, at):
     """Copy four bytes at once, from `source[at]` to `target[to]`."""
 
     def generate(context, builder, signature, arguments):
-        def word(array_type, array, index):
-            data = context.make_array(array_type)(context, builder, array).data
-            return builder.bitcast(builder.gep(data, [index]), ir.IntType(32).as_pointer())
-
-        to_word = word(signature.args[0], arguments[0], arguments[2])
-        at_word = word(signature.args[1], arguments[1], arguments[3])
-        builder.store(builder.load(at_word, align=1), to_word, align=1)
+        kinds, (target, source, to, at) = signature.args, arguments
+        place = _place_of(context, builder, kinds[1], source, at, _FOUR_BYTES)
+        value = builder.load(place, align=1)
+        place = _place_of(context, builder, kinds[0], target, to, _FOUR_BYTES)
+        builder.store(value, place, align=1)
         return context.get_dummy_value()
 
     return types.none(target, source, to, at), generate
+
+
+@intrinsic
+def _scale_four(context, target, source, to, at, slope, start):
+    """Write four numbers at once, from `target[to]`: four bytes from `source[at]` on a line each.
+
+    Their slopes and starts are the first four in fp32 of two arrays.
+    """
+
+    def generate(context, builder, signature, arguments):
+        kinds, (target, source, to, at, slope, start) = signature.args, arguments
+        place = _place_of(context, builder, kinds[1], source, at, _FOUR_BYTES)
+        value = builder.uitofp(builder.load(place, align=1), _FOUR_FLOATS)
+        zero = ir.Constant(ir.IntType(64), 0)
+        place = _place_of(context, builder, kinds[4], slope, zero, _FOUR_FLOATS)
+        value = builder.fmul(value, builder.load(place, align=4))
+        place = _place_of(context, builder, kinds[5], start, zero, _FOUR_FLOATS)
+        value = builder.fadd(value, builder.load(place, align=4))
+        place = _place_of(context, builder, kinds[0], target, to, _FOUR_FLOATS)
+        builder.store(value, place, align=4)
+        return context.get_dummy_value()
+
+    return types.none(target, source, to, at, slope, start), generate
 
 
 @inlined
@@ -68,6 +98,18 @@ def _gather_row(line, words, source):
     for x in range(source.size):
         # The fourth byte is written over in its turn.
         _copy_four(line, words, _THREE * _place(x), _FOUR * _place(source[x]))
+
+
+@inlined
+def _scale_gathered_row(out, words, source, slopes, starts):
+    """Gather and scale a row at once, in channels_last; `out` goes on beyond the row, or ends."""
+    whole = source.size if out.size > 3 * source.size else source.size - 1
+    for x in range(whole):
+        # The fourth number is written over in its turn; the very last pixel must not write it.
+        _scale_four(out, words, _THREE * _place(x), _FOUR * _place(source[x]), slopes, starts)
+    for x in range(whole, source.size):
+        for c in range(3):
+            out[3 * x + c] = slopes[c] * np.float32(words[4 * source[x] + c]) + starts[c]
 
 
 @inlined
@@ -113,6 +155,10 @@ def _look_up(
         for first in range(0, source.size, width):
             out = output[n, first * pixel_step :]
             line = image[3 * first :]
+            if source_of[n] > 0 and straight[level_of[n]] and pixel_step == 3:
+                moved = source[first : first + width]
+                _scale_gathered_row(out.view(np.float32), words, moved, slopes, starts)
+                continue
             if source_of[n] > 0:
                 # Two loops are faster than one: loads need not wait for where stores may go.
                 _gather_row(gathered, words, source[first : first + width])
