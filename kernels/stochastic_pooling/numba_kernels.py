@@ -432,6 +432,8 @@ class _Ring(NamedTuple):
     lines: Any
     sums: Any
     squares: Any
+    # Scratch memory for the weights of an input row.
+    weights: Any
     # The row that each slot holds, and the slot of each row of the windows.
     held: Any
     slots: Any
@@ -516,10 +518,25 @@ def _inside(phase, first, tile, plan):
 
 
 @inlined
-def _make_line(line, x, bias_rows, row, first, tile, plan):
+def _deal_row(line, weights, p, first, tile, plan):
+    """Deal the weights of sheet p's row, which has one number a column, to the phases."""
+    for phase in range(plan.stride_w):
+        low, high, begin = _inside(phase, first, tile, plan)
+        place = phase * tile.phase + p * tile.pitch + low
+        target = line[place : place + high - low]
+        if plan.stride_w == 2:  # a constant, so that LLVM makes vectors of it
+            for m in range(high - low):
+                target[m] = weights[begin + 2 * m]
+        else:
+            for m in range(high - low):
+                target[m] = weights[begin + m * plan.stride_w]
+
+
+@inlined
+def _make_line(line, weights, x, bias_rows, row, first, tile, plan):
     """Fill a line with the weights of an input row; `first` is the input column of its start.
 
-    The places of the padding are left as they are.
+    The places of the padding are left as they are. `weights` is scratch memory for a row.
     """
     step = plan.step
     for p in range(tile.sheets):
@@ -527,6 +544,10 @@ def _make_line(line, x, bias_rows, row, first, tile, plan):
         start = (sheet * plan.height + row) * plan.width * step
         source = x[start : start + plan.width * step]
         bias = bias_rows[sheet % bias_rows.shape[0]]
+        if plan.stride_w > 1 and step == 1:
+            _rectify(weights, source, bias)
+            _deal_row(line, weights, p, first, tile, plan)
+            continue
         for phase in range(plan.stride_w):
             low, high, begin = _inside(phase, first, tile, plan)
             if high <= low:
@@ -582,6 +603,7 @@ def _new_ring(most_sheets, most_pitch, plan, with_squares, one):
         np.zeros((slots + 1, lanes * plan.stride_w), dtype),
         np.zeros((slots + 1, lanes), dtype),
         np.zeros((slots + 1, lanes if with_squares else 0), dtype),
+        np.empty(plan.width if plan.stride_w > 1 and plan.step == 1 else 0, dtype),
         np.full(slots, -1),
         np.empty(plan.kernel_h, np.int64),
     )
@@ -602,7 +624,7 @@ def _hold(ring, oh, x, bias_rows, tile, plan, with_squares):
         if ring.held[slot] == row:
             continue
         ring.held[slot] = row
-        _make_line(ring.lines[slot], x, bias_rows, row, first, tile, plan)
+        _make_line(ring.lines[slot], ring.weights, x, bias_rows, row, first, tile, plan)
         _sum_cells(ring.sums[slot], ring.lines[slot], tile, plan)
         if with_squares:
             _sum_squares(ring.squares[slot], ring.lines[slot], tile, plan)
@@ -1202,7 +1224,9 @@ def _expect_backward_tiles(
                         for k in range(line_size):
                             target[k] += spread[k]
         for row in range(tile.rows):
-            _make_line(line, x, bias_rows, tile.row + row, -plan.padding_w, windows, plan)
+            _make_line(
+                line, ring.weights, x, bias_rows, tile.row + row, -plan.padding_w, windows, plan
+            )
             row_slope, row_offset = slopes[row], offsets[row]
             for k in range(line_size):
                 w = line[k]
