@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import shutil
+import sys
 
 import pytest
 import torch
@@ -105,7 +106,8 @@ def test_one_graph_for_every_image_size(device):
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() and shutil.which("g++") is None,
+    not torch.cuda.is_available()
+    and shutil.which("cl" if sys.platform == "win32" else "g++") is None,
     reason="Inductor compiles C++ for CPUs",
 )
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

@@ -82,6 +82,7 @@ json.dump(found, sys.stdout)
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return importlib.import_module("kernel_report")
 
@@ -136,6 +137,7 @@ def test_classes(bench: ModuleType, opcode: str, unit: str) -> None:
     assert bench.instructions.classify_sass(opcode) == unit
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
 def test_a_compiled_kernel_is_counted(tmp_path: Path) -> None:
     """In a process of its own: this one may run Triton's interpreter."""
     (tmp_path / "tiny.py").write_text(KERNEL)
