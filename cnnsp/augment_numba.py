@@ -321,17 +321,7 @@ def look_up(
     level_of: Tensor,
     output: Tensor,
 ) -> None:
-    """Write images in fixed variants to ``output``, ``[B, 3, H, W]`` in either memory format.
-
-    Args:
-        pixels: uint8 ``[M, H*W, 3]``.
-        rows: int64 ``[B]``, the image of each output.
-        sources: int32 ``[maps, H*W]``, see :func:`cnnsp.augment.rotation_map`; the first is that of
-            no rotation, and is not read.
-        source_of: int64 ``[B]``, the map of each output.
-        levels: ``[tables, 4, 256]`` of the output's dtype; the fourth channel is unused.
-        level_of: int64 ``[B]``, the table of each output.
-    """
+    """See :func:`cnnsp.augment.look_up`."""
     bits = _BITS[output.element_size()]
     arguments = (
         pixels.flatten(1), rows, sources, source_of, levels.view(bits), level_of,
@@ -358,15 +348,7 @@ def draw(
     std: Tensor,
     output: Tensor,
 ) -> None:
-    """Write randomly augmented images to ``output``, ``[B, 3, H, W]`` in either memory format.
-
-    Args:
-        pixels: uint8 ``[M, H*W, 3]``.
-        rows: int64 ``[B]``, the image of each output.
-        numbers: float32 ``[B, 16]``, see ``_numbers`` in ``augment.py``.
-        nearest: whether to take the nearest pixel, rather than to interpolate.
-        mean, std: float32 ``[3]``.
-    """
+    """See :func:`cnnsp.augment.draw`."""
     # The compiled loop writes fp32: other dtypes are converted a few images at a time.
     part = len(output) if output.dtype == torch.float32 else 8 * torch.get_num_threads()
     for start in range(0, len(output), max(part, 1)):

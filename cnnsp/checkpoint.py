@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import files
 from .errors import UserError
 
 FORMAT = 2
@@ -28,27 +27,17 @@ _KEYS = {
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write ``state`` to ``path``; a file of that name stays intact until the new one is whole.
-
-    That holds when the machine loses power, too: the content is on the disk before the name.
+    """Write ``state`` as :func:`cnnsp.files.replacing` does.
 
     Raises:
         UserError: when it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with files.replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        # A folder that became read-only keeps the fragment, which nobody reads.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except UserError as error:
         kept = "; the one before it is intact" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {reason}{kept}") from None
+        raise UserError(f"{error}{kept}") from None
 
 
 def load(path: str | Path) -> dict[str, Any]:

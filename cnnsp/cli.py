@@ -6,7 +6,7 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .errors import UserError
@@ -80,3 +80,20 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """A table as lines: its first ``left`` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def printable(text: str) -> str:
+    """``text`` in one line, with escapes for what a terminal would not show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

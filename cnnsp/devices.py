@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 import torch
 
@@ -56,8 +57,10 @@ def keep_freed_memory() -> None:
 
     A training step allocates gigabytes. glibc gives large blocks back to the system, so that each
     step begins with page faults, which took a quarter of its time where it was measured. Elsewhere
-    than with glibc it does nothing.
+    than with glibc this does nothing. PyTorch may use huge pages on Linux, for fewer faults; it
+    looks at that wish at its first allocation, so call this before.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

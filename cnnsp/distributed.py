@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Team:
@@ -58,19 +60,35 @@ class Team:
         return table
 
 
-def is_launched() -> bool:
+def _is_launched() -> bool:
     """Whether ``torchrun`` started this process."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 
 
-def local_rank() -> int:
-    """This process's number on its machine, and that of its GPU."""
-    return int(os.environ["LOCAL_RANK"])
+def own_device(device: torch.device) -> torch.device:
+    """The GPU of this process, made the current one; ``torchrun`` starts one process a GPU.
+
+    Another device than CUDA serves all processes.
+
+    Raises:
+        UserError: when a GPU is named for several processes, or there are too few.
+    """
+    if device.type != "cuda":
+        return device
+    index = device.index or 0
+    if _is_launched():
+        if device.index is not None:
+            raise UserError("torchrun gives each process its GPU: --device cuda, without a number")
+        index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(f"torchrun starts more processes here than there are GPUs ({count})")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def start(device: torch.device) -> Team:
     """Join the processes that ``torchrun`` started; alone, without it."""
-    if not is_launched():
+    if not _is_launched():
         return Team()
     # CPU tensors go by gloo in any case, so that the hosts can agree without stopping the GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

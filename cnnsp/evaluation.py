@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .augment import ImageBank
+from .batches import ImageBank
 from .devices import autocast
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .augment import IMAGENET_MEAN, IMAGENET_STD, ImageBank
+from . import files
+from .augment import IMAGENET_MEAN, IMAGENET_STD
+from .batches import ImageBank
 from .errors import UserError
 from .inference import Network
 from .network import IMAGE_SIZE
@@ -117,26 +118,15 @@ def _write(
     load: Callable[[Path], Callable[[Tensor], Tensor]],
 ) -> float:
     """Save beside ``path``, load that back and compare; only then replace ``path``."""
-    temporary = path.with_name(f"unchecked-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
-    try:
-        try:
-            save(temporary)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise UserError(f"cannot write {path}: {reason}") from None
+    files.make_folder(path.parent)
+    with files.replacing(path) as temporary:
+        save(temporary)
         difference = _largest_difference(network, load(temporary))
         if not difference <= TOLERANCE:  # NaN, too, is refused
             raise UserError(
                 f"{path} was not written: its log-probabilities differ from the checkpoint's by "
                 f"{difference:.2g}, more than {TOLERANCE:g}"
             )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return difference
 
 

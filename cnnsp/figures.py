@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from . import files
 from .evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from .report import EpochResult
+from .history import EpochResult
 
 # Every figure here is made without pyplot: it needs no display and changes nobody's backend.
 _DPI = 120
@@ -25,20 +29,68 @@ _DPI = 120
 _LARGEST = 36
 # Each epoch leaves a grid of photographs, which PNG hardly compresses.
 _PHOTOGRAPHS_DPI = 80
+# For the characters that matplotlib's own font lacks, Chinese above all, by the names that
+# matplotlib has for them: Windows, macOS, Linux.
+_FONTS = (
+    *("Microsoft YaHei", "SimHei"),
+    *("PingFang SC", "PingFang HK", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS"),
+    *("Noto Sans CJK SC", "Noto Sans SC", "Noto Sans CJK JP", "Source Han Sans SC"),
+    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
+)
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+def write(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG file; raises UserError."""
     image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
+    _draw(figure, lambda: figure.savefig(image, format="png"))
+    files.write(path, image.getvalue())
 
 
 def pixels(figure: Figure) -> np.ndarray:
     """The figure as uint8 ``[H, W, 3]``."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    _draw(figure, canvas.draw)
     return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _draw(figure: Figure, draw: Callable[[], None]) -> None:
+    """Draw a figure, with installed fonts for what matplotlib's own lacks."""
+    for text in figure.findobj(Text):
+        unknown = {c for c in text.get_text() if not c.isspace()} - _characters_of("sans-serif")
+        if not unknown:
+            continue
+        families = text.get_fontfamily()
+        for name in _installed_fonts():
+            if unknown & _characters_of(name):
+                families = [*families, name]
+                unknown -= _characters_of(name)
+        text.set_fontfamily(families)
+        if unknown:
+            _say_once_what_is_missing()
+    with warnings.catch_warnings():
+        # Of each character, at each drawing.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        draw()
+
+
+@cache
+def _installed_fonts() -> list[str]:
+    installed = {font.name for font in fontManager.ttflist}
+    return [name for name in _FONTS if name in installed]
+
+
+@cache
+def _characters_of(family: str) -> frozenset[str]:
+    return frozenset(map(chr, get_font(findfont(FontProperties(family=[family]))).get_charmap()))
+
+
+@cache
+def _say_once_what_is_missing() -> None:
+    print(
+        "pictures show boxes for characters that the fonts found here lack; install one that has "
+        "them, such as Noto Sans CJK SC",
+        file=sys.stderr,
+    )
 
 
 def curves(history: Sequence[EpochResult], title: str) -> Figure:

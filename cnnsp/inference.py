@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import torch
 from stochastic_pooling import average_draws
 
 from . import checkpoint
-from .augment import ImageBank
+from .batches import ImageBank, one_ahead
 from .data import ImageSet, decode, is_junk
 from .errors import UserError
 from .network import CNN_SP
@@ -142,14 +141,17 @@ def predict(
     Raises:
         ValueError: when there are ``draws`` and the network has no stochastic pools.
     """
-    for batch in _decoded(sources, batch_size, workers):
-        images = [pixels for _, pixels in batch if not isinstance(pixels, UserError)]
-        results = iter(_classify(network, images, draws) if images else ())
-        for source, pixels in batch:
-            if isinstance(pixels, UserError):
-                yield Unreadable(source, str(pixels))
-            else:
-                yield Prediction(source, *next(results))
+    parts = (sources[start : start + batch_size] for start in range(0, len(sources), batch_size))
+    with ThreadPoolExecutor(workers) as pool:
+        for part, decoded in one_ahead((part, pool.map(_try_to_decode, part)) for part in parts):
+            batch = list(decoded)
+            images = [pixels for pixels in batch if not isinstance(pixels, UserError)]
+            results = iter(_classify(network, images, draws) if images else ())
+            for source, pixels in zip(part, batch, strict=True):
+                if isinstance(pixels, UserError):
+                    yield Unreadable(source, str(pixels))
+                else:
+                    yield Prediction(source, *next(results))
 
 
 def _classify(
@@ -173,28 +175,8 @@ def _classify(
     return [(tuple(mean), tuple(spread)) for mean, spread in pairs]
 
 
-_Decoded = list[tuple[Source, np.ndarray | UserError]]
-
-
-def _decoded(sources: Sequence[Source], batch_size: int, workers: int) -> Iterator[_Decoded]:
-    """Batches of files with their pixels, or with what is wrong with them."""
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[tuple[Sequence[Source], list[Future[np.ndarray | UserError]]]] = deque()
-        for start in range(0, len(sources), batch_size):
-            part = sources[start : start + batch_size]
-            ahead.append((part, [pool.submit(_try_to_decode, source.path) for source in part]))
-            if len(ahead) == 2:
-                yield _wait(*ahead.popleft())
-        for batch in ahead:
-            yield _wait(*batch)
-
-
-def _wait(sources: Sequence[Source], pixels: list[Future[np.ndarray | UserError]]) -> _Decoded:
-    return [(source, future.result()) for source, future in zip(sources, pixels, strict=True)]
-
-
-def _try_to_decode(path: Path) -> np.ndarray | UserError:
+def _try_to_decode(source: Source) -> np.ndarray | UserError:
     try:
-        return decode(path)
+        return decode(source.path)
     except UserError as error:
         return error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from copy import deepcopy
 from typing import Any, cast
 
 import numpy as np
@@ -52,9 +51,7 @@ class Learner:
         if options.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.model = model
-        self._average = (
-            WeightAverage(model, deepcopy(model), options.ema) if options.ema > 0 else None
-        )
+        self._average = WeightAverage(model, options.ema) if options.ema > 0 else None
         self._optimizer = make_optimizer(model.parameters(), options, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
 

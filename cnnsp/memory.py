@@ -33,7 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .cli import ArgumentParser, number
+from .devices import autocast
+from .errors import UserError
 from .network import CNN_SP, IMAGE_SIZE, POOLINGS
+from .recipe import OPTIMIZERS, TrainOptions, make_optimizer
 
 PROG = "python -m cnnsp.memory"
 LIBRARY_WORKSPACE = 128 * 2**20
@@ -41,11 +44,6 @@ CONTEXT = 600_000_000
 FRAGMENTATION = 0.1
 
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
-_OPTIMIZERS: dict[str, Any] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
 
 
 @dataclass(frozen=True)
@@ -82,27 +80,13 @@ class Account:
 
 @lru_cache(maxsize=256)
 def account(
-    batch_size: int,
-    *,
-    pool: str = "stochastic",
-    amp_dtype: str | None = "float16",
-    channels_last: bool = True,
-    opt: str = "sgd",
-    momentum: float = 0.9,
-    weight_average: bool = False,
-    num_classes: int = 3,
-    image_bank_bytes: int = 0,
+    batch_size: int, options: TrainOptions, *, num_classes: int = 3, image_bank_bytes: int = 0
 ) -> Account:
     """The memory of a training step of :class:`CNN_SP` on a GPU.
 
     Args:
         batch_size: images in a step, at least 1; if gradients accumulate, in one pass.
-        pool: pooling of the network.
-        amp_dtype: ``"float16"`` or ``"bfloat16"`` for autocast, or None for plain fp32.
-        channels_last: memory format of images and weights.
-        opt: ``"sgd"``, ``"adam"`` or ``"adamw"``.
-        momentum: of SGD, which has no state without it.
-        weight_average: whether an average of the weights is kept.
+        options: of the run, whose own ``batch_size`` and ``accumulate`` do not count here.
         num_classes: number of classes.
         image_bank_bytes: what the images that batches are made from take.
     """
@@ -110,7 +94,7 @@ def account(
     # takes the same convolutions and linear layers to half precision, and the pools follow. What
     # differs, the class scores and the mask of dropout, is 0.2 KB an image.
     with FakeTensorMode(), _LiveStorages() as storages:
-        step = _Step("cpu", batch_size, pool, amp_dtype, channels_last, opt, momentum, num_classes)
+        step = _Step("cpu", batch_size, options, num_classes)
         parameters = list(step.model.parameters())
         storages.parameters = {_key(parameter) for parameter in parameters}
         # The first step makes gradients and optimiser state; with these in place the second is
@@ -127,7 +111,7 @@ def account(
             "parameters": _bytes(parameters),
             "gradients": _bytes(parameter.grad for parameter in parameters),
             "optimizer_state": _bytes(state),
-            "weight_average": _bytes(parameters) if weight_average else 0,
+            "weight_average": _bytes(parameters) if options.ema > 0 else 0,
             "image_bank": image_bank_bytes,
             "input_batch": _bytes([step.images, step.labels]),
             "weight_copies": weight_copies,
@@ -138,34 +122,25 @@ def account(
     return Account(**lines, peak=sum(lines.values()))
 
 
-def measure(
-    batch_size: int,
-    *,
-    pool: str = "stochastic",
-    amp_dtype: str | None = "float16",
-    channels_last: bool = True,
-    opt: str = "sgd",
-    momentum: float = 0.9,
-    num_classes: int = 3,
-) -> int:
+def measure(batch_size: int, options: TrainOptions, *, num_classes: int = 3) -> int:
     """The ``peak`` of :func:`account`, measured in two steps on the current CUDA device."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step = _Step("cuda", batch_size, pool, amp_dtype, channels_last, opt, momentum, num_classes)
+    step = _Step("cuda", batch_size, options, num_classes)
     for _ in range(2):
         step.backward(step.forward())
     return torch.cuda.max_memory_allocated() - before
 
 
-def largest_batch(memory_bytes: float, **options: Any) -> int:
+def largest_batch(memory_bytes: float, options: TrainOptions, **others: int) -> int:
     """The largest batch that fits a card of ``memory_bytes``; 0 if not one image does.
 
-    ``options`` are those of :func:`account`.
+    ``options`` and ``others`` are those of :func:`account`.
     """
     usable = (memory_bytes - CONTEXT) * (1 - FRAGMENTATION)
 
     def peak(batch_size: int) -> int:
-        return account(batch_size, **options).peak
+        return account(batch_size, options, **others).peak
 
     # The peak is linear but for the smallest batches, so the line gives all but the last few steps.
     slope = (peak(1024) - peak(512)) / 512
@@ -177,16 +152,43 @@ def largest_batch(memory_bytes: float, **options: Any) -> int:
     return batch_size
 
 
-def advice(memory_bytes: float, batch_size: int, accumulate: int = 1, **options: Any) -> str:
+def limit(device: torch.device, gigabytes: float | None) -> float | None:
+    """Let this process take no more of a GPU's memory than of a card with ``gigabytes``.
+
+    Returns:
+        bytes of the card, or of the smaller one that it plays; None of anything but CUDA.
+
+    Raises:
+        UserError: when there is no GPU to limit.
+    """
+    if device.type != "cuda":
+        if gigabytes is not None:
+            raise UserError("--gpu-memory-gb needs a GPU")
+        return None
+    total = float(torch.cuda.get_device_properties(device).total_memory)
+    if gigabytes is None:
+        return total
+    # What CUDA itself takes of such a card, PyTorch does not count.
+    share = max(0.0, gigabytes * 1e9 - CONTEXT) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    return min(total, gigabytes * 1e9)
+
+
+def advice(
+    memory_bytes: float | None, options: TrainOptions, *, processes: int = 1, **others: int
+) -> str:
     """One line for the user whose step ran out of memory: which batch fits.
 
     Args:
-        memory_bytes: memory of the card.
-        batch_size: images in the step that did not fit.
-        accumulate: parts that it was computed in.
-        options: those of :func:`account`.
+        memory_bytes: what :func:`limit` returned.
+        options: of the run.
+        processes: that share each batch.
+        others: those of :func:`account`.
     """
-    fits = largest_batch(memory_bytes, **options)
+    if memory_bytes is None:
+        return "out of memory: --accumulate computes a batch in parts, with less"
+    batch_size, accumulate = math.ceil(options.batch_size / processes), options.accumulate
+    fits = largest_batch(memory_bytes, options, **others)
     card = f"{memory_bytes / 1e9:.1f} GB"
     start = f"out of GPU memory at --batch-size {batch_size}"
     if accumulate > 1:
@@ -211,32 +213,28 @@ class _Step:
         self,
         device: str,
         batch_size: int,
-        pool: str,
-        amp_dtype: str | None,
-        channels_last: bool,
-        opt: str,
-        momentum: float,
+        options: TrainOptions,
         num_classes: int,
     ) -> None:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        layout = torch.channels_last if options.channels_last else torch.contiguous_format
         shape = (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
-        self.amp_dtype = getattr(torch, amp_dtype) if amp_dtype else None
+        self.amp_dtype = getattr(torch, options.amp_dtype) if options.amp_dtype else None
         # The bank makes images in autocast's type.
         dtype = self.amp_dtype or torch.float32
         images = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
         self.images = images.zero_()
         self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
         with torch.device(device):
-            self.model = CNN_SP(num_classes, pool)
+            self.model = CNN_SP(num_classes, options.pool)
         for conv in self.model.modules():
             if isinstance(conv, nn.Conv2d):  # `model.to` cannot exchange fake parameters
                 conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=layout))
-        arguments = {"momentum": momentum} if opt == "sgd" else {}
-        self.optimizer = _OPTIMIZERS[opt](self.model.parameters(), fused=True, **arguments)
+        # As on a GPU, which takes fused optimisers.
+        cuda = torch.device("cuda")
+        self.optimizer = make_optimizer(self.model.parameters(), options, cuda)
 
     def forward(self) -> Tensor:
-        enabled = self.amp_dtype is not None
-        with torch.autocast(self.images.device.type, dtype=self.amp_dtype, enabled=enabled):
+        with autocast(self.images.device, self.amp_dtype):
             output = self.model(self.images)
         return F.nll_loss(output.float(), self.labels)
 
@@ -329,7 +327,7 @@ def make_parser() -> ArgumentParser:
         help="mixed precision, channels last; without it fp32, contiguous, as train.py has it",
     )
     add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="its type")
-    add("--opt", choices=tuple(_OPTIMIZERS), default="sgd", help="optimiser")
+    add("--opt", choices=OPTIMIZERS, default="sgd", help="optimiser")
     return parser
 
 
@@ -337,18 +335,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the account with ``arguments`` (default: the command line); returns the exit status."""
     args = make_parser().parse_args(arguments)
     pools = [args.pool] if args.pool else POOLINGS
-    options: dict[str, Any] = {"channels_last": args.amp, "opt": args.opt}
-    options["amp_dtype"] = args.amp_dtype if args.amp else None
-
-    accounts = [account(args.batch_size, pool=pool, **options) for pool in pools]
+    amp_dtype = args.amp_dtype if args.amp else None
+    recipes = [
+        TrainOptions(pool=pool, opt=args.opt, amp_dtype=amp_dtype, channels_last=args.amp)
+        for pool in pools
+    ]
+    accounts = [account(args.batch_size, recipe) for recipe in recipes]
     rows = {
         line.name.replace("_", " "): [_megabytes(getattr(a, line.name)) for a in accounts]
         for line in fields(Account)
     }
     if torch.cuda.is_available():
-        rows["measured here"] = [_measured(args.batch_size, pool=pool, **options) for pool in pools]
+        rows["measured here"] = [_measured(args.batch_size, recipe) for recipe in recipes]
     memory = args.gpu_memory_gb * 1e9
-    fitting = [largest_batch(memory, pool=pool, **options) for pool in pools]
+    fitting = [largest_batch(memory, recipe) for recipe in recipes]
     rows[f"batch for {args.gpu_memory_gb:g} GB"] = [f"{batch:,}" for batch in fitting]
     for name, cells in {f"MB at batch {args.batch_size}": pools, **rows}.items():
         print(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
@@ -359,9 +359,9 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f}"
 
 
-def _measured(batch_size: int, **options: Any) -> str:
+def _measured(batch_size: int, options: TrainOptions) -> str:
     try:
-        return _megabytes(measure(batch_size, **options))
+        return _megabytes(measure(batch_size, options))
     except torch.OutOfMemoryError:
         return "out of memory"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -172,14 +173,15 @@ class WeightAverage:
 
     Args:
         model: the network that is averaged.
-        average: the network that holds the average, of the same shape; overwritten.
         decay: from 0 to 1.
+
+    Attributes:
+        model: a copy with the averaged parameters.
     """
 
-    def __init__(self, model: nn.Module, average: nn.Module, decay: float) -> None:
-        self.model = average.requires_grad_(False)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = deepcopy(model).requires_grad_(False)
         self._source, self._decay = model, decay
-        self.model.load_state_dict(model.state_dict())
 
     @torch.no_grad()
     def update(self, updates: int) -> None:

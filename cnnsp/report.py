@@ -1,19 +1,15 @@
-"""What a run leaves for its reader: ``summary.csv``, PNG files, TensorBoard, the progress."""
+"""What a run shows of itself: TensorBoard's events, and the progress on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import io
-import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,63 +22,10 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from . import figures
-from .augment import IMAGENET_MEAN, IMAGENET_STD, ImageBank
-from .errors import UserError
+from .augment import IMAGENET_MEAN, IMAGENET_STD
+from .batches import ImageBank
 from .evaluation import Evaluation
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """One row of ``summary.csv``.
-
-    Attributes:
-        epoch: counted from 1.
-        train_loss: mean over the epoch's augmented images, in training mode.
-        test_loss: mean over the test images.
-        test_accuracy: in per cent.
-        lr: learning rate.
-        images_per_second: of training.
-        seconds: training and evaluation.
-    """
-
-    epoch: int
-    train_loss: float
-    test_loss: float
-    test_accuracy: float
-    lr: float
-    images_per_second: float
-    seconds: float
-
-
-def write_summary(history: Sequence[EpochResult], path: Path) -> None:
-    """Write the history as CSV with a header line."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(EpochResult)], lineterminator="\n")
-    writer.writeheader()
-    for result in history:
-        row = asdict(result)
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    replace_file(path, text.getvalue().encode())
-
-
-def draw_curves(history: Sequence[EpochResult], path: Path, title: str) -> None:
-    """Draw losses and test accuracy over the epochs, as PNG."""
-    replace_file(path, figures.png(figures.curves(history, title)))
-
-
-def draw_confusion(evaluation: Evaluation, classes: Sequence[str], path: Path, title: str) -> None:
-    """Draw the confusion matrix with the sensitivity of each class, as PNG."""
-    replace_file(path, figures.png(figures.confusion(evaluation, classes, title)))
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write ``path``, which stays as it is until the new content is whole; raises UserError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+from .history import EpochResult
 
 
 class Board:
@@ -208,12 +151,7 @@ class EpochProgress:
     def __enter__(self) -> EpochProgress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def advance(self, images: int) -> None:
@@ -233,15 +171,3 @@ class EpochProgress:
             )
         else:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-
-
-def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """A table as lines: its first ``left`` columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, report
-from .augment import ImageBank, epoch_batches
+from . import checkpoint, figures, files, report
+from .batches import ImageBank, epoch_batches
 from .distributed import Team
 from .errors import UserError
 from .evaluation import Evaluation, log_probabilities
+from .history import EpochResult, write_summary
 from .interruption import Interrupted, Requests
 from .learner import Learner
 from .recipe import TrainOptions, learning_rate
@@ -46,11 +46,11 @@ class Progress:
     images: int = 0
     total_steps: int = 0
     best_accuracy: float = -1.0
-    history: list[report.EpochResult] = field(default_factory=list)
+    history: list[EpochResult] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Progress:
-        history = [report.EpochResult(**row) for row in state["history"]]
+        history = [EpochResult(**row) for row in state["history"]]
         return cls(**{**state, "history": history})
 
 
@@ -130,8 +130,7 @@ class Trainer:
         board = None
         if self.team.leads:
             self.output.mkdir(parents=True, exist_ok=True)
-            options = json.dumps(asdict(self.options), indent=2) + "\n"
-            report.replace_file(self.output / "args.json", options.encode())
+            files.write_json(self.output / "args.json", asdict(self.options))
             board = report.Board(self.output, first_step=self.progress.total_steps)
         try:
             with Requests() as requests:
@@ -159,7 +158,7 @@ class Trainer:
         train_loss = progress.loss_sum / progress.images
         test = self.evaluate()
 
-        result = report.EpochResult(
+        result = EpochResult(
             progress.epoch + 1,
             train_loss,
             test.loss,
@@ -177,7 +176,7 @@ class Trainer:
         progress.best_accuracy = max(progress.best_accuracy, test.accuracy)
         if board is not None:
             # Before the checkpoint: a run that is killed in between does the epoch again.
-            report.write_summary(progress.history, self.output / "summary.csv")
+            write_summary(progress.history, self.output / "summary.csv")
         self._save(also_best=is_best)
         if board is not None:
             self._report(board, result, test)
@@ -283,14 +282,13 @@ class Trainer:
         )
         return Evaluation.of(team.rows(mine, len(items)), self.test.labels.cpu())
 
-    def _report(self, board: report.Board, result: report.EpochResult, test: Evaluation) -> None:
+    def _report(self, board: report.Board, result: EpochResult, test: Evaluation) -> None:
         """Show an epoch's results in the folder, in TensorBoard and on the terminal."""
         progress, pool = self.progress, self.options.pool
         title = f"CNN_SP, {pool} pooling"
-        report.draw_curves(progress.history, self.output / "curves.png", title)
-        report.draw_confusion(
-            test, self.classes, self.output / "confusion.png", f"{title}, epoch {result.epoch}"
-        )
+        figures.write(figures.curves(progress.history, title), self.output / "curves.png")
+        confusion = figures.confusion(test, self.classes, f"{title}, epoch {result.epoch}")
+        figures.write(confusion, self.output / "confusion.png")
         cuda = self.device.type == "cuda"
         memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
         board.epoch(result, progress.total_steps, memory_mib)

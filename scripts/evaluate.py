@@ -8,14 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnnsp import UserError, checkpoint, synthetic
-from cnnsp.augment import ImageBank
-from cnnsp.cli import ArgumentParser, exit_status, number
+from cnnsp import checkpoint, figures, files, synthetic
+from cnnsp.batches import ImageBank
+from cnnsp.cli import ArgumentParser, align, exit_status, number
 from cnnsp.data import Images, load_folder
 from cnnsp.devices import choose_device
 from cnnsp.evaluation import confusion_rows, evaluate
 from cnnsp.inference import load_network
-from cnnsp.report import align, draw_confusion
 
 PROG = "evaluate.py"
 SPLITS = ("train_data", "test_data")
@@ -62,12 +61,10 @@ def run(arguments: Sequence[str] | None) -> None:
     )
     result = evaluate(network.model, bank, args.batch_size)
     picture = (args.output_dir or args.checkpoint.parent) / f"confusion-{args.split}.png"
-    try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {picture.parent}: {error.strerror}") from None
+    files.make_folder(picture.parent)
     title = f"CNN_SP, {network.pooling} pooling, {data_dir}/{args.split}"
-    draw_confusion(result, images.classes, picture, f"{title}\naccuracy {result.accuracy:.2f} %")
+    heading = f"{title}\naccuracy {result.accuracy:.2f} %"
+    figures.write(figures.confusion(result, images.classes, heading), picture)
 
     if args.json:
         sensitivities = dict(zip(images.classes, result.sensitivities, strict=True))

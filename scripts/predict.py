@@ -13,10 +13,9 @@ import torch
 from tqdm import tqdm
 
 from cnnsp import UserError
-from cnnsp.cli import ArgumentParser, exit_status, number
+from cnnsp.cli import ArgumentParser, align, exit_status, number, printable
 from cnnsp.devices import choose_device
 from cnnsp.inference import Prediction, find_images, load_network, predict
-from cnnsp.report import align
 
 PROG = "predict.py"
 
@@ -97,11 +96,6 @@ def table(predictions: Sequence[Prediction], classes: Sequence[str]) -> list[lis
         name = printable(str(prediction.source.path))
         rows.append([name, names[prediction.position], *cells])
     return rows
-
-
-def printable(text: str) -> str:
-    """``text`` in one line, with escapes for what a terminal would not show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

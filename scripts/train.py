@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +15,8 @@ from typing import Any
 import torch
 
 from cnnsp import UserError, checkpoint, distributed, memory, synthetic
-from cnnsp.augment import AS_IS, GPU_BUDGET, PAPER_VARIANTS, ImageBank, RandomAugment, Variant
+from cnnsp.augment import AS_IS, PAPER_VARIANTS, RandomAugment, Variant
+from cnnsp.batches import GPU_BUDGET, ImageBank
 from cnnsp.cli import ArgumentParser, exit_status, number
 from cnnsp.data import Images, load_folder
 from cnnsp.devices import choose_amp_dtype, choose_device, keep_freed_memory
@@ -259,61 +258,13 @@ def load_images(args: argparse.Namespace) -> tuple[Images, Images, tuple[Variant
     return train, test, synthetic.VARIANTS
 
 
-def own_gpu(device: torch.device) -> torch.device:
-    """The GPU of this process, made the current one; torchrun starts one process a GPU."""
-    if device.type != "cuda":
-        return device
-    index = device.index or 0
-    if distributed.is_launched():
-        if device.index is not None:
-            raise UserError("torchrun gives each process its GPU: --device cuda, without a number")
-        index, count = distributed.local_rank(), torch.cuda.device_count()
-        if index >= count:
-            raise UserError(f"torchrun starts more processes here than there are GPUs ({count})")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def limit_gpu_memory(device: torch.device, gigabytes: float | None) -> None:
-    if gigabytes is None:
-        return
-    if device.type != "cuda":
-        raise UserError("--gpu-memory-gb needs a GPU")
-    total = torch.cuda.get_device_properties(device).total_memory
-    # What CUDA itself takes of such a card, PyTorch does not count.
-    share = max(0.0, gigabytes * 1e9 - memory.CONTEXT) / total
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-
-
-def out_of_memory(
-    args: argparse.Namespace, device: torch.device, processes: int, image_bytes: int, classes: int
-) -> str:
-    """What to do about it, in one line."""
-    if device.type != "cuda":
-        return "out of memory: --accumulate computes a batch in parts, with less"
-    total = torch.cuda.get_device_properties(device).total_memory
-    limit = total if args.gpu_memory_gb is None else args.gpu_memory_gb * 1e9
-    return memory.advice(
-        min(total, limit),
-        math.ceil(args.batch_size / processes),
-        args.accumulate,
-        pool=args.pool,
-        amp_dtype=args.amp_dtype,
-        channels_last=args.channels_last,
-        opt=args.opt,
-        momentum=args.momentum,
-        weight_average=args.ema > 0,
-        num_classes=classes,
-        image_bank_bytes=image_bytes,
-    )
-
-
 def train(
     args: argparse.Namespace,
     state: dict[str, Any] | None,
     device: torch.device,
     team: distributed.Team,
 ) -> None:
+    card_bytes = memory.limit(device, args.gpu_memory_gb)
     args.amp_dtype = choose_amp_dtype(args.amp, args.amp_dtype, device)
     if args.channels_last is None:
         args.channels_last = device.type == "cpu" or args.amp_dtype is not None
@@ -359,24 +310,26 @@ def train(
     try:
         trainer.run()
     except torch.OutOfMemoryError:
-        image_bytes = bank.device_bytes + test_bank.device_bytes
-        classes = len(train_images.classes)
-        raise UserError(out_of_memory(args, device, team.size, image_bytes, classes)) from None
+        raise UserError(
+            memory.advice(
+                card_bytes,
+                options,
+                processes=team.size,
+                num_classes=len(train_images.classes),
+                image_bank_bytes=bank.device_bytes + test_bank.device_bytes,
+            )
+        ) from None
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
         print(f"Peak GPU memory: {peak:.0f} MiB allocated", flush=True)
 
 
 def run(arguments: Sequence[str] | None) -> None:
-    # Lets PyTorch use huge pages on Linux. A step allocates gigabytes; with small pages much of
-    # its time goes into page faults. PyTorch reads this at its first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     keep_freed_memory()
     args, state = parse(arguments)
     if state is not None:
         checkpoint.check_pooling(state, args.resume, args.pool)
-    device = own_gpu(choose_device(args.device))
-    limit_gpu_memory(device, args.gpu_memory_gb)
+    device = distributed.own_device(choose_device(args.device))
     team = distributed.start(device)
     try:
         # Without a standard output, print does nothing: one process speaks for all.

@@ -13,15 +13,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from cnnsp import augment
-from cnnsp.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    PAPER_VARIANTS,
-    ImageBank,
-    RandomAugment,
-    Variant,
-    epoch_batches,
-)
+from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAugment, Variant
+from cnnsp.batches import GPU_BUDGET, ImageBank, epoch_batches
 from cnnsp.data import ImageSet
 
 # Of normalised images.
@@ -56,13 +49,13 @@ def test_recipe_has_61_variants() -> None:
     assert gammas == pytest.approx([0.7 + 0.02 * k for k in range(31) if k != 15])
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def loops(request: pytest.FixtureRequest, device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What makes the batches: the compiled loops, which only a CPU has, or plain PyTorch."""
-    if request.param == "torch":
-        monkeypatch.setattr(augment, "_compiled_loops", lambda: None)
-    elif device.type != "cpu" or augment._compiled_loops() is None:
-        pytest.skip("the compiled loops serve CPUs that have numba")
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
+def compiled(request: pytest.FixtureRequest, device) -> bool:
+    """Whether the compiled loops make the batches, which only a CPU has, or plain PyTorch."""
+    if request.param:
+        if device.type != "cpu":
+            pytest.skip("the compiled loops serve CPUs")
+        pytest.importorskip("cnnsp.augment_numba")
     return request.param
 
 
@@ -70,11 +63,12 @@ FORMATS = pytest.mark.parametrize("channels_last", [False, True])
 
 
 @FORMATS
-def test_variants_equal_torchvision(loops: str, device, poisoned, channels_last: bool) -> None:
+def test_variants_equal_torchvision(compiled: bool, device, poisoned, channels_last: bool) -> None:
     """Every level of every pixel, of images that hold every level."""
     images = random_images(2, 40, 56)
     images.images[0, :, :16, :16] = torch.arange(256, dtype=torch.uint8).view(16, 16)
-    bank = ImageBank(images, PAPER_VARIANTS, device=device, channels_last=channels_last)
+    options = {"device": device, "channels_last": channels_last, "compiled": compiled}
+    bank = ImageBank(images, PAPER_VARIANTS, **options)
     batch, labels = bank.batch(torch.arange(len(bank)))
     assert batch.dtype == torch.float32
     form = torch.channels_last if channels_last else torch.contiguous_format
@@ -85,8 +79,8 @@ def test_variants_equal_torchvision(loops: str, device, poisoned, channels_last:
 
 
 @pytest.mark.parametrize("recipe", [PAPER_VARIANTS, RandomAugment()], ids=["paper", "random"])
-def test_a_batch_does_not_depend_on_its_company(loops: str, device, recipe) -> None:
-    bank = make_bank(random_images(3), recipe, device=device)
+def test_a_batch_does_not_depend_on_its_company(compiled: bool, device, recipe) -> None:
+    bank = make_bank(random_images(3), recipe, device=device, compiled=compiled)
     items = torch.randperm(len(bank))[:21]
     together, labels = bank.batch(items, 5)
     for position, item in enumerate(items):
@@ -184,12 +178,13 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], dict[str, object]]] = {
 @pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_random_operators_equal_torchvision(
-    loops: str, device, poisoned, name: str, interpolation: str, channels_last: bool
+    compiled: bool, device, poisoned, name: str, interpolation: str, channels_last: bool
 ) -> None:
     operator, ranges = OPERATORS[name]
     recipe = dataclasses.replace(STILL, interpolation=interpolation, **ranges)
     images = random_images(2, HEIGHT, WIDTH)
-    bank = ImageBank(images, augment=recipe, device=device, channels_last=channels_last)
+    options = {"device": device, "channels_last": channels_last, "compiled": compiled}
+    bank = ImageBank(images, augment=recipe, **options)
     items = torch.arange(len(bank))
     batch, labels = bank.batch(items, 7)
     form = torch.channels_last if channels_last else torch.contiguous_format
@@ -208,16 +203,13 @@ def test_random_operators_equal_torchvision(
         assert differs.double().mean() <= (0.002 if interpolation == "nearest" else 0), item
 
 
-def test_compiled_loops_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_loops_equal_torch() -> None:
     """All operators together, on an image as smooth as a photograph."""
-    if augment._compiled_loops() is None:
-        pytest.skip("no numba")
-    images = random_images(3, 64, 48)
-    banks = [ImageBank(images, augment=RandomAugment(repeats=20))]
-    monkeypatch.setattr(augment, "_compiled_loops", lambda: None)
-    banks.append(ImageBank(images, augment=RandomAugment(repeats=20)))
-    compiled, plain = (bank.batch(torch.arange(60))[0] for bank in banks)
-    torch.testing.assert_close(compiled, plain, rtol=0, atol=TOLERANCE)
+    pytest.importorskip("cnnsp.augment_numba")
+    images, recipe = random_images(3, 64, 48), RandomAugment(repeats=20)
+    banks = [ImageBank(images, augment=recipe, compiled=compiled) for compiled in (True, False)]
+    looped, plain = (bank.batch(torch.arange(60))[0] for bank in banks)
+    torch.testing.assert_close(looped, plain, rtol=0, atol=TOLERANCE)
 
 
 def test_draws_depend_on_seed_epoch_and_item_alone() -> None:
@@ -265,12 +257,13 @@ def test_draws_fill_their_ranges() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("recipe", [PAPER_VARIANTS, RandomAugment()], ids=["paper", "random"])
-def test_batches_come_in_the_training_dtype(loops: str, device, dtype, recipe) -> None:
+def test_batches_come_in_the_training_dtype(compiled: bool, device, dtype, recipe) -> None:
     images = random_images(2)
     items = torch.arange(0, 122, 5)
-    expected, _ = make_bank(images, recipe, device=device).batch(items)
+    options = {"device": device, "compiled": compiled}
+    expected, _ = make_bank(images, recipe, **options).batch(items)
     for channels_last in (False, True):
-        bank = make_bank(images, recipe, device=device, dtype=dtype, channels_last=channels_last)
+        bank = make_bank(images, recipe, dtype=dtype, channels_last=channels_last, **options)
         # Rounded once more: a last bit of fp32 may make a last bit of the type.
         batch = bank.batch(items)[0]
         assert batch.dtype == dtype
@@ -279,7 +272,7 @@ def test_batches_come_in_the_training_dtype(loops: str, device, dtype, recipe) -
 
 
 @FORMATS
-@pytest.mark.parametrize("budget_bytes", [0, augment.GPU_BUDGET])
+@pytest.mark.parametrize("budget_bytes", [0, GPU_BUDGET])
 def test_batches_are_those_of_batch(device, channels_last: bool, budget_bytes: int) -> None:
     """From the device's memory, and through the host's; a CPU has one memory."""
     bank = ImageBank(
@@ -327,8 +320,8 @@ def test_variants_and_random_augmentation_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize("items", [[-1], [0, 122]])
-def test_items_that_are_not_there_are_refused(loops: str, items: list[int]) -> None:
-    bank = make_bank(random_images(2), PAPER_VARIANTS)
+def test_items_that_are_not_there_are_refused(compiled: bool, items: list[int]) -> None:
+    bank = make_bank(random_images(2), PAPER_VARIANTS, compiled=compiled)
     with pytest.raises(IndexError, match=r"items must be in range\(122\)"):
         bank.batch(torch.tensor(items))
 

@@ -12,7 +12,8 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
 from cnnsp import UserError
-from cnnsp.augment import PAPER_VARIANTS, ImageBank, epoch_batches
+from cnnsp.augment import PAPER_VARIANTS
+from cnnsp.batches import ImageBank, epoch_batches
 from cnnsp.data import ImageFiles, ImageSet, decode, load_folder
 from cnnsp.synthetic import CLASSES, synthetic_flowers
 

@@ -179,13 +179,13 @@ def test_disk_that_is_full_keeps_the_checkpoint_before(
     assert "the one before it is intact" in error
     assert error.count("\n") == 1
     assert (output / "last.pt").read_bytes() == before
-    assert not (output / "last.pt.tmp").exists()
+    assert [path.name for path in output.glob("*last.pt*")] == ["last.pt"]
 
 
 def test_folder_that_cannot_be_written_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     path.write_bytes(b"before")
-    path.with_name("last.pt.tmp").mkdir()  # nothing can be written there, not even by root
+    path.with_name("unfinished-last.pt").mkdir()  # nothing can be written there, not even by root
     with pytest.raises(UserError, match=r"cannot write .*last\.pt: .*; the one before it is intac"):
         checkpoint.save({"format": checkpoint.FORMAT}, path)
     assert path.read_bytes() == b"before"

@@ -49,7 +49,7 @@ def test_weight_average_is_the_weighted_sum_of_all_weights() -> None:
     """Worked out on the host: the first decays are 1/10, 2/11, 3/12, then the given 0.26."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 5.0)
-    average = WeightAverage(model, deepcopy(model), decay=0.26)
+    average = WeightAverage(model, decay=0.26)
     expected = 5.0
     for update, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.26, 0.26)):
         nn.init.constant_(model.weight, float(update**2))
@@ -159,3 +159,30 @@ def test_optimizer_of_another_machine_takes_the_settings_of_this_one() -> None:
         weight, kept = ours_of
         assert kept["momentum_buffer"].stride() == weight.stride()
         assert torch.equal(kept["momentum_buffer"], theirs_of["momentum_buffer"])
+
+
+def test_a_compiled_network_trains_as_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, where the graph runs as it is, in parts of 3 and 2 images; and goes on."""
+    compile, modes = torch.compile, []
+
+    def compile_eagerly(model: nn.Module, mode: str | None) -> nn.Module:
+        modes.append(mode)
+        return compile(model, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    images, labels = torch.randn(5, 3, 256, 256), torch.tensor([0, 1, 2, 0, 1])
+    options = TrainOptions(accumulate=2, ema=0.9)
+    compiled_options = replace(options, torchcompile="default")
+    eager, compiled = (
+        Learner(chosen, 3, torch.device("cpu"), Team()) for chosen in (options, compiled_options)
+    )
+    assert modes == [None]
+    for number in range(2):
+        for learner in (eager, compiled):
+            learner.step(images, labels, batch_size=5, number=number, lr=0.01)
+    state = compiled.state()
+    for kind in ("model", "average"):
+        for name, weight in eager.state()[kind].items():
+            assert torch.equal(state[kind][name], weight), name
+    eager.load(state)
+    assert not torch.equal(state["model"]["fc2.bias"], state["average"]["fc2.bias"])

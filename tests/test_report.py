@@ -14,9 +14,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
 from cnnsp import CNN_SP, figures, report
-from cnnsp.augment import ImageBank
+from cnnsp.batches import ImageBank
+from cnnsp.cli import align
 from cnnsp.data import ImageSet
 from cnnsp.evaluation import Evaluation
+from cnnsp.history import EpochResult
 
 
 def random_evaluation(classes: int, images: int) -> Evaluation:
@@ -26,10 +28,9 @@ def random_evaluation(classes: int, images: int) -> Evaluation:
     return Evaluation.of(logits.log_softmax(1), labels)
 
 
-def make_history(epochs: int) -> list[report.EpochResult]:
+def make_history(epochs: int) -> list[EpochResult]:
     return [
-        report.EpochResult(e, 1 / e, 0.5 + 0.1 * e, 70 + e, 0.01, 100.0, 5.0)
-        for e in range(1, epochs + 1)
+        EpochResult(e, 1 / e, 0.5 + 0.1 * e, 70 + e, 0.01, 100.0, 5.0) for e in range(1, epochs + 1)
     ]
 
 
@@ -84,6 +85,30 @@ def test_confusion_matrix_is_readable(classes: tuple[str, ...]) -> None:
         assert whole.y0 <= box.y0 < box.y1 <= whole.y1, text
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("installed", [False, True])
+def test_class_names_in_chinese(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An installed font draws them; without one, a line says once why there are boxes."""
+    figures._say_once_what_is_missing.cache_clear()
+    if not installed:
+        monkeypatch.setattr(figures, "_installed_fonts", lambda: [])
+    elif not any("玫" in figures._characters_of(name) for name in figures._installed_fonts()):
+        pytest.skip("no Chinese font is installed")
+    classes = ("雏菊", "rose", "玫瑰")
+    for _ in range(2):
+        figure = figures.confusion(random_evaluation(3, 50), classes, "title")
+        figures.pixels(figure)
+    labels = figure.axes[0].get_xticklabels()
+    families = [label.get_fontfamily() for label in labels]
+    error = capsys.readouterr().err
+    assert len(families[0]) == len(families[2]) == len(families[1]) + installed
+    assert families[0][:-1] == families[1] if installed else families[0] == families[1]
+    assert error.count("\n") == (0 if installed else 1)
+    assert ("boxes" in error) != installed
+
+
 def test_captions_name_true_and_predicted_class() -> None:
     log_probs = torch.tensor([[0.03, 0.97], [0.75, 0.25]]).log()
     images = torch.rand(2, 3, 8, 8)
@@ -95,9 +120,10 @@ def test_captions_name_true_and_predicted_class() -> None:
 
 
 def test_drawn_files(tmp_path: Path) -> None:
-    report.draw_curves(make_history(1), tmp_path / "curves.png", "title")
+    figures.write(figures.curves(make_history(1), "title"), tmp_path / "curves.png")
     names = ("daisy", "dandelion", "rose")
-    report.draw_confusion(random_evaluation(3, 50), names, tmp_path / "confusion.png", "title")
+    confusion = figures.confusion(random_evaluation(3, 50), names, "title")
+    figures.write(confusion, tmp_path / "confusion.png")
     for name in ("curves", "confusion"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.format == "PNG"
@@ -209,7 +235,7 @@ def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str
 
 def test_tables_are_aligned() -> None:
     rows = [["file", "class", "p"], ["a.jpg", "daisy", "0.5"], ["b", "rose", "0.25"]]
-    assert report.align(rows, left=2) == [
+    assert align(rows, left=2) == [
         "file   class     p",
         "a.jpg  daisy   0.5",
         "b      rose   0.25",

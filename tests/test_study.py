@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cnnsp import CNN_SP, study
-from cnnsp.augment import ImageBank
+from cnnsp.batches import ImageBank
 from cnnsp.data import load_folder
+from cnnsp.history import EpochResult
 from cnnsp.interruption import Requests
-from cnnsp.report import EpochResult
-from cnnsp.study import Result, cases, differences, draw, mean_and_deviation, origins, table
+from cnnsp.study import cases
+from cnnsp.study_report import Result, differences, draw, mean_and_deviation, origins, table
 
 from .scripts import load_script
 from .test_train import make_photographs

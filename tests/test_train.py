@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cnnsp import CNN_SP, devices, synthetic
-from cnnsp.augment import ImageBank
+from cnnsp.batches import ImageBank
 from cnnsp.data import ImageSet
 from cnnsp.evaluation import evaluate
 

@@ -18,7 +18,8 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 
 from cnnsp import CNN_SP, UserError, checkpoint, synthetic
-from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD, ImageBank
+from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD
+from cnnsp.batches import ImageBank
 from cnnsp.data import ImageSet, decode
 from cnnsp.evaluation import Evaluation, log_probabilities
 from cnnsp.inference import load_network
