@@ -62,6 +62,8 @@ FEWEST_LANES = 512
 # should stay in the second-level cache.
 MOST_LANES = 4096
 MOST_ROWS = 64
+# Windows of more cells are not searched cell by cell for what was drawn.
+MOST_CELLS = 32
 # Below this many numbers a second thread costs more than it saves.
 SMALL = 16_384
 
@@ -1027,6 +1029,72 @@ def _touching_rows(tile, plan):
     return range(max(low, 0), min(high, plan.out_height))
 
 
+@inlined
+def _collect(gathered, line, tile, plan):
+    """A line that starts with the padding as a row of a sheet again: `_deal_row` the other way."""
+    step = plan.step
+    for phase in range(plan.stride_w):
+        low, high, first = _inside(phase, -plan.padding_w, tile, plan)
+        count = max(high - low, 0)
+        source = line[phase * tile.phase + low * step :]
+        if plan.stride_w == 1:
+            _copy(gathered[first * step : (first + count) * step], source[: count * step])
+        elif step > 1:
+            for m in range(count):
+                at = (first + m * plan.stride_w) * step
+                _copy(gathered[at : at + step], source[m * step : (m + 1) * step])
+        elif plan.stride_w == 2:  # a constant, so that LLVM makes vectors of it
+            for m in range(count):
+                gathered[first + 2 * m] = source[m]
+        else:
+            for m in range(count):
+                gathered[first + m * plan.stride_w] = source[m]
+
+
+@compiled
+def _spread_tiles(begin, end, grad, code, grad_input, partial, plan, one):
+    """Backward of small windows: of a row of outputs, each cell of all windows looks for what was
+    sent to it; lines of sums have phases as those of weights. Tiles are those of `_scatter_tiles`.
+    """
+    step = plan.step
+    zero = one - one
+    rows, columns = plan.height, plan.width
+    size, out_size = columns * step, plan.out_width * step
+    pitch = _pitch(plan.out_width, plan)
+    totals = np.empty((plan.tile_rows, plan.stride_w * pitch * step), partial.dtype)
+    numbers, codes = np.empty(out_size, partial.dtype), np.empty(out_size, np.int32)
+    # Columns that no window holds stay 0.
+    gathered, sums = np.zeros(size, partial.dtype), np.empty(size, partial.dtype)
+    like = grad_input[0]
+    for number in range(begin, end):
+        tile = _tile(number, rows, columns, 0, plan)
+        # The same rows of the same sheet as lanes of outputs.
+        windows = _Tile(
+            tile.sheet, 1, tile.row, tile.rows, 0, plan.out_width, pitch, out_size, pitch * step
+        )
+        totals[:] = zero
+        sums[:] = zero
+        for oh in _touching_rows(tile, plan):
+            place = (tile.sheet * plan.out_height + oh) * out_size
+            _copy(numbers, grad[place : place + out_size])
+            _copy(codes, code[place : place + out_size])
+            for i in range(plan.kernel_h):
+                row = oh * plan.stride_h - plan.padding_h + i * plan.dilation_h - tile.row
+                if row >= 0 and row < tile.rows:
+                    for j in range(plan.kernel_w):
+                        cell = _cell(totals[row], j, windows, plan)
+                        this = np.int32(i * plan.kernel_w + j)
+                        for k in range(out_size):
+                            cell[k] += _select(codes[k] == this, numbers[k], zero)
+        for row in range(tile.rows):
+            _collect(gathered, totals[row], windows, plan)
+            to = _row_of(grad_input, tile.row + row, rows, columns, tile.sheet, tile, plan)
+            for k in range(size):
+                to[k] = _narrow(gathered[k], like)
+                sums[k] += gathered[k]
+        _add_channels(partial[number % plan.bands], sums, tile, plan)
+
+
 @compiled
 def _scatter_tiles(begin, end, grad, code, grad_input, partial, plan, one):
     """Backward of any windows: every output's gradient is added where its code says."""
@@ -1235,12 +1303,7 @@ def _expect_backward_tiles(
                 gradient = _select(row_slope[k] == zero, -row_offset[k], gradient)
                 gradient = _select(w == np.inf, row_offset[k], gradient)
                 line[k] = _select(w == zero, zero, gradient)
-            for phase in range(plan.stride_w):
-                low, high, first = _inside(phase, -plan.padding_w, windows, plan)
-                for m in range(low, high):
-                    at = (first + (m - low) * plan.stride_w) * step
-                    start = phase * windows.phase + m * step
-                    _copy(gathered[at : at + step], line[start : start + step])
+            _collect(gathered, line, windows, plan)
             to = _row_of(grad_input, tile.row + row, rows, columns, tile.sheet, tile, plan)
             for k in range(size):
                 to[k] = _narrow(gathered[k], like)
@@ -1433,12 +1496,15 @@ def sample_backward(
         window.dilation_h, window.dilation_w,
     ) == (3, 3, 1, 1, 1, 1)  # fmt: skip
     if gathers:
+        function = _gather_tiles
         job.plan(height, width)
     else:
+        few = window.kernel_h * window.kernel_w <= MOST_CELLS
+        function = _spread_tiles if few else _scatter_tiles
         job.plan_backward()
     partial = job.partial_bias()
     job.run(
-        _gather_tiles if gathers else _scatter_tiles,
+        function,
         job.array(grad_output), job.array(code), job.array(grad_input), partial,
     )  # fmt: skip
     return grad_input, job.grad_bias(partial, with_bias)
