@@ -185,7 +185,7 @@ class Case:
         if self.call.endswith("_backward"):
             return model.eager_backward(*of), model.inductor_backward(*of)
         training = self.call == "sample"
-        return model.eager_forward(*of), model.inductor_forward(*of, training)
+        return model.eager_forward(*of), model.inductor_forward(*of, training=training)
 
 
 def cases(dtypes: list[str], windows: list[str]) -> Iterator[Case]:

@@ -136,43 +136,67 @@ class Traffic:
 
 
 # `itemsize` is the dtype's, `inputs` the number of inputs per output: 1 at stride 1, 4 at 2x2.
+# Without `bias` there is none to add, as after a convolution that has added its own.
 
 
-def eager_forward(itemsize: int, inputs: float = 1) -> Traffic:
+def eager_forward(itemsize: int, inputs: float = 1, *, bias: bool = True) -> Traffic:
     """Bias + ReLU + F.max_pool2d as PyTorch runs them: the bias is added (read, written), the ReLU
     applied (read, written), and the pooling reads its input and writes values and int64 indices."""
-    add = relu = 2 * itemsize * inputs
-    pool = itemsize * inputs + itemsize + 8
-    return Traffic(add + relu + pool, 3)
+    return _rectified(itemsize, inputs, bias) + Traffic(itemsize * inputs + itemsize + 8, 1)
 
 
-def eager_backward(itemsize: int, inputs: float = 1) -> Traffic:
+def eager_backward(itemsize: int, inputs: float = 1, *, bias: bool = True) -> Traffic:
     """Their backwards: the pooling's reads gradient and indices, fills the input's gradient with
     zeros and writes it; the ReLU's reads the gradient and the saved output and writes; the bias's
     gradient is summed (read)."""
-    pool = itemsize + 8 + 2 * itemsize * inputs
-    relu = 3 * itemsize * inputs
-    return Traffic(pool + relu + itemsize * inputs, 4)
+    pool = Traffic(itemsize + 8 + 2 * itemsize * inputs, 2)
+    return pool + _rectified_backward(itemsize, inputs, bias)
 
 
-def inductor_forward(itemsize: int, inputs: float = 1, training: bool = True) -> Traffic:
+def average_forward(itemsize: int, inputs: float = 1, *, bias: bool = True) -> Traffic:
+    """Bias + ReLU + F.avg_pool2d: as eager max pooling, without indices."""
+    return _rectified(itemsize, inputs, bias) + Traffic(itemsize * inputs + itemsize, 1)
+
+
+def average_backward(itemsize: int, inputs: float = 1, *, bias: bool = True) -> Traffic:
+    """Its backward reads the gradient and writes the input's; then as eager max pooling."""
+    pool = Traffic(itemsize + itemsize * inputs, 1)
+    return pool + _rectified_backward(itemsize, inputs, bias)
+
+
+def _rectified(itemsize: int, inputs: float, bias: bool) -> Traffic:
+    kernels = 1 + bias
+    return Traffic(2 * itemsize * inputs * kernels, kernels)
+
+
+def _rectified_backward(itemsize: int, inputs: float, bias: bool) -> Traffic:
+    relu = Traffic(3 * itemsize * inputs, 1)
+    return relu + Traffic(itemsize * inputs, 1) if bias else relu
+
+
+def inductor_forward(
+    itemsize: int, inputs: float = 1, *, training: bool = True, bias: bool = True
+) -> Traffic:
     """The same through torch.compile: bias and ReLU in one kernel (read, written), then the pooling
     (read, values written), which for training writes the cell in its window as an int8."""
     return Traffic(3 * itemsize * inputs + itemsize + training, 2)
 
 
-def inductor_backward(itemsize: int, inputs: float = 1) -> Traffic:
+def inductor_backward(itemsize: int, inputs: float = 1, *, bias: bool = True) -> Traffic:
     """The pooling's and the ReLU's backward in one kernel, which reads gradient, int8 and the saved
     output of the ReLU and writes the input's gradient; the bias's gradient is summed (read)."""
-    return Traffic(itemsize + 1 + 2 * itemsize * inputs + itemsize * inputs, 2)
+    pool = Traffic(itemsize + 1 + 2 * itemsize * inputs, 1)
+    return pool + Traffic(itemsize * inputs, 1) if bias else pool
 
 
-def stochastic_forward(itemsize: int, inputs: float = 1, training: bool = True) -> Traffic:
+def stochastic_forward(
+    itemsize: int, inputs: float = 1, *, training: bool = True, bias: bool = True
+) -> Traffic:
     """Ours: input read, output written and, for training, a code of one byte."""
     return Traffic(itemsize * inputs + itemsize + training, 1)
 
 
-def stochastic_backward(itemsize: int, inputs: float = 1) -> Traffic:
+def stochastic_backward(itemsize: int, inputs: float = 1, *, bias: bool = True) -> Traffic:
     """Ours, from a sample: gradient and code read, the input's gradient written. The partial sums
     of the bias's gradient, one per block and channel, are left out."""
-    return Traffic(itemsize + 1 + itemsize * inputs, 2)
+    return Traffic(itemsize + 1 + itemsize * inputs, 1 + bias)

@@ -20,11 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py sets it
-
 import torch
 
-from cnnsp.augment import PAPER_VARIANTS, ImageBank
+from cnnsp.augment import PAPER_VARIANTS
+from cnnsp.batches import ImageBank
 from cnnsp.data import ImageSet, load_folder
 from cnnsp.devices import keep_freed_memory
 from cnnsp.distributed import Team

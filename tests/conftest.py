@@ -14,6 +14,9 @@ import torch
 # are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# On a GPU PyTorch rounds the operands of fp32 convolutions to ten bits, in some algorithms and not
+# in others; what follows a convolution is compared here to more than that.
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

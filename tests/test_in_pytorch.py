@@ -355,6 +355,7 @@ def test_cuda_graph_draws_anew_at_each_replay():
     pool = StochasticPool2d(3, 1, 1)
     x = torch.rand(2, 4, 16, 16, device="cuda", requires_grad=True)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             pool(x).sum().backward()
@@ -378,9 +379,11 @@ def test_graphed_callables():
     network = Block().cuda()
     x = torch.randn(2, 3, 8, 8, device="cuda")
     graphed = torch.cuda.make_graphed_callables(network, (x,))
-    outputs = [graphed(x) for _ in range(2)]
+    # Every replay writes to the same memory.
+    outputs = [graphed(x).clone() for _ in range(2)]
     outputs[0].sum().backward()
     assert not torch.equal(*outputs)
+    assert network.convolution.bias.grad.abs().sum() > 0
 
 
 @needs_gpu

@@ -1,0 +1,76 @@
+"""CNN_SP by pooling: a training step and the use of the trained network, eager and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from contest import Case, Contestant
+
+from cnnsp.devices import autocast, choose_amp_dtype
+from cnnsp.distributed import Team
+from cnnsp.learner import Learner
+from cnnsp.network import IMAGE_SIZE, POOLINGS
+from cnnsp.recipe import TrainOptions
+
+CLASSES = 3
+
+
+def cases(device: torch.device) -> list[NetworkCase]:
+    amp_dtype = choose_amp_dtype(True, None, device)  # none on a CPU that would be slower with it
+    dtypes = [None] if amp_dtype is None else [None, amp_dtype]
+    return [NetworkCase(dtype, training, device) for dtype in dtypes for training in (True, False)]
+
+
+class NetworkCase(Case):
+    """A step of the paper's recipe, optimiser included, or log-probabilities of a batch."""
+
+    def __init__(self, amp_dtype: str | None, training: bool, device: torch.device) -> None:
+        self.amp_dtype, self.training, self.device = amp_dtype, training, device
+        self.batch = 256 if device.type == "cuda" else 128
+        # Inductor's C++ takes half a minute a network: on a CPU two of them must do.
+        compiled = POOLINGS if device.type == "cuda" else ("stochastic", "max")
+        if device.type == "cpu" and (amp_dtype is not None or not training):
+            compiled = ()
+        self.names = (*POOLINGS, *(f"{pool}_compiled" for pool in compiled))
+
+    def __str__(self) -> str:
+        what = "training" if self.training else "evaluation"
+        return f"network-batch{self.batch}-{self.amp_dtype or 'float32'}-{what}"
+
+    def contestants(self) -> dict[str, Contestant]:
+        shape = (self.batch, 3, IMAGE_SIZE, IMAGE_SIZE)
+        images = torch.randn(shape, device=self.device)
+        if self.amp_dtype is not None:  # the bank makes images in autocast's type
+            images = images.to(getattr(torch, self.amp_dtype))
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.arange(self.batch, device=self.device) % CLASSES
+        return {name: self._contestant(name, images, labels) for name in self.names}
+
+    def _contestant(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> Contestant:
+        pool, _, compiled = name.partition("_")
+        options = TrainOptions(
+            pool=pool,
+            batch_size=self.batch,
+            amp_dtype=self.amp_dtype,
+            channels_last=True,
+            torchcompile="default" if compiled and self.training else None,
+        )
+        learner = Learner(options, CLASSES, self.device, Team())
+
+        def step(_: object) -> torch.Tensor:
+            return learner.step(images, labels, batch_size=self.batch, number=0, lr=options.lr)
+
+        network = learner.network.eval()
+        forward = torch.compile(network) if compiled and not self.training else network
+
+        @torch.no_grad()
+        def classify(_: object) -> torch.Tensor:
+            with autocast(self.device, learner.amp_dtype):
+                return forward(images)
+
+        return Contestant(step if self.training else classify, images=self.batch)
+
+
+def test_network(contest: Callable[[Case, str], None], case: Case, contestant: str) -> None:
+    contest(case, contestant)
