@@ -116,6 +116,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
     for benchmark in output_json["benchmarks"]:
         benchmark["params"]["case"] = benchmark["group"]  # a name, and not an object's address
+        benchmark["stats"].pop("data", None)  # the quartiles tell enough
     # Not part of the machine: it differs from run to run.
     output_json["copy_bandwidth_gb_per_second"] = copy_rate(config) / 1e9
 

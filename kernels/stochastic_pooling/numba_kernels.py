@@ -268,11 +268,11 @@ def _load_chunk(
 
 def _copier(count: int) -> Any:
     @intrinsic
-    def copy(context, target, source, index):
+    def copy(context, target, place, source, index):
         """Copy `count` numbers, floats to the accumulation dtype, codes as they are or as int32."""
 
         def generate(context, builder, signature, arguments):
-            to, source_array, at = arguments
+            to, to_index, source_array, at = arguments
             numbers = _load_chunk(context, builder, source, source_array, at, count)
             if target.dtype != source.dtype:
                 if target.dtype == types.int32:
@@ -280,11 +280,11 @@ def _copier(count: int) -> Any:
                     numbers = extend(numbers, _like(numbers, ir.IntType(32)))
                 else:
                     numbers = _build_widen(builder, source.dtype, numbers)
-            place = _chunk(context, builder, target, to, at, count)
-            builder.store(numbers, place).align = 1
+            address = _chunk(context, builder, target, to, to_index, count)
+            builder.store(numbers, address).align = 1
             return context.get_dummy_value()
 
-        return types.none(target, source, types.int64), generate
+        return types.none(target, types.int64, source, types.int64), generate
 
     return copy
 
@@ -293,35 +293,42 @@ _copy_one, _copy_chunk = _copier(1), _copier(CHUNK)
 
 
 @inlined
-def _copy(target, source):
-    size = target.size
+def _copy_run(target, place, source, start, size):
+    """Copy `size` numbers. Indices and no slices: counting the references to slices takes longer
+    than to copy short runs."""
     if size < CHUNK:
         for k in range(size):
-            _copy_one(target, source, k)
+            _copy_one(target, place + k, source, start + k)
         return
-    for chunk in range(size // CHUNK):
-        _copy_chunk(target, source, chunk * CHUNK)
-    _copy_chunk(target, source, size - CHUNK)
+    for k in range(0, size - CHUNK, CHUNK):
+        _copy_chunk(target, place + k, source, start + k)
+    _copy_chunk(target, place + size - CHUNK, source, start + size - CHUNK)
+
+
+@inlined
+def _copy(target, source):
+    _copy_run(target, 0, source, 0, target.size)
 
 
 def _rectifier(count: int) -> Any:
     @intrinsic
-    def rectify(context, target, source, bias, index):
+    def rectify(context, target, place, source, index, bias, bias_index):
         """max(x + bias, 0) of `count` numbers; NaN stays NaN."""
 
         def generate(context, builder, signature, arguments):
-            to, source_array, bias_array, at = arguments
+            to, to_index, source_array, at, bias_array, bias_at = arguments
             numbers = _load_chunk(context, builder, source, source_array, at, count)
             numbers = _build_widen(builder, source.dtype, numbers)
-            added = _load_chunk(context, builder, bias, bias_array, at, count)
+            added = _load_chunk(context, builder, bias, bias_array, bias_at, count)
             numbers = builder.fadd(numbers, added)
             zero = _constant(numbers, 0.0)
             numbers = builder.select(builder.fcmp_ordered("<", numbers, zero), zero, numbers)
-            place = _chunk(context, builder, target, to, at, count)
-            builder.store(numbers, place).align = 1
+            address = _chunk(context, builder, target, to, to_index, count)
+            builder.store(numbers, address).align = 1
             return context.get_dummy_value()
 
-        return types.none(target, source, bias, types.int64), generate
+        index_type = types.int64
+        return types.none(target, index_type, source, index_type, bias, index_type), generate
 
     return rectify
 
@@ -330,15 +337,15 @@ _rectify_one, _rectify_chunk = _rectifier(1), _rectifier(CHUNK)
 
 
 @inlined
-def _rectify(target, source, bias):
-    size = target.size
+def _rectify(target, place, source, start, bias, bias_start, size):
     if size < CHUNK:
         for k in range(size):
-            _rectify_one(target, source, bias, k)
+            _rectify_one(target, place + k, source, start + k, bias, bias_start + k)
         return
-    for chunk in range(size // CHUNK):
-        _rectify_chunk(target, source, bias, chunk * CHUNK)
-    _rectify_chunk(target, source, bias, size - CHUNK)
+    for k in range(0, size - CHUNK, CHUNK):
+        _rectify_chunk(target, place + k, source, start + k, bias, bias_start + k)
+    k = size - CHUNK
+    _rectify_chunk(target, place + k, source, start + k, bias, bias_start + k)
 
 
 def _dealer(count: int) -> Any:
@@ -497,9 +504,9 @@ def _row_of(target, row, rows, columns, sheet, tile, plan):
 def _unstage(target, staged, row, rows, columns, tile, plan):
     """Store a row of results of several sheets, which lie side by side."""
     for p in range(tile.sheets):
-        to = _row_of(target, row, rows, columns, tile.sheet + p, tile, plan)
+        place = (((tile.sheet + p) * rows + row) * columns + tile.col) * plan.step
         start = p * tile.pitch * plan.step
-        _copy(to, staged[start : start + to.size])
+        _copy_run(target, place, staged, start, tile.cols * plan.step)
 
 
 @inlined
@@ -521,17 +528,21 @@ def _inside(phase, first, tile, plan):
 
 @inlined
 def _deal_row(line, weights, p, first, tile, plan):
-    """Deal the weights of sheet p's row, which has one number a column, to the phases."""
+    """Deal the weights of sheet p's row to the phases."""
+    step = plan.step
     for phase in range(plan.stride_w):
         low, high, begin = _inside(phase, first, tile, plan)
-        place = phase * tile.phase + p * tile.pitch + low
-        target = line[place : place + high - low]
-        if plan.stride_w == 2:  # a constant, so that LLVM makes vectors of it
+        place = phase * tile.phase + (p * tile.pitch + low) * step
+        if step > 1:
             for m in range(high - low):
-                target[m] = weights[begin + 2 * m]
+                to, at = place + m * step, (begin + m * plan.stride_w) * step
+                _copy_run(line, to, weights, at, step)
+        elif plan.stride_w == 2:  # a constant, so that LLVM makes vectors of it
+            for m in range(high - low):
+                line[place + m] = weights[begin + 2 * m]
         else:
             for m in range(high - low):
-                target[m] = weights[begin + m * plan.stride_w]
+                line[place + m] = weights[begin + m * plan.stride_w]
 
 
 @inlined
@@ -544,27 +555,17 @@ def _make_line(line, weights, x, bias_rows, row, first, tile, plan):
     for p in range(tile.sheets):
         sheet = tile.sheet + p
         start = (sheet * plan.height + row) * plan.width * step
-        source = x[start : start + plan.width * step]
-        bias = bias_rows[sheet % bias_rows.shape[0]]
-        if plan.stride_w > 1 and step == 1:
-            _rectify(weights, source, bias)
+        # The place of a number in memory, as all indices here.
+        bias_start = sheet % bias_rows.shape[0] * plan.width * step
+        if plan.stride_w > 1:
+            _rectify(weights, 0, x, start, bias_rows, bias_start, plan.width * step)
             _deal_row(line, weights, p, first, tile, plan)
             continue
-        for phase in range(plan.stride_w):
-            low, high, begin = _inside(phase, first, tile, plan)
-            if high <= low:
-                continue
-            place = phase * tile.phase + (p * tile.pitch + low) * step
+        low, high, begin = _inside(0, first, tile, plan)
+        if high > low:
+            place, at = (p * tile.pitch + low) * step, begin * step
             size = (high - low) * step
-            target = line[place : place + size]
-            if plan.stride_w == 1:
-                at = begin * step
-                _rectify(target, source[at : at + size], bias[at : at + size])
-            else:
-                for m in range(high - low):
-                    at = (begin + m * plan.stride_w) * step
-                    to = target[m * step : (m + 1) * step]
-                    _rectify(to, source[at : at + step], bias[at : at + step])
+            _rectify(line, place, x, start + at, bias_rows, bias_start + at, size)
 
 
 @inlined
@@ -605,7 +606,7 @@ def _new_ring(most_sheets, most_pitch, plan, with_squares, one):
         np.zeros((slots + 1, lanes * plan.stride_w), dtype),
         np.zeros((slots + 1, lanes), dtype),
         np.zeros((slots + 1, lanes if with_squares else 0), dtype),
-        np.empty(plan.width if plan.stride_w > 1 and plan.step == 1 else 0, dtype),
+        np.empty(plan.width * plan.step if plan.stride_w > 1 else 0, dtype),
         np.full(slots, -1),
         np.empty(plan.kernel_h, np.int64),
     )
@@ -759,6 +760,33 @@ def _draw_3x3(target, code, ring, halves, tile, plan, one):
 
 
 @inlined
+def _draw_2x2(target, code, ring, halves, tile, plan, one):
+    """Draw in windows of 2 x 2; for the rest see `_draw_3x3`."""
+    zero = one - one
+    two, dead_code = _as(2.0, one), _as(255.0, one)
+    like = target[0]
+    slots = ring.slots
+    top, bottom = ring.lines[slots[0]], ring.lines[slots[1]]
+    top0, top1 = _cell(top, 0, tile, plan), _cell(top, 1, tile, plan)
+    bottom0, bottom1 = _cell(bottom, 0, tile, plan), _cell(bottom, 1, tile, plan)
+    sum0, sum1 = ring.sums[slots[0]], ring.sums[slots[1]]
+    top_bits = _bits(zero)
+    for k in range(tile.count):
+        total0 = sum0[k]
+        total = total0 + sum1[k]
+        threshold = _uniform(halves[k], one) * total
+        beyond = total0 <= threshold
+        w0 = _select(beyond, bottom0[k], top0[k])
+        w1 = _select(beyond, bottom1[k], top1[k])
+        past = _select(beyond, total0, zero) + w0 <= threshold
+        target[k] = _narrow(_select(past, w1, w0), like)
+        cell = _select(beyond, two, zero) + _select(past, one, zero)
+        code[k] = np.uint8(np.int32(_select(total <= threshold, dead_code, cell)))
+        top_bits = _larger(top_bits, _bits(total))
+    return top_bits >= _bits(_as(np.inf, one))
+
+
+@inlined
 def _draw(target, code, value, number, before, ring, halves, tile, plan, one):
     """Draw in windows of any size, cell by cell; for the rest see `_draw_3x3`."""
     count = tile.count
@@ -878,6 +906,7 @@ def _redraw(target, code, ring, halves, tile, plan, one):
 def _sample_tiles(begin, end, x, bias_rows, output, code, key0, key1, plan, one):
     """Draw every window of the tiles `begin` to `end`."""
     is_3x3 = plan.kernel_h == 3 and plan.kernel_w == 3
+    is_2x2 = plan.kernel_h == 2 and plan.kernel_w == 2
     rows, columns = plan.out_height, plan.out_width
     ring = _new_ring(plan.tile_sheets, _pitch(plan.tile_cols, plan), plan, False, one)
     lanes = ring.sums.shape[1]
@@ -886,8 +915,8 @@ def _sample_tiles(begin, end, x, bias_rows, output, code, key0, key1, plan, one)
     pairs, planes = np.zeros(most_calls, np.uint64), np.zeros(most_calls, np.uint64)
     halves = np.zeros((GROUP, lanes + plan.step), np.uint16)
     target, cells = np.empty(lanes, output.dtype), np.empty(lanes, code.dtype)
-    scratch = np.empty((4, 1 if is_3x3 else lanes), bias_rows.dtype)
-    numbers = np.empty(1 if is_3x3 else lanes, np.int32)
+    scratch = np.empty((4, 1 if is_3x3 or is_2x2 else lanes), bias_rows.dtype)
+    numbers = np.empty(1 if is_3x3 or is_2x2 else lanes, np.int32)
     last_sheets, last_col = 0, 0
     for tile_number in range(begin, end):
         tile = _tile(tile_number, rows, columns, -1, plan)
@@ -910,6 +939,8 @@ def _sample_tiles(begin, end, x, bias_rows, output, code, key0, key1, plan, one)
                 cells = _row_of(code, oh, rows, columns, tile.sheet, tile, plan)
             if is_3x3:
                 void = _draw_3x3(target, cells, ring, row_halves, tile, plan, one)
+            elif is_2x2:
+                void = _draw_2x2(target, cells, ring, row_halves, tile, plan, one)
             else:
                 void = _draw(
                     target, cells, scratch[3], numbers, scratch, ring, row_halves, tile, plan, one
@@ -1042,7 +1073,7 @@ def _collect(gathered, line, tile, plan):
         elif step > 1:
             for m in range(count):
                 at = (first + m * plan.stride_w) * step
-                _copy(gathered[at : at + step], source[m * step : (m + 1) * step])
+                _copy_run(gathered, at, source, m * step, step)
         elif plan.stride_w == 2:  # a constant, so that LLVM makes vectors of it
             for m in range(count):
                 gathered[first + 2 * m] = source[m]
