@@ -1,9 +1,9 @@
 """Augmented batches against the pipeline of the replication, on the same CPU cores.
 
 The pipeline makes one image at a time: decode with Pillow, rotate or correct gamma, resize, to
-tensor, normalise. As many processes run it as ours has threads. The images are the photographs
-beside the project, or synthetic flowers where there are none; those of a batch are drawn from the
-whole epoch, and its memory is used again, as in training.
+tensor, normalise. As many processes run it as ours has threads. The images are the photographs in
+datasets/, or beside the project, or synthetic flowers where there are none; those of a batch are
+drawn from the whole epoch, and its memory is used again, as in training.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAug
 from cnnsp.batches import ImageBank
 from cnnsp.data import ImageSet, load_folder
 
-FLOWERS = Path(__file__).resolve().parents[2] / "shared" / "flowers"
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOGRAPHS = (ROOT / "datasets", ROOT.parent / "shared" / "flowers")
 SIZE = 256
 
 resized = transforms.Compose(
@@ -56,16 +58,30 @@ class DataCase(Case):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.batch = 256 if device.type == "cuda" else 64
+        self.folder = next((f for f in PHOTOGRAPHS if (f / "train_data").is_dir()), None)
+        self._results: dict[str, torch.Tensor] = {}
         if device.type == "cuda":  # there it is PyTorch that makes the batches
             self.names = tuple(name for name in self.names if "numba" not in name)
 
     def __str__(self) -> str:
-        source = "photographs" if FLOWERS.is_dir() else "synthetic"
+        source = "photographs" if self.folder else "synthetic"
         return f"data-batch{self.batch}-{source}"
 
-    def contestants(self) -> dict[str, Contestant]:
-        folder = FLOWERS
-        if not folder.is_dir():
+    def check(self, name: str, contestant: Contestant) -> None:
+        """The first batches of banks that should make the same are the same, but for rounding."""
+        result = contestant.run(None)
+        if name == "replication":
+            return
+        _, images, _ = result
+        images = images.float().cpu().clone()
+        assert images.shape == (self.batch, 3, SIZE, SIZE)
+        kind = name.removesuffix("_without_numba").removesuffix("_contiguous")
+        expected = self._results.setdefault(kind, images)
+        assert (images - expected).abs().mean() < 0.01, f"{self}: {name} differs from {kind}"
+
+    def contestants(self) -> dict[str, Callable[[], Contestant]]:
+        folder = self.folder
+        if folder is None:
             temporary = tempfile.TemporaryDirectory()
             atexit.register(temporary.cleanup)
             folder = Path(temporary.name)
@@ -85,11 +101,15 @@ class DataCase(Case):
                 train, augment=RandomAugment(), compiled=False, **last
             ),
         }
-        runs = {"replication": pipeline(paths, self._items(len(train)))}
-        for name, bank in banks.items():
-            batches = bank.batches(self._items(len(train)), reuse=True)
-            runs[name] = lambda _, batches=batches: next(batches)
-        return {name: Contestant(runs[name], images=self.batch) for name in self.names}
+
+        def contestant(name: str) -> Contestant:
+            items = self._items(len(train))
+            if name == "replication":
+                return Contestant(pipeline(paths, items), images=self.batch)
+            batches = banks[name].batches(items, reuse=True)
+            return Contestant(lambda _: next(batches), images=self.batch)
+
+        return {name: partial(contestant, name) for name in self.names}
 
     def _items(self, images: int) -> Iterator[torch.Tensor]:
         """Without end: the numbers of variants that a batch is made of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from contest import Case, Contestant
@@ -27,25 +28,33 @@ class NetworkCase(Case):
 
     def __init__(self, amp_dtype: str | None, training: bool, device: torch.device) -> None:
         self.amp_dtype, self.training, self.device = amp_dtype, training, device
+        self._results: dict[str, torch.Tensor] = {}
         self.batch = 256 if device.type == "cuda" else 128
-        # Inductor's C++ takes half a minute a network: on a CPU two of them must do.
-        compiled = POOLINGS if device.type == "cuda" else ("stochastic", "max")
-        if device.type == "cpu" and (amp_dtype is not None or not training):
-            compiled = ()
+        # Inductor takes up to half a minute a network.
+        main = amp_dtype is not None if device.type == "cuda" else amp_dtype is None
+        compiled = ("stochastic", "max") if main and training else ()
         self.names = (*POOLINGS, *(f"{pool}_compiled" for pool in compiled))
 
     def __str__(self) -> str:
         what = "training" if self.training else "evaluation"
         return f"network-batch{self.batch}-{self.amp_dtype or 'float32'}-{what}"
 
-    def contestants(self) -> dict[str, Contestant]:
+    def contestants(self) -> dict[str, Callable[[], Contestant]]:
         shape = (self.batch, 3, IMAGE_SIZE, IMAGE_SIZE)
         images = torch.randn(shape, device=self.device)
         if self.amp_dtype is not None:  # the bank makes images in autocast's type
             images = images.to(getattr(torch, self.amp_dtype))
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.arange(self.batch, device=self.device) % CLASSES
-        return {name: self._contestant(name, images, labels) for name in self.names}
+        return {name: partial(self._contestant, name, images, labels) for name in self.names}
+
+    def check(self, name: str, contestant: Contestant) -> None:
+        """The first loss, or the log-probabilities; compiled they are those of eager."""
+        result = contestant.run(None)
+        assert torch.isfinite(result).all(), f"{self}: {name} gives {result}"
+        expected = self._results.setdefault(name.partition("_")[0], result.float().cpu())
+        relative = 1e-3 if self.amp_dtype is None else 3e-2
+        torch.testing.assert_close(result.float().cpu(), expected, rtol=relative, atol=relative)
 
     def _contestant(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> Contestant:
         pool, _, compiled = name.partition("_")

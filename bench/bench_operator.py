@@ -93,9 +93,9 @@ class PoolCase(Case):
         on_cpu = device.type == "cpu"
         names = ["stochastic", "max"]
         if dtype == MAIN_DTYPE[device.type]:
-            # Inductor's C++ takes ten times as long to compile as its Triton.
+            # Inductor compiles for seconds.
             few = layer.name in ("cnnsp_pool1", "resnet_stem", "vgg_pool1")
-            if not on_cpu or (few and what == "training" and not bias):
+            if few and what == "training" and bias != on_cpu:
                 names.append("max_compiled")
             names.append("avg")
             if form == "contiguous" and bias != on_cpu:
@@ -108,16 +108,19 @@ class PoolCase(Case):
         bias = "-bias" if self.bias and self.device.type == "cpu" else ""
         return f"{self.layer.name}-{self.dtype}-{self.form}-{self.what}{bias}"
 
-    def contestants(self) -> dict[str, Contestant]:
+    def contestants(self) -> dict[str, Callable[[], Contestant]]:
         batch = self.layer.batch_cpu if self.device.type == "cpu" else self.layer.batch_cuda
         x, bias = self._inputs(batch)
-        return {name: self._contestant(name, x, bias) for name in self.names}
+        return {name: functools.partial(self._contestant, name, x, bias) for name in self.names}
 
     def _contestant(self, name: str, x: Tensor, bias: Tensor | None) -> Contestant:
         pool = self._pool(name)
         moved = self._bytes_moved(name, len(x))
         wanted = [tensor for tensor in (x, bias) if tensor is not None]
-        gradient = None if self.what == "evaluation" else self._random(pool(x, bias).shape)
+        rows = self.layer.outputs
+        if name == "fractional":
+            rows = fractional_outputs(self.layer)
+        gradient = self._random((len(x), self.layer.channels, rows, rows))
 
         def forward(_: object) -> Tensor:
             return pool(x, bias)
@@ -145,9 +148,9 @@ class PoolCase(Case):
             pool = torch.compile(pool, dynamic=False)
         return pool if training else torch.no_grad()(pool)
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, contestant: Contestant) -> None:
         """Ours is held against the reference, compiled max pooling against eager, and what the
-        gist draws against the expectation; on two images."""
+        gist draws against the expectation; on two images. The others are PyTorch's own."""
         x, bias = self._inputs(2)
         if name == "gist":
             with torch.no_grad():
@@ -174,9 +177,10 @@ class PoolCase(Case):
             expected = outputs_and_gradients(oracle)
         relative = 1e-4 if x.dtype == torch.float32 else 2e-2
         for mine, right in zip(ours, expected, strict=True):
-            far = ~torch.isclose(mine, right, rtol=relative, atol=relative)
+            far = int((~torch.isclose(mine, right, rtol=relative, atol=relative)).sum())
             # On a GPU a draw may differ where rounding decides it.
-            assert far.double().mean() <= 1e-5, f"{self}: {name} differs from {oracle}"
+            allowed = 0 if self.device.type == "cpu" else max(2, round(1e-5 * mine.numel()))
+            assert far <= allowed, f"{self}: {name} differs from {oracle} in {far} numbers"
 
     def _random(self, shape: tuple[int, ...]) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(0)
@@ -223,9 +227,13 @@ def avg_pool(x: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
 
 
 def fractional_max_pool(x: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
-    # It knows no padding, so it may give a little less.
-    size = min(layer.outputs, layer.side - layer.kernel_size + 1)
+    size = fractional_outputs(layer)
     return F.fractional_max_pool2d(rectified(x, bias), layer.kernel_size, size)
+
+
+def fractional_outputs(layer: Layer) -> int:
+    """Fractional pooling knows no padding, so it may give a little less."""
+    return min(layer.outputs, layer.side - layer.kernel_size + 1)
 
 
 def gist(x: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:

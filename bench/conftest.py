@@ -38,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config.option, "budget"):
+        raise pytest.UsageError("name the folder, as in `pytest bench/`: it has options of its own")
     if config.option.device is None:
         config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.option.device == "cuda" and not torch.cuda.is_available():
@@ -74,6 +76,8 @@ def contest(benchmark, request: pytest.FixtureRequest) -> Callable[[Case, str], 
             seconds = config.option.budget / len({str(chosen["case"]) for chosen in selected})
             outcomes[str(case)] = hold(case, names, device, seconds, copy_rate(config))
         outcome = outcomes[str(case)][contestant]
+        if outcome.error:
+            raise outcome.error
         if outcome.skipped:
             pytest.skip(outcome.skipped)
         benchmark.group = str(case)
@@ -91,8 +95,10 @@ def copy_rate(config: pytest.Config) -> float:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    # Names of computers are nobody's business, and the clock rate changes while one looks.
-    del machine_info["node"]
+    # Names of computers are nobody's business, and what changes without a change of speed does not
+    # make another machine.
+    for name in ("node", "release", "python_build"):
+        machine_info.pop(name, None)
     for volatile in ("hz_actual", "hz_actual_friendly", "hz_advertised", "hz_advertised_friendly"):
         machine_info["cpu"].pop(volatile, None)
     machine_info["device"] = config.option.device

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
+NO_MEMORY = "out of GPU memory"
 # The GPU overwrites this much memory before each timed run, and for this long: no cache keeps what
 # the run reads, and the CPU is done launching before the clock starts.
 _FLUSH_BYTES = 256 * 2**20
@@ -54,20 +55,27 @@ class Case(ABC):
         """Its name, in letters that a command line takes."""
 
     @abstractmethod
-    def contestants(self) -> dict[str, Contestant]:
-        """All of them, by name; on the device, ready to run."""
+    def contestants(self) -> dict[str, Callable[[], Contestant]]:
+        """What makes each of them, by name, ready to run on the device."""
 
-    def check(self, name: str) -> None:  # noqa: B027 (nothing to check is an answer)
+    @abstractmethod
+    def check(self, name: str, contestant: Contestant) -> None:
         """Assert that a contestant computes what it should, before it is timed."""
 
 
 @dataclass
 class Outcome:
-    """What came of a contestant: seconds of each round, or why there are none."""
+    """What came of a contestant: seconds of each round, or why there are none.
+
+    Attributes:
+        skipped: why it could not take part, for no fault of its own.
+        error: what is wrong with it.
+    """
 
     seconds: list[float] = field(default_factory=list)
     info: dict[str, float] = field(default_factory=dict)
     skipped: str | None = None
+    error: Exception | None = None
 
 
 def hold(
@@ -86,16 +94,26 @@ def hold(
     torch.compiler.reset()
     outcomes = {name: Outcome() for name in names}
     contestants = {}
-    for name, contestant in case.contestants().items():
+    # One that fails takes none of the others with it.
+    for name, make in case.contestants().items():
         if name in names:
             try:
-                case.check(name)
+                contestant = make()
+                case.check(name, contestant)
                 outcomes[name].info = {"peak_memory_bytes": peak_memory(contestant, device)}
                 contestants[name] = contestant
             except torch.OutOfMemoryError:
-                outcomes[name].skipped = "out of GPU memory"
+                outcomes[name].skipped = NO_MEMORY
+            except Exception as error:
+                outcomes[name].error = error
     times = _cuda_rounds if device.type == "cuda" else _cpu_rounds
-    for name, measured in times(contestants, seconds, copy_rate).items():
+    try:
+        rounds = times(contestants, seconds, copy_rate) if contestants else {}
+    except torch.OutOfMemoryError:
+        rounds = {}
+        for name in contestants:
+            outcomes[name].skipped = NO_MEMORY
+    for name, measured in rounds.items():
         contestant, outcome = contestants[name], outcomes[name]
         outcome.seconds = measured
         median = statistics.median(measured)

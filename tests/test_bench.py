@@ -54,7 +54,8 @@ def test_a_pool_that_computes_something_else_is_not_timed(bench, monkeypatch) ->
     operator = bench("bench_operator")
     small = operator.Layer("small", 3, 8, 3, 1, 1, 2, 2)
     case = operator.PoolCase(small, "fp32", "contiguous", "training", True, CPU)
-    case.check("stochastic")
+    ours = case.contestants()["stochastic"]()
+    case.check("stochastic", ours)
 
     def skewed(*arguments, **options):
         return pool(*arguments, **options) * 1.01
@@ -72,7 +73,33 @@ def test_a_pool_that_computes_something_else_is_not_timed(bench, monkeypatch) ->
     monkeypatch.setattr(operator, "stochastic", skewed)
     monkeypatch.setattr(operator, "by_reference", reference_as_it_was)
     with pytest.raises(AssertionError, match="stochastic differs from reference"):
-        case.check("stochastic")
+        case.check("stochastic", ours)
+
+
+def test_one_that_fails_takes_none_of_the_others_with_it(bench) -> None:
+    contest = bench("contest")
+
+    class Mixed(contest.Case):
+        names = ("good", "wrong", "large")
+
+        def __str__(self) -> str:
+            return "mixed"
+
+        def contestants(self):
+            return dict.fromkeys(self.names, lambda: contest.Contestant(lambda _: torch.ones(3)))
+
+        def check(self, name, contestant) -> None:
+            if name == "wrong":
+                raise AssertionError(name)
+            if name == "large":
+                raise torch.OutOfMemoryError
+
+    outcomes = contest.hold(Mixed(), list(Mixed.names), CPU, 0.0, 1e9)
+    assert len(outcomes["good"].seconds) == contest.MIN_ROUNDS
+    assert isinstance(outcomes["wrong"].error, AssertionError)
+    assert outcomes["large"].skipped == contest.NO_MEMORY
+    alone = contest.hold(Mixed(), ["large"], CPU, 0.0, 1e9)
+    assert alone["large"].skipped == contest.NO_MEMORY
 
 
 def test_bytes_are_those_of_the_model(bench) -> None:
