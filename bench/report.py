@@ -220,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.with_name(path.name + ".md").write_text(text, encoding="utf-8")
     FigureCanvasAgg(chart(machine, sections)).print_png(path.with_name(path.name + ".png"))
     print(text)
+    print(f"Written: {path}.md and {path.name}.png")
     return 0
 
 
