@@ -245,7 +245,7 @@ def test_bad_photographs(
         (["--seed", str(2**32)], "--seed: must be at most 4294967295"),
         (["--recipe", "best", "--momentum", "0"], "--nesterov needs --momentum above 0"),
         (["--torchcompile", "reduce-overhead", "--accumulate", "2"], "know no --accumulate"),
-        (["--gpu-memory-gb", "6"], "--gpu-memory-gb needs a GPU"),
+        (["--gpu-memory-gb", "6", "--device", "cpu"], "--gpu-memory-gb needs a GPU"),
     ],
 )
 def test_bad_flags(
