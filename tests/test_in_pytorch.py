@@ -334,6 +334,9 @@ def train_a_step(rank: int, port: int, folder: str, seeds: tuple[int, int]) -> N
     output.square().sum().backward()
     gradient = network.module.convolution.bias.grad
     torch.save((output.detach(), gradient), Path(folder) / f"{rank}.pt")
+    # On a busy machine a process that ends while the other one or its own DDP is at work aborts.
+    dist.barrier()
+    del network, output
     dist.destroy_process_group()
 
 
