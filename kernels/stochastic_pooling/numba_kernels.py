@@ -1067,19 +1067,19 @@ def _collect(gathered, line, tile, plan):
     for phase in range(plan.stride_w):
         low, high, first = _inside(phase, -plan.padding_w, tile, plan)
         count = max(high - low, 0)
-        source = line[phase * tile.phase + low * step :]
+        start = phase * tile.phase + low * step
         if plan.stride_w == 1:
-            _copy(gathered[first * step : (first + count) * step], source[: count * step])
+            _copy_run(gathered, first * step, line, start, count * step)
         elif step > 1:
             for m in range(count):
                 at = (first + m * plan.stride_w) * step
-                _copy_run(gathered, at, source, m * step, step)
+                _copy_run(gathered, at, line, start + m * step, step)
         elif plan.stride_w == 2:  # a constant, so that LLVM makes vectors of it
             for m in range(count):
-                gathered[first + 2 * m] = source[m]
+                gathered[first + 2 * m] = line[start + m]
         else:
             for m in range(count):
-                gathered[first + m * plan.stride_w] = source[m]
+                gathered[first + m * plan.stride_w] = line[start + m]
 
 
 @compiled
