@@ -18,17 +18,15 @@ from pathlib import Path
 
 import torch
 from contest import Case, Contestant
+from flowers import draw_flowers, photographs
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as tv
 
-from cnnsp import synthetic
 from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAugment, Variant
 from cnnsp.batches import ImageBank
 from cnnsp.data import ImageSet, load_folder
 
-ROOT = Path(__file__).resolve().parents[1]
-PHOTOGRAPHS = (ROOT / "datasets", ROOT.parent / "shared" / "flowers")
 SIZE = 256
 
 resized = transforms.Compose(
@@ -58,7 +56,7 @@ class DataCase(Case):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.batch = 256 if device.type == "cuda" else 64
-        self.folder = next((f for f in PHOTOGRAPHS if (f / "train_data").is_dir()), None)
+        self.folder = photographs()
         self._results: dict[str, torch.Tensor] = {}
         if device.type == "cuda":  # there it is PyTorch that makes the batches
             self.names = tuple(name for name in self.names if "numba" not in name)
@@ -85,7 +83,7 @@ class DataCase(Case):
             temporary = tempfile.TemporaryDirectory()
             atexit.register(temporary.cleanup)
             folder = Path(temporary.name)
-            write_synthetic(folder)
+            draw_flowers(folder, 8, ".jpg", quality=90)
         train, _ = load_folder(folder, workers=torch.get_num_threads())
         assert isinstance(train, ImageSet), "a set for this bench fits in memory"
         paths = sorted(path for path in (folder / "train_data").glob("*/*") if path.is_file())
@@ -116,16 +114,6 @@ class DataCase(Case):
         generator = torch.Generator().manual_seed(0)
         while True:
             yield torch.randint(images * len(PAPER_VARIANTS), (self.batch,), generator=generator)
-
-
-def write_synthetic(folder: Path) -> None:
-    """A few synthetic flowers as JPEG files."""
-    for split in ("train", "test"):
-        images = synthetic.synthetic_flowers(8, split=split)
-        for number, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
-            path = folder / f"{split}_data" / images.classes[label] / f"{number}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tv.to_pil_image(image).save(path, quality=90)
 
 
 def replicate(items: list[tuple[Path, Variant]]) -> None:

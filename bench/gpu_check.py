@@ -36,6 +36,7 @@ from functools import partial
 from pathlib import Path
 
 import counters
+from flowers import draw_flowers, photographs
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 535.0
@@ -422,33 +423,6 @@ def _quoted(text: str) -> list[str]:
     return ["```", *rest, "```", *(["", *table] if table else [])]
 
 
-def draw_flowers(folder: Path, per_class: int) -> None:
-    """Stand-ins for the photographs, in as many files, so that an epoch is as long."""
-    from PIL import Image
-
-    from cnnsp.synthetic import synthetic_flowers
-
-    for split in ("train", "test"):
-        drawn = synthetic_flowers(per_class, split=split, workers=os.cpu_count() or 1)
-        for number, (pixels, label) in enumerate(zip(drawn.images, drawn.labels, strict=True)):
-            path = folder / f"{split}_data" / drawn.classes[label] / f"{number}.bmp"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
-    print(f"no photographs here: {per_class} synthetic flowers of each class, to train and to test")
-
-
-def photographs() -> Path | None:
-    """Where the flower photographs may be, beside the project or in it."""
-    for folder in (
-        ROOT / "datasets",
-        ROOT / "shared" / "flowers",
-        ROOT.parent / "shared" / "flowers",
-    ):
-        if (folder / "train_data").is_dir() and (folder / "test_data").is_dir():
-            return folder
-    return None
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results")
@@ -465,7 +439,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     if args.draw:
-        draw_flowers(args.out, args.draw)
+        # Stand-ins for the photographs, in as many files, so that an epoch is as long.
+        draw_flowers(args.out, args.draw, ".bmp")
+        made = f"{args.draw} synthetic flowers of each class, to train and to test"
+        print(f"no photographs here: {made}")
         return 0
     if importlib.util.find_spec("torch") is None:
         parser.error(f"{sys.executable} has no torch")
