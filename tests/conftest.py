@@ -44,15 +44,23 @@ def generator(device: torch.device, seed: int = 0) -> torch.Generator:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN (or a large odd number), so that an element nobody wrote shows."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN (or a large odd number), so that an element nobody wrote shows, and
+    lies inside a larger storage, so that a write beyond it does."""
     empty, empty_like = torch.empty, torch.empty_like
+    margins: list[torch.Tensor] = []
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x5B)
+        value = float("nan") if tensor.is_floating_point() else 0x5B
+        storage = empty(tensor.numel() + 2048, dtype=tensor.dtype, device=tensor.device)
+        storage.fill_(0x77)
+        margins.extend((storage[:1024], storage[-1024:]))
+        return storage.as_strided(tensor.shape, tensor.stride(), 1024).fill_(value)
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    yield
+    assert all(bool((margin == 0x77).all()) for margin in margins), "a write beyond a tensor"
 
 
 @pytest.fixture

@@ -51,6 +51,13 @@ def tile(
 
 
 @triton.jit
+def masked(one, block):
+    """`one & block`, where `one` may be a single number: `&` makes integers of those in the
+    interpreter of Triton 3.9, which takes no integers for a mask."""
+    return tl.where(one, block, False)
+
+
+@triton.jit
 def rectified(x, bias, ACC: tl.constexpr):
     """max(x + bias, 0) in the accumulation dtype; NaN stays NaN."""
     return tl.maximum(x.to(ACC) + bias, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -82,12 +89,11 @@ def cell(
         below = i // kernel_h * dilation_d
         row = top + i % kernel_h * dilation_h
         origin_ptr += below * in_stride_d
-        inside = mask & (front + below >= 0) & (front + below < depth)
+        mask = masked((front + below >= 0) & (front + below < depth), mask)
     else:
         row = top + i * dilation_h
-        inside = mask
     col = left + j * dilation_w
-    inside = inside & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+    inside = masked((row >= 0) & (row < height), mask & (col >= 0) & (col < width))
     x = tl.load(origin_ptr + row * in_stride_h + col * in_stride_w, mask=inside, other=0.0)
     return tl.where(inside, rectified(x, bias, ACC), 0.0)
 
@@ -346,7 +352,8 @@ def expectation_kernel(
         grad_ptr += out_slice * grad_stride_d + out_row * grad_stride_h + out_col * grad_stride_w
         grad = tl.load(grad_ptr, mask=mask, other=0.0).to(ACC)
         slope = tl.where(total < SMALLEST_SUM, 0.0, grad / tl.where(total == 0, 1.0, total))
-        offset = slope * expectation
+        # An approximate quotient takes a mean of the largest number beyond it.
+        offset = slope * unscaled(expectation, False, 1.0, ACC)
         # The weights of an infinite window are indicators, not multiples of w: no slope there.
         slope = tl.where(infinite, 0.0, slope * scale)
         tl.store(slope_ptr + out, slope, mask=mask)
@@ -399,7 +406,7 @@ def gather_kernel(
             out_row = row // stride_h - up
             reach_h = row - out_row * stride_h
             holds_row = (out_row >= 0) & (out_row < out_height) & (reach_h < kernel_h * dilation_h)
-            holds_row = holds_slice & holds_row & (reach_h % dilation_h == 0)
+            holds_row = masked(holds_slice, holds_row & (reach_h % dilation_h == 0))
             for back in range((kernel_w - 1) * dilation_w // stride_w + 1):
                 out_col = col // stride_w - back
                 reach_w = col - out_col * stride_w

@@ -56,7 +56,6 @@ def sample(
             sample_sliding_kernel, SAMPLE_GROUP, input, output, window,
             input_ptr=input, bias_ptr=bias, seed_ptr=seed, output_ptr=output, code_ptr=code,
             one=0x3F800000, HAS_BIAS=bias is not None, DEAD=window.dead_code,
-            enable_fp_fusion=False,
         )  # fmt: skip
         return output, code
     _launch(
@@ -67,8 +66,6 @@ def sample(
             channels=input.shape[1], **_sizes("", input), **_sizes("out_", output, "dw"),
             **_strides("in", input), **_dense_strides("out", output),
             HAS_BIAS=bias is not None, DEAD=window.dead_code,
-            # Without contraction to multiply-adds the draw is the reference's to the last bit.
-            enable_fp_fusion=False,
         ),
         window,
     )  # fmt: skip
@@ -273,7 +270,8 @@ class _SlidingLayout:
         pairs, lanes: pairs of owned columns in a row, and lanes in all.
         step, vector: channels_last: the distance of two columns, and the channels of a lane.
         owned_unit, read_unit, owned_pitch, read_pitch: elements in a unit, units in a row.
-        inside: how many of the columns it reads every lane has, the last one of a row included.
+        inside: how many of the columns it reads every lane has, the last one of a row included; in
+            a backward without padding that lane may begin beyond the last output.
     """
 
     def __init__(self, owned: torch.Tensor, read: torch.Tensor, own: int):
@@ -290,7 +288,7 @@ class _SlidingLayout:
         self.lanes = batch * channels // self.vector * self.pairs
         self.owned_pitch = width * max(self.step, 1) // self.owned_unit
         self.read_pitch = read_width * max(self.step, 1) // self.read_unit
-        self.inside = max(0, min(own, read_width - (self.pairs - 1) * own))
+        self.inside = min(own, read_width - (self.pairs - 1) * own)
 
     def strips(self, rows: int, group: int) -> tuple[int, int]:
         """Rows in a strip, a multiple of `group`, and strips, few but enough to fill a GPU."""
@@ -324,7 +322,7 @@ def _launch_sliding(
             STEP=layout.step, VECTOR=layout.vector, INSIDE=layout.inside,
             SAME=(height, width, window.stride_w) == (out_height, out_width, 1),
             BLOCK=SLIDING_BLOCK,
-            **_compiler_options(registers, SLIDING_BLOCK),
+            **_compiler_options(kernel, registers, SLIDING_BLOCK),
         )  # fmt: skip
 
 
@@ -352,12 +350,14 @@ def _launch(kernel: Any, dense: torch.Tensor, arguments: dict[str, Any], window:
             ACC=tl.float64 if dense.dtype == torch.float64 else tl.float32,
             INDEX=tl.int64 if wide else tl.int32,
             BLOCK_P=block_p, BLOCK_C=block_c,
-            **_compiler_options(),
+            **_compiler_options(kernel),
         )  # fmt: skip
 
 
-def _compiler_options(registers: int = 128, lanes: int = 128) -> dict[str, int]:
-    """A limit to the registers of a thread on CUDA, and as many warps as `lanes` fill.
+def _compiler_options(kernel: Any, registers: int = 128, lanes: int = 128) -> dict[str, Any]:
+    """A limit to the registers of a thread on CUDA, as many warps as `lanes` fill, and whether
+    products and sums may become multiply-adds: where they may not, the draw is the reference's to
+    the last bit.
 
     Left alone, NVIDIA's assembler spills a register or two where that lets one more block run; with
     a limit of ours, which no kernel needs to spill for, it does not.
@@ -365,7 +365,10 @@ def _compiler_options(registers: int = 128, lanes: int = 128) -> dict[str, int]:
     if triton.knobs.runtime.interpret:
         return {}
     target = triton.runtime.driver.active.get_current_target()
-    options = {"num_warps": lanes // target.warp_size}
+    options = {
+        "num_warps": lanes // target.warp_size,
+        "enable_fp_fusion": kernel not in (sample_kernel, sample_sliding_kernel),
+    }
     if target.backend == "cuda":
         options["maxnreg"] = registers
     return options

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_general import draw_cells, expect, philox4x32, rectified, uniform, unscaled
+from .triton_general import draw_cells, expect, masked, philox4x32, rectified, uniform, unscaled
 
 # Inner rows are unrolled by these, and a strip is a multiple of them. Four rows share a Philox
 # call; after six the three rows in registers are back where they began.
@@ -118,6 +118,18 @@ def _pair(pointer, index, at):
 
 
 @triton.jit
+def _in_plane(column, at: tl.constexpr, width, INSIDE: tl.constexpr):
+    """Whether the column `at` from each lane's first own one lies in the plane; of those that are
+    not sure to, see `_load_columns`."""
+    if at >= 0:
+        return column + at < width
+    elif at < INSIDE:
+        return column + at >= 0
+    else:
+        return (column + at >= 0) & (column + at < width)
+
+
+@triton.jit
 def _load_columns(
     pointer, index, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
     INSIDE: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
@@ -126,22 +138,25 @@ def _load_columns(
     """`COLUMNS` neighbouring columns of a row, a tuple of [BLOCK, VECTOR].
 
     `index` is the unit of the lane's first own column, `column`; the first one loaded is `FIRST`
-    columns from it. The first `INSIDE` own columns lie in the plane. Those beyond it hold anything,
-    and only with `MASK_LEFT` and `MASK_RIGHT` is it sure that they are not read.
+    columns from it. Of the last lane in a row, the columns up to the own one `INSIDE` lie in the
+    plane: fewer than none where windows begin that far before it. Columns beyond the plane hold
+    anything, and only with `MASK_LEFT` and `MASK_RIGHT` is it sure that they are not read.
     """
     columns = ()
     for j in tl.static_range(COLUMNS):
         here = _elements(pointer, index, j + FIRST, STEP, VECTOR, UNIT)
         if j + FIRST < 0:
             if MASK_LEFT:
-                columns = columns + (tl.load(here, mask=column + (j + FIRST) >= 0, other=0),)
+                inside = _in_plane(column, j + FIRST, width, INSIDE)
+                columns = columns + (tl.load(here, mask=inside, other=0),)
             else:
                 columns = columns + (tl.load(here),)
         elif STEP == 0 and UNIT == 2 and j + FIRST < INSIDE // 2 * 2:
             if (j + FIRST) % 2 == 0:
                 columns = columns + tl.split(tl.load(_pair(pointer, index, j + FIRST)))
         elif j + FIRST >= INSIDE and MASK_RIGHT:
-            columns = columns + (tl.load(here, mask=column + (j + FIRST) < width, other=0),)
+            inside = _in_plane(column, j + FIRST, width, INSIDE)
+            columns = columns + (tl.load(here, mask=inside, other=0),)
         else:
             columns = columns + (tl.load(here),)
     return columns
@@ -191,19 +206,15 @@ def _biases(
     bias_ptr, channel, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
     INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The bias of each column, a tuple of [BLOCK, VECTOR]; minus infinity beyond the plane.
-
-    The first `INSIDE` own columns lie in the plane for every lane.
-    """
+    """The bias of each column, a tuple of [BLOCK, VECTOR]; minus infinity beyond the plane."""
     bias = _bias(bias_ptr, channel, HAS_BIAS, STEP, VECTOR)
     biases = ()
     for j in tl.static_range(COLUMNS):
-        if j + FIRST < 0:
-            biases = biases + (tl.where(column + (j + FIRST) >= 0, bias, float("-inf")),)
-        elif j + FIRST < INSIDE:
+        if j + FIRST >= 0 and j + FIRST < INSIDE:
             biases = biases + (bias,)
         else:
-            biases = biases + (tl.where(column + (j + FIRST) < width, bias, float("-inf")),)
+            inside = _in_plane(column, j + FIRST, width, INSIDE)
+            biases = biases + (tl.where(inside, bias, float("-inf")),)
     return biases
 
 
@@ -452,12 +463,20 @@ def sample_sliding_kernel(
         for k in tl.static_range(SAMPLE_ROWS):
             if SAME:
                 in_index = out_index + out_step * (KEPT - padding_h)
-            for _ in tl.static_range(stride_h):
-                inputs = _load_columns(
-                    input_ptr, in_index, column, width, -padding_w, len(biases),
-                    INSIDE, MASK_LEFT, False, STEP, VECTOR, IN_UNIT,
-                )  # fmt: skip
-                rows = rows + (_weigh(inputs, biases, stride_w, kernel_w),)
+            for i in tl.static_range(KEPT, kernel_h):
+                if i < padding_h:  # above the plane, for its first window
+                    out_row = first_row + group * SAMPLE_ROWS + k
+                    inputs, row_biases = _load_edge(
+                        input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
+                        column, width, biases, -padding_w, INSIDE, STEP, VECTOR, IN_UNIT,
+                    )  # fmt: skip
+                else:
+                    row_biases = biases
+                    inputs = _load_columns(
+                        input_ptr, in_index, column, width, -padding_w, len(biases),
+                        INSIDE, MASK_LEFT, False, STEP, VECTOR, IN_UNIT,
+                    )  # fmt: skip
+                rows = rows + (_weigh(inputs, row_biases, stride_w, kernel_w),)
                 in_index += in_step
             row_largest = _draw_row(
                 output_ptr, code_ptr, out_index, words[k], rows, one, exists, has_second,
@@ -637,16 +656,24 @@ def expectation_sliding_kernel(
     in_step = out_step if SAME else in_pitch + zero
     in_index = in_lane + (first_row * stride_h - padding_h + KEPT) * in_pitch
     out_index = out_lane + first_row * out_pitch
-    for _group in range(groups):
-        for _row in tl.static_range(EXPECTATION_ROWS):
+    for group in range(groups):
+        for k in tl.static_range(EXPECTATION_ROWS):
             if SAME:
                 in_index = out_index + out_step * (KEPT - padding_h)
-            for _ in tl.static_range(stride_h):
-                inputs = _load_columns(
-                    input_ptr, in_index, column, width, -padding_w, len(biases),
-                    INSIDE, MASK_LEFT, False, STEP, VECTOR, IN_UNIT,
-                )  # fmt: skip
-                rows = rows + (_moments(inputs, biases, stride_w, kernel_w),)
+            for i in tl.static_range(KEPT, kernel_h):
+                if i < padding_h:  # above the plane, for its first window
+                    out_row = first_row + group * EXPECTATION_ROWS + k
+                    inputs, row_biases = _load_edge(
+                        input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
+                        column, width, biases, -padding_w, INSIDE, STEP, VECTOR, IN_UNIT,
+                    )  # fmt: skip
+                else:
+                    row_biases = biases
+                    inputs = _load_columns(
+                        input_ptr, in_index, column, width, -padding_w, len(biases),
+                        INSIDE, MASK_LEFT, False, STEP, VECTOR, IN_UNIT,
+                    )  # fmt: skip
+                rows = rows + (_moments(inputs, row_biases, stride_w, kernel_w),)
                 in_index += in_step
             largest, smallest = _expect_row(
                 output_ptr, out_index, rows, largest, smallest, exists, has_second,
@@ -708,10 +735,8 @@ def _gather_row(
     for c in tl.static_range(COLUMNS):
         grad = grads[c].to(tl.float32)
         code = codes[c].to(tl.int32)
-        if c + FIRST < 0:
-            code = tl.where(column + (c + FIRST) >= 0, code, DEAD)
-        elif c + FIRST >= INSIDE:
-            code = tl.where(column + (c + FIRST) < width, code, DEAD)
+        if c + FIRST < 0 or c + FIRST >= INSIDE:
+            code = tl.where(_in_plane(column, c + FIRST, width, INSIDE), code, DEAD)
         if MASK:
             code = tl.where(present, code, DEAD)
         added = ()
@@ -805,7 +830,8 @@ def gather_sliding_kernel(
                 if i < padding_h and stride_h > 1:
                     inside = (first_row + group * GATHER_ROWS + k) * stride_h - padding_h + i >= 0
                     _store(
-                        grad_input_ptr, in_index, sums[i], exists & inside, has_second & inside,
+                        grad_input_ptr, in_index, sums[i],
+                        masked(inside, exists), masked(inside, has_second),
                         STEP, VECTOR, IN_UNIT,
                     )  # fmt: skip
                 else:
@@ -831,8 +857,9 @@ def gather_sliding_kernel(
             row = out_row * stride_h - padding_h + i
             inside = (row >= 0) & (row < height)
             _store(
-                grad_input_ptr, in_lane + row * in_pitch, sums[i], exists & inside,
-                has_second & inside, STEP, VECTOR, IN_UNIT,
+                grad_input_ptr, in_lane + row * in_pitch, sums[i],
+                masked(inside, exists), masked(inside, has_second),
+                STEP, VECTOR, IN_UNIT,
             )  # fmt: skip
         sums = sums[stride_h:] + fresh
 

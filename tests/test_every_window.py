@@ -1,0 +1,105 @@
+"""Every small window: drawn, expected and differentiated as the reference does.
+
+On ordinary numbers, so that no strip is done again by the general code, and on special ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+
+from stochastic_pooling import reference
+
+from .test_kernels import SEED, TOLERANCE
+from .windows import LAYOUTS, guarded, plane, sliding_windows
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
+]
+
+# What decides which code of a kernel runs, besides the window: the format, whether columns come in
+# pairs, whether rows fill the unrolled groups, and whether a strip begins inside a plane.
+VARIANTS = list(itertools.product(LAYOUTS, (9, 8), (1, 0), (1, 2**20)))
+DTYPES = (torch.float16, torch.float32, torch.bfloat16)
+
+
+def cases() -> Iterator[ParameterSet]:
+    """Each window in both formats, at an even and an odd width, on ordinary numbers and once on
+    special ones; the first of these for a plain run."""
+    for number, window in enumerate(sliding_windows()):
+        for turn, special in ((0, False), (1, False), (2, True)):
+            # Over the windows every variant has its turn.
+            layout, width, odd, filling = VARIANTS[(5 * number + 13 * turn) % 16]
+            height = (8 if window.stride_h == 1 else 14) + odd
+            dtype = DTYPES[(number + turn) % 3]
+            name = (
+                f"{window.kernel_h}x{window.kernel_w}-stride{window.stride_h}{window.stride_w}"
+                f"-padding{window.padding_h}{window.padding_w}{'-ceil' if window.ceil_mode else ''}"
+                f"-{height}x{width}-{'strip' if filling == 1 else 'strips'}"
+                f"-{str(layout).removeprefix('torch.')}-{str(dtype).removeprefix('torch.')}"
+                f"{'-special' if special else ''}"
+            )
+            slow = turn == 1 or (special and number % 8 > 0)
+            yield pytest.param(
+                window, (height, width), layout, filling, dtype, special,
+                marks=[pytest.mark.slow] if slow else [], id=name,
+            )  # fmt: skip
+
+
+@pytest.fixture(params=["triton", "numba"])
+def kernels(request, device):
+    if request.param == "numba" and device.type != "cpu":
+        pytest.skip("numba serves CPU tensors")
+    return pytest.importorskip(f"stochastic_pooling.{request.param}_kernels", exc_type=ImportError)
+
+
+@pytest.mark.parametrize(("window", "size", "layout", "filling", "dtype", "special"), list(cases()))
+def test_every_window(kernels, window, size, layout, filling, dtype, special, device, monkeypatch):
+    if hasattr(kernels, "FILLING_THREADS"):
+        monkeypatch.setattr(kernels, "SLIDING_BLOCK", 32)
+        monkeypatch.setattr(kernels, "FILLING_THREADS", filling)
+    channels = 2 if layout == torch.contiguous_format else 3
+    shape = (1, channels, *size)
+    if special:
+        x = plane(shape, dtype, layout)
+    else:
+        x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+        x[0, 0, :5, :4] = -9  # dead windows
+    x = guarded(x.to(device))
+    bias = guarded(torch.randn(channels, device=device))
+    seed = torch.tensor(SEED, device=device)
+
+    expected, expected_code = reference.sample(x, bias, seed, window)
+    output, code = kernels.sample(x, bias, seed, window)
+    assert torch.equal(code, expected_code)
+    exact = device.type != "cpu" or dtype != torch.bfloat16 or "numba" in kernels.__name__
+    # Triton's interpreter cuts bf16 off where a GPU rounds.
+    close = {"rtol": 0, "atol": 0} if exact else TOLERANCE[dtype]
+    torch.testing.assert_close(output, expected, equal_nan=True, **close)
+    assert output.is_contiguous(memory_format=layout)
+
+    # Sums of small integers are exact.
+    grad = guarded(torch.randint(-8, 9, expected.shape, device=device).to(expected))
+    grad = guarded(grad.contiguous(memory_format=layout))
+    code = guarded(expected_code)
+    got = kernels.sample_backward(grad, code, size, window, True)
+    want = reference.sample_backward(grad, code, size, window, True)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+    torch.testing.assert_close(
+        kernels.expectation(x, bias, window),
+        reference.expectation(x, bias, window),
+        equal_nan=True,
+        **TOLERANCE[dtype],
+    )
+    if special:  # the general kernels, with the sliding ones' special windows
+        got = kernels.expectation_backward(grad, x, bias, window, True)
+        want = reference.expectation_backward(grad, x, bias, window, True)
+        torch.testing.assert_close(got[0], want[0], equal_nan=True, **TOLERANCE[dtype])
+        torch.testing.assert_close(got[1], want[1], equal_nan=True, rtol=1e-4, atol=1e-3)
