@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,17 @@ import torch
 # are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        from triton.runtime import interpreter
+
+        # Before Triton 3.8 it takes int() of an array of one number, which NumPy 2.4 refuses.
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
+            patch_tensor(tensor, *scope)
+            tensor.__index__ = lambda self: int(self.handle.data.item())
+
+        interpreter._patch_lang_tensor = patch_tensor_and_index
 # On a GPU PyTorch rounds the operands of fp32 convolutions to ten bits, in some algorithms and not
 # in others; what follows a convolution is compared here to more than that.
 torch.backends.cudnn.allow_tf32 = False
