@@ -6,11 +6,13 @@ import copy
 import io
 import shutil
 import sys
+from threading import Thread
 
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from stochastic_pooling import (
@@ -18,6 +20,8 @@ from stochastic_pooling import (
     StochasticPool1d,
     StochasticPool2d,
     StochasticPool3d,
+    average_draws,
+    sampling,
     stochastic_pool2d,
 )
 
@@ -167,6 +171,54 @@ def test_transforms_compile(training, device):
         torch.manual_seed(2)
         compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(argument), expected)
+
+
+def test_compiled_model_samples_where_asked_to(device):
+    model = nn.Sequential(StochasticPool2d(2), AdaptiveStochasticPool2d(4)).to(device).eval()
+    x = torch.rand(2, 3, 16, 16, device=device)
+    expectation = model(x)
+    counter = counting("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), expectation)
+        with sampling(model):
+            assert not torch.equal(compiled(x), compiled(x))
+            thread = Thread(target=lambda: torch.testing.assert_close(compiled(x), expectation))
+            thread.start()
+            thread.join()
+        assert average_draws(compiled, x, draws=2).std.max() > 0
+    assert counter.frame_count == 3  # the expectation, draws, and draws without gradients
+
+
+TRACERS = {
+    "torch.fx": lambda model, x: fx.symbolic_trace(model).eval(),
+    "make_fx": lambda model, x: make_fx(model)(x).eval(),
+    "torch.jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
+    "torch.export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "strict torch.export": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_average_of_what_was_traced(tracer, device):
+    """A graph keeps what the pools did when it was made."""
+    x = torch.rand(2, 3, 8, 8, device=device)
+    model = nn.Sequential(StochasticPool2d(2), nn.BatchNorm2d(3)).to(device).eval()
+    frozen = TRACERS[tracer](model, x)
+    with sampling(model):
+        drawing = TRACERS[tracer](model, x)
+    assert average_draws(drawing, x).std.max() > 0
+    with pytest.raises(ValueError, match=r"exported .* within sampling\(model\)"), sampling(frozen):
+        pass
+    # Its dropout makes the outputs differ; no pool does.
+    beside_dropout = nn.Sequential(frozen, nn.Dropout())
+    beside_dropout.training = False
+    for model in (frozen, beside_dropout):
+        with pytest.raises(ValueError, match=r"exported .* within sampling\(model\)"):
+            average_draws(model, x)
 
 
 def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,6 +16,21 @@ from .functional import (
     stochastic_pool2d,
     stochastic_pool3d,
 )
+
+sampled: ContextVar[tuple[nn.Module, ...]] = ContextVar("sampled")
+
+
+class Nothing(tuple[nn.Module, ...]):
+    """Empty; `nothing.sampled` is `sampled.get(nothing)`.
+
+    A property with a getter that is not Python is a plain attribute to `torch.compile`, which then
+    guards on it, in the context of each call. PyTorch 2.11 cannot compile the call itself.
+    """
+
+    sampled: tuple[nn.Module, ...] = property(sampled.get)  # type: ignore[assignment]
+
+
+nothing = Nothing()
 
 
 class StochasticPool(nn.Module):
@@ -31,7 +47,13 @@ class StochasticPool(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether `forward` draws, rather than takes the expectation."""
-        return self.training or self.sample_in_eval
+        return self.training or self.sample_in_eval or any(pool is self for pool in nothing.sampled)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """`nn.DataParallel` calls its replicas in threads, whose contexts are fresh."""
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.sample_in_eval = self.draws
+        return replica
 
 
 class _WindowPool(StochasticPool):
