@@ -10,7 +10,7 @@ import torch
 from torch.overrides import wrap_torch_function
 
 from . import autograd
-from .window import Window
+from .window import Window, known
 
 Pooled: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -208,6 +208,7 @@ def _pool(
         input = input.unsqueeze(-2)
     batched = input if input.dim() == max(dims, 2) + 2 else input.unsqueeze(0)
     _check(batched, bias, window)
+    window = window.bounded(*batched.shape[2:])
     if return_indices and not training:
         raise RuntimeError(
             "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
@@ -295,13 +296,17 @@ def _window(
     ceil_mode: bool = False,
 ) -> Window:
     """The window of arguments with `dims` numbers or one, for pools over `dims` dimensions."""
-    return Window.of(
+    arguments = (
         _numbers(kernel_size, dims, "kernel_size"),
         _numbers(kernel_size if stride is None or _empty(stride) else stride, dims, "stride"),
         _numbers(padding, dims, "padding"),
         _numbers(dilation, dims, "dilation"),
-        bool(ceil_mode),
     )
+    if dims > 1 and any(known(number >= 2**31) for numbers in arguments for number in numbers):
+        raise RuntimeError("value cannot be converted to type int without overflow")
+    window = Window.of(*arguments, bool(ceil_mode))
+    window.check()
+    return window
 
 
 def _empty(value: int | Sequence[int]) -> bool:
