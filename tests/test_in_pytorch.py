@@ -23,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from stochastic_pooling import (
+    AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
+    AdaptiveStochasticPool3d,
     StochasticPool1d,
     StochasticPool2d,
     StochasticPool3d,
@@ -41,7 +43,9 @@ MODULES = [
     StochasticPool1d(2),
     StochasticPool2d((3, 2), stride=2, padding=1, dilation=1, ceil_mode=True),
     StochasticPool3d(2, sample_in_eval=True),
+    AdaptiveStochasticPool1d(3),
     AdaptiveStochasticPool2d((2, None), return_indices=True),
+    AdaptiveStochasticPool3d(1, sample_in_eval=True),
 ]
 
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from .functional import (
     Pooled,
+    adaptive_stochastic_pool1d,
     adaptive_stochastic_pool2d,
+    adaptive_stochastic_pool3d,
     stochastic_pool1d,
     stochastic_pool2d,
     stochastic_pool3d,
@@ -130,13 +132,10 @@ class StochasticPool3d(_WindowPool):
     _pool = staticmethod(stochastic_pool3d)
 
 
-class AdaptiveStochasticPool2d(StochasticPool):
-    """Stochastic pooling to a given output size, with the windows of `nn.AdaptiveMaxPool2d`; see
-    `adaptive_stochastic_pool2d`.
+class _AdaptivePool(StochasticPool):
+    """A pool with the arguments of `nn.AdaptiveMaxPool2d`."""
 
-    Args:
-        output_size: one int, or (height, width); None keeps the input's size.
-    """
+    _pool: ClassVar[Callable[..., Pooled]]
 
     def __init__(
         self,
@@ -151,7 +150,7 @@ class AdaptiveStochasticPool2d(StochasticPool):
         self.sample_in_eval = sample_in_eval
 
     def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> Pooled:
-        return adaptive_stochastic_pool2d(
+        return type(self)._pool(
             input,
             self.output_size,
             return_indices=self.return_indices,
@@ -162,3 +161,28 @@ class AdaptiveStochasticPool2d(StochasticPool):
     def extra_repr(self) -> str:
         text = f"output_size={self.output_size}"
         return text + ", sample_in_eval=True" if self.sample_in_eval else text
+
+
+class AdaptiveStochasticPool1d(_AdaptivePool):
+    """Stochastic pooling to a given length, with the windows of `nn.AdaptiveMaxPool1d`; see
+    `adaptive_stochastic_pool1d`."""
+
+    _pool = staticmethod(adaptive_stochastic_pool1d)
+
+
+class AdaptiveStochasticPool2d(_AdaptivePool):
+    """Stochastic pooling to a given output size, with the windows of `nn.AdaptiveMaxPool2d`; see
+    `adaptive_stochastic_pool2d`.
+
+    Args:
+        output_size: one int, or (height, width); None keeps the input's size.
+    """
+
+    _pool = staticmethod(adaptive_stochastic_pool2d)
+
+
+class AdaptiveStochasticPool3d(_AdaptivePool):
+    """Stochastic pooling to a given output size, with the windows of `nn.AdaptiveMaxPool3d`; see
+    `adaptive_stochastic_pool3d`."""
+
+    _pool = staticmethod(adaptive_stochastic_pool3d)

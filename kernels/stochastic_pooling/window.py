@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -121,9 +121,11 @@ class Window:
     def bounded(self, *size: int) -> Window:
         """A window with the same cells of planes or volumes of this size, whose numbers are at most
         some times the size, whatever these are. Its padding may be more than half of its kernel."""
+        # ONNX takes numbers, no symbols, and its kernels do not mind large ones.
+        exceeds = known if torch.onnx.is_in_onnx_export() else bool
         sides = [
             _bounded(length, *side, self.ceil_mode)
-            if any(known(number > ORDINARY) and number > length for number in side)
+            if any(known(number > ORDINARY) and exceeds(number > length) for number in side)
             else side
             for length, side in zip(size, self.sides(len(size)), strict=True)
         ]
@@ -190,9 +192,10 @@ def _outputs(
 ) -> int:
     span = length + 2 * padding - dilation * (kernel - 1) - 1
     outputs = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
-    # With ceil_mode, a last window that starts beyond the input and its left padding is dropped.
-    if ceil_mode and (outputs - 1) * stride >= length + padding:
-        outputs -= 1
+    if ceil_mode:
+        # A last window that starts beyond the input and its left padding is dropped. Not by an
+        # `if`: an export would keep one answer for every size.
+        outputs = -larger(-outputs, -((length + padding + stride - 1) // stride))
     return outputs
 
 
@@ -220,7 +223,13 @@ def _bounded(
     return kernel - 2 * outside, stride, padding - outside, 1
 
 
-def known(condition: bool) -> bool:
+def larger(one: Any, other: Any) -> Any:
+    """`max`, without a guard on symbols; Dynamo has that of `max`, and not always the other."""
+    compiling = torch.compiler.is_dynamo_compiling()
+    return max(one, other) if compiling else torch.sym_max(one, other)
+
+
+def known(condition: bool | torch.SymBool) -> bool:
     """Whether it holds for sure: under a compiler, without a guard on its symbols."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
