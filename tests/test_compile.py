@@ -6,18 +6,24 @@ import copy
 import io
 import shutil
 import sys
+from threading import Thread
 
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from stochastic_pooling import (
+    AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
+    AdaptiveStochasticPool3d,
     StochasticPool1d,
     StochasticPool2d,
     StochasticPool3d,
+    average_draws,
+    sampling,
     stochastic_pool2d,
 )
 
@@ -90,7 +96,12 @@ def test_one_graph_for_every_batch_size(training, network_and_shape, device):
 
 
 def test_one_graph_for_every_image_size(device):
-    for pool in (StochasticPool2d(3, 2, 1), AdaptiveStochasticPool2d((5, 4))):
+    for pool in (
+        StochasticPool2d(3, 2, 1),
+        StochasticPool2d(2, 3, 1, ceil_mode=True),
+        StochasticPool2d(2, 10**7),
+        AdaptiveStochasticPool2d((5, 4)),
+    ):
         torch._dynamo.reset()
         network = TwoPools(pool, nn.Conv2d).to(device)
         parameters = list(network.parameters())
@@ -169,6 +180,54 @@ def test_transforms_compile(training, device):
         torch.testing.assert_close(compiled(argument), expected)
 
 
+def test_compiled_model_samples_where_asked_to(device):
+    model = nn.Sequential(StochasticPool2d(2), AdaptiveStochasticPool2d(4)).to(device).eval()
+    x = torch.rand(2, 3, 16, 16, device=device)
+    expectation = model(x)
+    counter = counting("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), expectation)
+        with sampling(model):
+            assert not torch.equal(compiled(x), compiled(x))
+            thread = Thread(target=lambda: torch.testing.assert_close(compiled(x), expectation))
+            thread.start()
+            thread.join()
+        assert average_draws(compiled, x, draws=2).std.max() > 0
+    assert counter.frame_count == 3  # the expectation, draws, and draws without gradients
+
+
+TRACERS = {
+    "torch.fx": lambda model, x: fx.symbolic_trace(model).eval(),
+    "make_fx": lambda model, x: make_fx(model)(x).eval(),
+    "torch.jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
+    "torch.export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "strict torch.export": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_average_of_what_was_traced(tracer, device):
+    """A graph keeps what the pools did when it was made."""
+    x = torch.rand(2, 3, 8, 8, device=device)
+    model = nn.Sequential(StochasticPool2d(2), nn.BatchNorm2d(3)).to(device).eval()
+    frozen = TRACERS[tracer](model, x)
+    with sampling(model):
+        drawing = TRACERS[tracer](model, x)
+    assert average_draws(drawing, x).std.max() > 0
+    with pytest.raises(ValueError, match=r"exported .* within sampling\(model\)"), sampling(frozen):
+        pass
+    # Its dropout makes the outputs differ; no pool does.
+    beside_dropout = nn.Sequential(frozen, nn.Dropout())
+    beside_dropout.training = False
+    for model in (frozen, beside_dropout):
+        with pytest.raises(ValueError, match=r"exported .* within sampling\(model\)"):
+            average_draws(model, x)
+
+
 def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -192,17 +251,63 @@ def test_export_of_a_model_in_evaluation(strict, network_and_shape, device):
         torch.testing.assert_close(output, expected)
 
 
-def test_export_of_uneven_windows_for_any_image_size(device):
-    pool = AdaptiveStochasticPool2d(4).to(device).eval()
-    dynamic = torch.export.Dim.DYNAMIC
-    program = torch.export.export(
+# What the case is for: (pool, size it is exported with, other sizes).
+DYNAMIC = {
+    "ceil_mode, last windows dropped": (
+        *(StochasticPool2d(2, 3, 1, ceil_mode=True), (10, 12)),
+        [(1, 1), (2, 3), (3, 4), (11, 5), (12, 13)],
+    ),
+    "dilated": (StochasticPool2d(3, 2, 1, 2, ceil_mode=True), (10, 12), [(5, 6), (11, 8)]),
+    "1d": (StochasticPool1d(2, 3, 1, ceil_mode=True), (10,), [(1,), (2,), (3,), (14,)]),
+    "3d": (StochasticPool3d(2, 3, 1, ceil_mode=True), (6, 7, 8), [(2, 3, 4), (7, 5, 9)]),
+    "huge stride": (StochasticPool2d(2, 10**7), (10, 12), [(2, 3), (13, 5)]),
+    "global": (AdaptiveStochasticPool2d(1), (10, 12), [(1, 1), (7, 5)]),
+    "adaptive": (AdaptiveStochasticPool2d(3), (10, 11), [(1, 2), (9, 6), (13, 9), (7, 22)]),
+    "adaptive, even": (AdaptiveStochasticPool2d((3, 2)), (9, 8), [(3, 4), (7, 22), (2, 1)]),
+    "adaptive, 1d": (AdaptiveStochasticPool1d(4), (10,), [(3,), (8,), (15,)]),
+    "adaptive, 3d": (AdaptiveStochasticPool3d((2, None, 1)), (5, 6, 7), [(4, 3, 5), (1, 8, 9)]),
+}
+
+
+@pytest.mark.parametrize("case", DYNAMIC)
+def test_export_for_any_image_size(case, device):
+    pool, size, others = DYNAMIC[case]
+    pool.eval()
+    dynamic = dict.fromkeys(range(2, 2 + len(size)), torch.export.Dim.DYNAMIC)
+    x = torch.randn(2, 3, *size, device=device)
+    exported = torch.export.export(pool, (x,), dynamic_shapes=(dynamic,)).module()
+    for other in (size, *others):
+        # Export takes sizes of 1 for constants, the output's too, and refuses what differs.
+        if min(other) > 2:
+            x = torch.randn(2, 3, *other, device=device)
+            torch.testing.assert_close(exported(x), pool(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("case", DYNAMIC)
+def test_onnx_for_any_image_size(case, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    pool, size, others = DYNAMIC[case]
+    pool.eval()
+    dynamic = dict.fromkeys((0, *range(2, 2 + len(size))), torch.export.Dim.DYNAMIC)
+    torch.onnx.export(
         pool,
-        (torch.randn(2, 3, 10, 11, device=device),),
-        dynamic_shapes=({2: dynamic, 3: dynamic},),
+        (torch.randn(2, 3, *size),),
+        tmp_path / "pool.onnx",
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=(dynamic,),
     )
-    for size in ((10, 11), (13, 9), (7, 22)):
-        x = torch.randn(2, 3, *size, device=device)
-        torch.testing.assert_close(program.module()(x), pool(x))
+    session = onnxruntime.InferenceSession(
+        tmp_path / "pool.onnx", providers=["CPUExecutionProvider"]
+    )
+    for other in (size, *others):
+        x = torch.randn(3, 3, *other)
+        x[0] = -1
+        x[1].flatten()[-1] = torch.nan  # in its own windows alone
+        (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(output), pool(x), equal_nan=True)
 
 
 def test_exported_training_graph_draws_and_trains(device):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import io
 import pickle
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from stochastic_pooling import (
+    AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
+    AdaptiveStochasticPool3d,
     StochasticPool1d,
     StochasticPool2d,
     StochasticPool3d,
@@ -39,7 +43,9 @@ MODULES = [
     StochasticPool1d(2),
     StochasticPool2d((3, 2), stride=2, padding=1, dilation=1, ceil_mode=True),
     StochasticPool3d(2, sample_in_eval=True),
+    AdaptiveStochasticPool1d(3),
     AdaptiveStochasticPool2d((2, None), return_indices=True),
+    AdaptiveStochasticPool3d(1, sample_in_eval=True),
 ]
 
 
@@ -254,7 +260,6 @@ def test_average_of_draws_is_the_expectation(device):
     sums = [9 * F.avg_pool2d(w**power, 3, 1, 1) for power in (1, 2, 3)]
     variance = sums[2] / sums[0].clamp(min=1e-9) - (sums[1] / sums[0].clamp(min=1e-9)) ** 2
     torch.testing.assert_close(average.std**2, variance, rtol=0.2, atol=0.02)
-    assert not pool.sample_in_eval
 
 
 def test_average_of_probabilities(device):
@@ -303,14 +308,109 @@ def test_average_says_what_is_wrong(device):
         average_draws(StochasticPool2d(2, return_indices=True).eval(), x)
     with pytest.raises(TypeError, match=r"of torch\.int64, which has no mean"):
         average_draws(pool, x, transform=lambda output: output.argmax(-1))
-    part = nn.Sequential(pool, nn.Dropout()).eval()
+    part = nn.Sequential(pool, nn.BatchNorm2d(1)).eval()
     part[1].train()
-    with pytest.raises(ValueError, match="a part of it, is in training mode"):
+    with pytest.raises(ValueError, match="1, a part of the model, is in training mode"):
         average_draws(part, x)
+    assert part[1].num_batches_tracked == 0
     # The pools are as before, whatever happened inside.
     with pytest.raises(RuntimeError), sampling(pool):
         pool(x[0, 0])
-    assert not pool.sample_in_eval
+    assert torch.equal(pool(x), pool(x))
+
+
+def test_average_beside_dropout_and_with_keyword_inputs(device):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.dropout = StochasticPool2d(2), nn.Dropout()
+
+        def forward(self, x: torch.Tensor, *, scale: float) -> torch.Tensor:
+            return self.dropout(self.pool(x)) * scale
+
+    model, x = Scaled().eval(), torch.ones(1, 1, 64, 64, device=device)
+    assert set(average_draws(model, x, scale=3, draws=2).mean.unique().tolist()) == {3.0}
+    model.dropout.train()
+    # Nothing, or twice a weight of 1.
+    assert set(average_draws(model, x, scale=3, draws=2).mean.unique().tolist()) == {0.0, 3.0, 6.0}
+    assert model.dropout.training
+
+
+# ---------------------------------------------------------------- sampling is the caller's own
+
+
+class Calls:
+    """A pool in evaluation, and whether a call of it draws."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = StochasticPool2d(2).eval()
+        self.x = torch.rand(1, 1, 32, 32, device=device) + 0.5
+        self.expectation = self.pool(self.x)
+
+    def draw(self) -> bool:
+        return not torch.equal(self.pool(self.x), self.expectation)
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_overlapping_samplings_end_with_the_last(first_to_end, device):
+    calls = Calls(device)
+    contexts = [sampling(calls.pool), sampling(nn.Sequential(calls.pool, StochasticPool2d(2)))]
+    for context in contexts:
+        context.__enter__()
+    contexts.pop(first_to_end).__exit__(None, None, None)
+    assert calls.draw()
+    contexts.pop().__exit__(None, None, None)
+    assert not calls.draw()
+    calls.pool.sample_in_eval = True
+    with sampling(calls.pool):
+        pass
+    assert calls.draw()
+
+
+def test_sampling_is_not_that_of_other_threads_or_tasks(device):
+    calls = Calls(device)
+    with ThreadPoolExecutor(1) as other, sampling(calls.pool):
+        assert not other.submit(calls.draw).result()
+        assert calls.draw()
+    assert not calls.draw()
+
+    async def tasks() -> tuple[bool, bool]:
+        inside = asyncio.Event()
+
+        async def one() -> bool:
+            with sampling(calls.pool):
+                inside.set()
+                await asyncio.sleep(0)
+                return calls.draw()
+
+        async def another() -> bool:
+            await inside.wait()
+            return calls.draw()
+
+        return tuple(await asyncio.gather(one(), another()))
+
+    assert asyncio.run(tasks()) == (True, False)
+    assert not calls.draw()
+
+
+def test_threads_that_average_leave_the_pool_as_it_was(device):
+    calls = Calls(device)
+    with ThreadPoolExecutor(4) as threads:
+        averages = [threads.submit(average_draws, calls.pool, calls.x, draws=9) for _ in range(8)]
+        while not all(average.done() for average in averages):
+            assert not calls.draw()
+        assert all(average.result().std.max() > 0 for average in averages)
+        assert not any(threads.submit(calls.draw).result() for _ in range(4))
+    assert not calls.draw()
+
+
+def test_replicas_of_data_parallel_draw_in_their_threads(device):
+    calls = Calls(device)
+    with sampling(calls.pool):
+        replica = calls.pool._replicate_for_data_parallel()
+    with ThreadPoolExecutor(1) as thread:
+        assert not torch.equal(thread.submit(replica, calls.x).result(), calls.expectation)
+    assert not calls.draw()
 
 
 # ---------------------------------------------------------------- processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -16,8 +17,9 @@ from stochastic_pooling import (
     ops,
     stochastic_pool1d,
     stochastic_pool2d,
+    stochastic_pool3d,
 )
-from stochastic_pooling.window import Window
+from stochastic_pooling.window import Window, _bounded, _outputs
 
 from .conftest import generator
 from .windows import CASES, DTYPES, LAYOUTS
@@ -58,6 +60,8 @@ def test_shapes_and_formats_are_those_of_max_pool2d(case):
         (3, (1, 2, 3)),
         (2.5,),
         (3, 1, 1.0),
+        (3, 2**31),
+        (2**31 + 1, 1, 2**30),
     ],
     ids=str,
 )
@@ -139,6 +143,78 @@ def test_unbatched_empty_and_one_dimensional(backend, device):
         output.sum().backward()
         assert empty.grad.shape == empty.shape
         assert torch.equal(bias.grad, torch.zeros_like(bias))
+
+
+INT_MAX = 2**31 - 1
+# What the case is for: (kernel, stride, padding, dilation, ceil_mode), outputs for four cells.
+HUGE = {
+    "stride": ((2, 10**7, 0, 1, False), 1),
+    "largest stride, padded": ((3, INT_MAX, 1, 1, True), 1),
+    "kernel": ((10**6, 2, 5 * 10**5, 1, False), 3),
+    "largest kernel": ((INT_MAX, 1, INT_MAX // 2, 1, False), 4),
+    "all but dilation": ((INT_MAX, INT_MAX, INT_MAX // 2, 1, True), 1),
+    "two windows": ((2 * 10**6, 10**6 + 3, 10**6, 1, True), 2),
+    "dilation of one cell": ((1, 2, 0, INT_MAX, False), 2),
+    "dilation that steps over": ((2, INT_MAX, 1, 10**6, True), 1),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_huge_arguments_cost_no_more_than_the_tensors(case, backend, device):
+    """Forward, backward and second derivatives; as they are they would need terabytes."""
+    (*arguments, ceil_mode), outputs = HUGE[case]
+    x = torch.rand(1, 2, 4, 4, device=device, requires_grad=True)
+    output, indices = stochastic_pool2d(x, *arguments, ceil_mode=ceil_mode, return_indices=True)
+    assert output.shape == (1, 2, outputs, outputs)
+    drawn = torch.where(output > 0, x.flatten(2).gather(2, indices.flatten(2)).view_as(output), 0)
+    assert torch.equal(output, drawn)
+    (grad,) = torch.autograd.grad(output.sum(), x)
+    assert grad.sum() == (output > 0).sum()
+    mean = stochastic_pool2d(x, *arguments, ceil_mode=ceil_mode, training=False)
+    (grad,) = torch.autograd.grad(mean.sum(), x, create_graph=True)
+    torch.testing.assert_close((grad * x).sum(), mean.sum())  # homogeneous of degree 1
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    torch.testing.assert_close((second * x).sum(), x.new_zeros(()), rtol=0, atol=1e-5)
+
+
+def test_bounded_windows_hold_the_same_cells():
+    """All small windows: what stands for huge ones is drawn from in the same order."""
+    counted = 0
+    for length, kernel, stride, dilation in itertools.product(
+        (1, 2, 5), (1, 2, 3, 4, 7, 12), (1, 2, 3, 5, 9, 11, 30), (1, 2, 3, 6)
+    ):
+        for padding, ceil_mode in itertools.product(range(kernel // 2 + 1), (False, True)):
+            side = (kernel, stride, padding, dilation)
+            outputs = _outputs(length, *side, ceil_mode)
+            if outputs < 1:
+                continue
+            other = _bounded(length, *side, ceil_mode)
+            assert _outputs(length, *other, ceil_mode) == outputs
+            assert cells_inside(length, outputs, *other) == cells_inside(length, outputs, *side)
+            assert max(other) <= 4 * length + 4
+            counted += 1
+    assert counted > 1000
+
+
+def cells_inside(
+    length: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int
+) -> list[list[int]]:
+    starts = [stride * output - padding for output in range(outputs)]
+    windows = [range(start, start + kernel * dilation, dilation) for start in starts]
+    return [[cell for cell in window if 0 <= cell < length] for window in windows]
+
+
+def test_huge_arguments_in_one_and_three_dimensions(device):
+    for pool, maximum, dims in (
+        (stochastic_pool1d, F.max_pool1d, 1),
+        (stochastic_pool3d, F.max_pool3d, 3),
+    ):
+        x = torch.rand(1, 2, *[4] * dims, device=device)
+        for arguments in ((2, 10**7), (10**6, 3, 5 * 10**5)):
+            output, indices = pool(x, *arguments, return_indices=True)
+            assert output.shape == maximum(x, *arguments).shape
+            assert torch.equal(x.flatten(2).gather(2, indices.flatten(2)).view_as(output), output)
+            assert pool(x, *arguments, training=False).shape == output.shape
 
 
 # ---------------------------------------------------------------- the draw

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from stochastic_pooling import (
+    adaptive_stochastic_pool1d,
     adaptive_stochastic_pool2d,
+    adaptive_stochastic_pool3d,
     philox,
     reference,
     stochastic_pool2d,
@@ -139,17 +142,34 @@ def test_numba_says_that_it_serves_planes(monkeypatch):
         stochastic_pool3d(torch.randn(1, 1, 2, 2, 2), 2)
 
 
-@pytest.mark.parametrize("output_size", [1, (2, 3), (5, 4), (7, None), 9], ids=str)
-def test_adaptive_windows_are_those_of_adaptive_max_pool2d(output_size, device):
+ADAPTIVE = {
+    1: (adaptive_stochastic_pool1d, F.adaptive_max_pool1d, (11,), [1, 4, (11,), 17]),
+    2: (
+        *(adaptive_stochastic_pool2d, F.adaptive_max_pool2d, (7, 9)),
+        [1, (2, 3), (5, 4), (7, None), 9],
+    ),
+    3: (
+        *(adaptive_stochastic_pool3d, F.adaptive_max_pool3d, (3, 4, 5)),
+        [1, 2, (3, 2, 5), (2, None, 4), 6],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("dims", "output_size"),
+    [(dims, output_size) for dims, (*_, sizes) in ADAPTIVE.items() for output_size in sizes],
+    ids=str,
+)
+def test_adaptive_windows_are_those_of_adaptive_max_pool(dims, output_size, device):
     """Weights so far apart that the largest is all but 2**-16 of the sum: it is what is drawn."""
-    ranks = torch.rand(2, 3, 7 * 9, device=device).argsort(-1).view(2, 3, 7, 9)
+    pool, max_pool, size, _ = ADAPTIVE[dims]
+    ranks = torch.rand(2, 3, math.prod(size), device=device).argsort(-1).view(2, 3, *size)
     x = torch.pow(2.0, 16 * ranks.double())
-    drawn = adaptive_stochastic_pool2d(
-        x, output_size, return_indices=True, generator=generator(device)
-    )
-    maximum = F.adaptive_max_pool2d(x, output_size, return_indices=True)
-    for result, expected in zip(drawn, maximum, strict=True):
-        assert torch.equal(result, expected)
+    for input in (x, x[0]):
+        drawn = pool(input, output_size, return_indices=True, generator=generator(device))
+        maximum = max_pool(input, output_size, return_indices=True)
+        for result, expected in zip(drawn, maximum, strict=True):
+            assert torch.equal(result, expected)
 
 
 def test_adaptive_pool_of_equal_windows_is_the_pool(device):
@@ -186,3 +206,5 @@ def test_adaptive_dead_windows_and_bad_arguments(device):
             adaptive_stochastic_pool2d(x, wrong)
     with pytest.raises(RuntimeError, match="Expected 3D or 4D"):
         adaptive_stochastic_pool2d(x[0, 0], 1)
+    with pytest.raises(RuntimeError, match="pool3d: output_size must be one int or three"):
+        adaptive_stochastic_pool3d(x, (1, 2))

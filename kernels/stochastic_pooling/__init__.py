@@ -2,13 +2,17 @@
 
 from .convert import fuse, replace_pooling
 from .functional import (
+    adaptive_stochastic_pool1d,
     adaptive_stochastic_pool2d,
+    adaptive_stochastic_pool3d,
     stochastic_pool1d,
     stochastic_pool2d,
     stochastic_pool3d,
 )
 from .modules import (
+    AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
+    AdaptiveStochasticPool3d,
     StochasticPool,
     StochasticPool1d,
     StochasticPool2d,
@@ -17,12 +21,16 @@ from .modules import (
 from .monte_carlo import average_draws, sampling
 
 __all__ = [
+    "AdaptiveStochasticPool1d",
     "AdaptiveStochasticPool2d",
+    "AdaptiveStochasticPool3d",
     "StochasticPool",
     "StochasticPool1d",
     "StochasticPool2d",
     "StochasticPool3d",
+    "adaptive_stochastic_pool1d",
     "adaptive_stochastic_pool2d",
+    "adaptive_stochastic_pool3d",
     "average_draws",
     "fuse",
     "replace_pooling",

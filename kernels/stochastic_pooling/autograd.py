@@ -343,8 +343,34 @@ def _composed_expectation(
         # Both means have one divisor, which their quotient does not.
         mean = F.avg_pool2d if input.dim() == 4 else F.avg_pool3d
         total, squares = (mean(x, kernel, stride, padding) for x in (w, w * w))
+    return _quotient(squares, total).to(input.dtype)
+
+
+def composed_adaptive_expectation(
+    input: torch.Tensor, bias: torch.Tensor | None, outputs: Sequence[int]
+) -> torch.Tensor:
+    """`_composed_expectation` of adaptive windows, for ONNX: right at every size, though the
+    windows' sizes follow it."""
+    w = reference.rectify(input, bias)
+    total, squares = w, w * w
+    for dim, out in enumerate(outputs, 2):
+        length = w.shape[dim]
+        if out is length:
+            continue
+        cell = torch.arange(length, device=w.device)
+        window = torch.arange(out, device=w.device)[:, None]
+        # From floor(window * length / out) to ceil((window + 1) * length / out), [out, length].
+        inside = ((cell + 1) * out > window * length) & (cell * out < (window + 1) * length)
+        total, squares = (
+            torch.where(inside, x.movedim(dim, -1)[..., None, :], 0).sum(-1).movedim(-1, dim)
+            for x in (total, squares)
+        )
+    return _quotient(squares, total).to(input.dtype)
+
+
+def _quotient(squares: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     live = total > 0
-    return torch.where(live, squares / torch.where(live, total, 1), total).to(input.dtype)
+    return torch.where(live, squares / torch.where(live, total, 1), total)
 
 
 def _expectation_tangent(

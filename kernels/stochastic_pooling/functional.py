@@ -10,7 +10,7 @@ import torch
 from torch.overrides import wrap_torch_function
 
 from . import autograd
-from .window import Window
+from .window import Window, known, larger
 
 Pooled: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -138,54 +138,98 @@ def adaptive_stochastic_pool2d(
 
     Output row i pools the input rows from floor(i H / OH) to ceil((i + 1) H / OH), columns alike;
     an output size of 1 pools whole planes. All else as `stochastic_pool2d`. Where H or W is not a
-    multiple of the output size, windows differ in size: the input is then laid out window by
-    window first, which takes memory of up to (1 + OH / H) (1 + OW / W) inputs, and a bias of
-    infinity gives NaN.
+    multiple of the output size, or not known to be while `torch.compile` or an export works with
+    symbolic sizes, the input is laid out window by window first: that takes memory of up to
+    (1 + 2 OH / H) (1 + 2 OW / W) inputs, and a bias of infinity gives NaN.
 
     Args:
         output_size: one int, or (OH, OW); None keeps the input's size.
     """
+    return _adaptive(2, input, output_size, return_indices, bias, training, generator)
+
+
+@_overridable
+def adaptive_stochastic_pool1d(
+    input: torch.Tensor,
+    output_size: int | Sequence[int | None] | None,
+    *,
+    return_indices: bool = False,
+    bias: torch.Tensor | None = None,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Pooled:
+    """`adaptive_stochastic_pool2d` over `(N, C, L)` or `(C, L)`, as `F.adaptive_max_pool1d`."""
+    return _adaptive(1, input, output_size, return_indices, bias, training, generator)
+
+
+@_overridable
+def adaptive_stochastic_pool3d(
+    input: torch.Tensor,
+    output_size: int | Sequence[int | None] | None,
+    *,
+    return_indices: bool = False,
+    bias: torch.Tensor | None = None,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Pooled:
+    """`adaptive_stochastic_pool2d` over `(N, C, D, H, W)` or `(C, D, H, W)`, as
+    `F.adaptive_max_pool3d`."""
+    return _adaptive(3, input, output_size, return_indices, bias, training, generator)
+
+
+def _adaptive(
+    dims: int,
+    input: torch.Tensor,
+    output_size: int | Sequence[int | None] | None,
+    return_indices: bool,
+    bias: torch.Tensor | None,
+    training: bool,
+    generator: torch.Generator | None,
+) -> Pooled:
+    """The adaptive pool over the last `dims` dimensions."""
+    name = f"adaptive_stochastic_pool{dims}d"
     _check_tensors(input, bias)
-    if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
+    if input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
         raise RuntimeError(
-            "adaptive_stochastic_pool2d(): Expected 3D or 4D tensor with optional 0 dim batch size "
+            f"{name}(): Expected {dims + 1}D or {dims + 2}D tensor with optional 0 dim batch size "
             f"for input, but got:{list(input.shape)}"
         )
-    sizes = input.shape[-2:]
-    wanted = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
-    if len(wanted) != 2:
-        raise RuntimeError(
-            f"adaptive_stochastic_pool2d: output_size must be one int or two, got {output_size!r}"
-        )
+    sizes = input.shape[-dims:]
+    wanted = output_size if isinstance(output_size, Sequence) else [output_size] * dims
+    if len(wanted) != dims:
+        many = ("one", "two", "three")[dims - 1]
+        raise RuntimeError(f"{name}: output_size must be one int or {many}, got {output_size!r}")
     outputs = [
         size if out is None else _numbers(out, 1, "output_size")[0]
         for size, out in zip(sizes, wanted, strict=True)
     ]
     if min(outputs) < 1:
-        raise RuntimeError(
-            f"adaptive_stochastic_pool2d: output_size must be positive, got {output_size!r}"
-        )
-    if all(size % out == 0 for size, out in zip(sizes, outputs, strict=True)):
-        window = _window(2, [size // out for size, out in zip(sizes, outputs, strict=True)])
-        return _pool(2, input, window, return_indices, bias, training, generator)
+        raise RuntimeError(f"{name}: output_size must be positive, got {output_size!r}")
+    if torch.onnx.is_in_onnx_export() and not training and not return_indices:
+        batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
+        output = autograd.composed_adaptive_expectation(batched, bias, outputs)
+        return output if batched is input else output.squeeze(0)
+    if all(known(size % out == 0) for size, out in zip(sizes, outputs, strict=True)):
+        window = _window(dims, [size // out for size, out in zip(sizes, outputs, strict=True)])
+        return _pool(dims, input, window, return_indices, bias, training, generator)
     kernel: list[int] = []
     places: list[torch.Tensor] = []
-    for dim, size, out in zip((-2, -1), sizes, outputs, strict=True):
+    for dim, (size, out) in enumerate(zip(sizes, outputs, strict=True), -dims):
         cells, place, absent = _adaptive_windows(size, out, input.device)
         kernel.append(cells)
         places.append(place)
         input = input.index_select(dim, place)
-        shape = (-1, 1) if dim == -2 else (-1,)
         # Never drawn: max(-inf + bias, 0) is 0 for any finite bias.
-        input = input.masked_fill(absent.view(shape), -torch.inf)
-    window = _window(2, kernel)
-    pooled = _pool(2, input, window, return_indices, bias, training, generator)
+        input = input.masked_fill(absent.view(-1, *[1] * (-dim - 1)), -torch.inf)
+    pooled = _pool(dims, input, _window(dims, kernel), return_indices, bias, training, generator)
     if not isinstance(pooled, tuple):
         return pooled
-    output, indices = pooled
-    rows, cols = places
-    width = input.shape[-1]
-    return output, rows[indices // width] * sizes[1] + cols[indices % width]
+    output, rest = pooled
+    flat, pitch = torch.zeros_like(rest), 1
+    for size, place in zip(reversed(sizes), reversed(places), strict=True):
+        flat = flat + place[rest % len(place)] * pitch
+        rest, pitch = rest // len(place), pitch * size
+    return output, flat
 
 
 def _pool(
@@ -208,6 +252,7 @@ def _pool(
         input = input.unsqueeze(-2)
     batched = input if input.dim() == max(dims, 2) + 2 else input.unsqueeze(0)
     _check(batched, bias, window)
+    window = window.bounded(*batched.shape[2:])
     if return_indices and not training:
         raise RuntimeError(
             "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
@@ -242,7 +287,10 @@ def _adaptive_windows(
 ) -> tuple[int, torch.Tensor, torch.Tensor]:
     """Cells of the longest window along one dimension; then, window by window, the positions of
     as many cells, and whether the window does not have that cell."""
-    cells = max(-(-(i + 1) * length // outputs) - i * length // outputs for i in range(outputs))
+    # At most two more than the quotient; which of them, is not known of a symbolic length.
+    rest = length % outputs
+    more = 1 if known(outputs % larger(rest, 1) == 0) else 2
+    cells = length // outputs + (0 if known(rest == 0) else more)
     # On the device and from a range: a list would be copied there, which waits for the device and
     # which no CUDA graph can capture, and `torch.export` would fix a symbolic length.
     number = torch.arange(outputs, device=device)[:, None]
@@ -295,13 +343,17 @@ def _window(
     ceil_mode: bool = False,
 ) -> Window:
     """The window of arguments with `dims` numbers or one, for pools over `dims` dimensions."""
-    return Window.of(
+    arguments = (
         _numbers(kernel_size, dims, "kernel_size"),
         _numbers(kernel_size if stride is None or _empty(stride) else stride, dims, "stride"),
         _numbers(padding, dims, "padding"),
         _numbers(dilation, dims, "dilation"),
-        bool(ceil_mode),
     )
+    if dims > 1 and any(known(number >= 2**31) for numbers in arguments for number in numbers):
+        raise RuntimeError("value cannot be converted to type int without overflow")
+    window = Window.of(*arguments, bool(ceil_mode))
+    window.check()
+    return window
 
 
 def _empty(value: int | Sequence[int]) -> bool:

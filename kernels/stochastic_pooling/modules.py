@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from .functional import (
     Pooled,
+    adaptive_stochastic_pool1d,
     adaptive_stochastic_pool2d,
+    adaptive_stochastic_pool3d,
     stochastic_pool1d,
     stochastic_pool2d,
     stochastic_pool3d,
 )
+
+sampled: ContextVar[tuple[nn.Module, ...]] = ContextVar("sampled")
+
+
+class Nothing(tuple[nn.Module, ...]):
+    """Empty; `nothing.sampled` is `sampled.get(nothing)`.
+
+    A property with a getter that is not Python is a plain attribute to `torch.compile`, which then
+    guards on it, in the context of each call. PyTorch 2.11 cannot compile the call itself.
+    """
+
+    sampled: tuple[nn.Module, ...] = property(sampled.get)  # type: ignore[assignment]
+
+
+nothing = Nothing()
 
 
 class StochasticPool(nn.Module):
@@ -31,7 +49,13 @@ class StochasticPool(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether `forward` draws, rather than takes the expectation."""
-        return self.training or self.sample_in_eval
+        return self.training or self.sample_in_eval or any(pool is self for pool in nothing.sampled)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """`nn.DataParallel` calls its replicas in threads, whose contexts are fresh."""
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.sample_in_eval = self.draws
+        return replica
 
 
 class _WindowPool(StochasticPool):
@@ -108,13 +132,10 @@ class StochasticPool3d(_WindowPool):
     _pool = staticmethod(stochastic_pool3d)
 
 
-class AdaptiveStochasticPool2d(StochasticPool):
-    """Stochastic pooling to a given output size, with the windows of `nn.AdaptiveMaxPool2d`; see
-    `adaptive_stochastic_pool2d`.
+class _AdaptivePool(StochasticPool):
+    """A pool with the arguments of `nn.AdaptiveMaxPool2d`."""
 
-    Args:
-        output_size: one int, or (height, width); None keeps the input's size.
-    """
+    _pool: ClassVar[Callable[..., Pooled]]
 
     def __init__(
         self,
@@ -129,7 +150,7 @@ class AdaptiveStochasticPool2d(StochasticPool):
         self.sample_in_eval = sample_in_eval
 
     def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> Pooled:
-        return adaptive_stochastic_pool2d(
+        return type(self)._pool(
             input,
             self.output_size,
             return_indices=self.return_indices,
@@ -140,3 +161,28 @@ class AdaptiveStochasticPool2d(StochasticPool):
     def extra_repr(self) -> str:
         text = f"output_size={self.output_size}"
         return text + ", sample_in_eval=True" if self.sample_in_eval else text
+
+
+class AdaptiveStochasticPool1d(_AdaptivePool):
+    """Stochastic pooling to a given length, with the windows of `nn.AdaptiveMaxPool1d`; see
+    `adaptive_stochastic_pool1d`."""
+
+    _pool = staticmethod(adaptive_stochastic_pool1d)
+
+
+class AdaptiveStochasticPool2d(_AdaptivePool):
+    """Stochastic pooling to a given output size, with the windows of `nn.AdaptiveMaxPool2d`; see
+    `adaptive_stochastic_pool2d`.
+
+    Args:
+        output_size: one int, or (height, width); None keeps the input's size.
+    """
+
+    _pool = staticmethod(adaptive_stochastic_pool2d)
+
+
+class AdaptiveStochasticPool3d(_AdaptivePool):
+    """Stochastic pooling to a given output size, with the windows of `nn.AdaptiveMaxPool3d`; see
+    `adaptive_stochastic_pool3d`."""
+
+    _pool = staticmethod(adaptive_stochastic_pool3d)

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .modules import StochasticPool
+from . import ops
+from .modules import StochasticPool, nothing, sampled
+
+_NO_DRAW = (
+    "the model has no stochastic pool that draws here, so every draw would be the same: put some "
+    "in, by hand or with stochastic_pooling.replace_pooling(model); a model that was traced or "
+    "exported in evaluation holds the expectation for good, so trace it within sampling(model)"
+)
 
 
 class Average(NamedTuple):
@@ -28,23 +35,29 @@ class Average(NamedTuple):
 def sampling(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the stochastic pools of `model` draw in evaluation mode, too.
 
+    It is the caller's context: other threads and tasks get the expectation, a new thread as well.
+    A compiled model follows; one that was traced or exported keeps what it did then.
+
     Raises:
         ValueError: if it has none.
     """
-    pools = [module for module in model.modules() if isinstance(module, StochasticPool)]
+    pools = _pools(model)
     if not pools:
-        raise ValueError(
-            "the model has no stochastic pool, so every draw would be the same: put some in, by "
-            "hand or with stochastic_pooling.replace_pooling(model)"
-        )
-    before = [pool.sample_in_eval for pool in pools]
+        raise ValueError(_NO_DRAW)
+    sampled.set((*nothing.sampled, *pools))
     try:
-        for pool in pools:
-            pool.sample_in_eval = True
         yield model
     finally:
-        for pool, value in zip(pools, before, strict=True):
-            pool.sample_in_eval = value
+        # Its own alone: contexts may overlap, and end in any order.
+        left = list(nothing.sampled)
+        for pool in pools:
+            if pool in left:
+                left.remove(pool)
+        sampled.set(tuple(left) or nothing)
+
+
+def _pools(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, StochasticPool)]
 
 
 def average_draws(
@@ -52,6 +65,7 @@ def average_draws(
     *inputs: Any,
     draws: int = 10,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **keywords: Any,
 ) -> Average:
     """Average a model's output over several draws of its stochastic pools.
 
@@ -60,8 +74,9 @@ def average_draws(
     spread tells how much the output depends on the draw.
 
     Args:
-        model: in evaluation mode; it, or `transform`, gives one floating tensor.
-        inputs: what it is called with.
+        model: in evaluation mode, dropout apart, whose draws are then averaged too; it, or
+            `transform`, gives one floating tensor. A traced or exported one must have been drawing.
+        inputs, keywords: what it is called with; `draws` and `transform` are not passed on.
         draws: how many forward passes, at least 2.
         transform: applied to each output before it is averaged. Averaging probabilities is usually
             meant: `torch.exp` for a network that gives their logarithms.
@@ -71,19 +86,28 @@ def average_draws(
         `torch.manual_seed` reproduces them. No gradients.
 
     Raises:
-        ValueError: for fewer than 2 draws, a model without stochastic pools or in training mode.
+        ValueError: for fewer than 2 draws, a model that is in training mode or has a part with
+            buffers there (batch norm), or one in which no pool draws.
         TypeError: where there is no floating tensor to average.
     """
     if draws < 2:
         raise ValueError(f"draws must be at least 2 for a spread, got {draws}")
-    if any(module.training for module in model.modules()):
-        raise ValueError(
-            "the model, or a part of it, is in training mode, where dropout and batch norm would "
-            "change it from draw to draw: call model.eval() first"
-        )
-    with torch.no_grad(), sampling(model):
+    for name, module in model.named_modules():
+        # Exported programs have no modes, but bare modules and, for `eval`, a refusal of their own.
+        if not module.training or type(module) is nn.Module or "eval" in vars(module):
+            continue
+        if module is model:
+            raise ValueError("the model is in training mode: call model.eval() first")
+        if any(True for _ in module.buffers(recurse=False)):
+            raise ValueError(
+                f"{name}, a part of the model, is in training mode and has buffers, which draws "
+                "would change as they do batch norm's: call model.eval() first, then train() of "
+                "the dropouts alone"
+            )
+    context = sampling(model) if _pools(model) else contextlib.nullcontext()
+    with torch.no_grad(), ops.observed() as drawn, context:
         for count in range(1, draws + 1):
-            output = model(*inputs)
+            output = model(*inputs, **keywords)
             output = output if transform is None else transform(output)
             if not isinstance(output, torch.Tensor) or not output.is_floating_point():
                 kind = getattr(output, "dtype", type(output).__name__)
@@ -101,4 +125,7 @@ def average_draws(
             step = output - mean
             mean = mean + step / count
             squares = squares + step * (output - mean)
+    # The replay of a CUDA graph draws unobserved; then the outputs differ.
+    if not drawn and not (mean.is_cuda and squares.any()):
+        raise ValueError(_NO_DRAW)
     return Average(mean.to(dtype), (squares / (draws - 1)).sqrt().to(dtype))

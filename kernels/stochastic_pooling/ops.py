@@ -5,9 +5,11 @@ tensor are two calls with different arguments and never merged, and recomputing 
 draws the same cells again.
 """
 
+import contextlib
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -16,6 +18,19 @@ from . import reference
 from .window import Window, memory_format
 
 _BACKENDS = ("torch", "triton", "numba")
+
+_observers: ContextVar[tuple[list[None], ...]] = ContextVar("observers", default=())
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[list[None]]:
+    """A list that gets an entry at each draw in the caller's context."""
+    draws: list[None] = []
+    token = _observers.set((*_observers.get(), draws))
+    try:
+        yield draws
+    finally:
+        _observers.reset(token)
 
 
 def backend_for(device: torch.device, volumes: bool = False) -> ModuleType:
@@ -85,6 +100,8 @@ def sample(
     ceil_mode: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.sample` on the backend of the input's device."""
+    for draws in _observers.get():
+        draws.append(None)
     window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
     return backend_for(input.device, input.dim() == 5).sample(input, bias, seed, window)
 

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 from .philox import uniforms
-from .window import Window, memory_format
+from .window import Window, larger, memory_format
 
 OVERFLOW_SCALE = 2.0**-32
 # A window whose sum is smaller has no gradient in evaluation: 1 / S would overflow in fp32.
@@ -297,7 +297,7 @@ def _laid_out(volumes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _padded_size(size: Sequence[int], window: Window) -> tuple[int, ...]:
     """Depth, height and width of a volume that holds every cell of every window."""
     return tuple(
-        max((outputs - 1) * stride + (kernel - 1) * dilation + 1, length + padding)
+        larger((outputs - 1) * stride + (kernel - 1) * dilation + 1, length + padding)
         for length, outputs, (kernel, stride, padding, dilation) in zip(
             size, window.output_size(*size), window.sides(3), strict=True
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 Ints: TypeAlias = tuple[int, ...]
+
+# Up to this number arguments are left as they are, so that no symbolic size meets a guard.
+ORDINARY = 16
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,18 @@ class Window:
         dilation: Sequence[int],
         ceil_mode: bool,
     ) -> Window:
-        """The window of four (depth, height, width) triples, (height, width) pairs, or widths,
-        checked."""
+        """The window of four (depth, height, width) triples, (height, width) pairs, or widths."""
         kernel_d, kernel_h, kernel_w = _triple(kernel_size, 1)
         stride_d, stride_h, stride_w = _triple(stride, 1)
         padding_d, padding_h, padding_w = _triple(padding, 0)
         dilation_d, dilation_h, dilation_w = _triple(dilation, 1)
-        window = cls(
+        return cls(
             kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
             ceil_mode, kernel_d, stride_d, padding_d, dilation_d,
         )  # fmt: skip
-        window._check()
-        return window
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise what `F.max_pool2d` and `F.max_pool3d` would."""
         if min(self.kernel_d, self.kernel_h, self.kernel_w) <= 0:
             raise RuntimeError(
                 "kernel size should be greater than zero, but got "
@@ -116,6 +117,20 @@ class Window:
             _outputs(length, *side, self.ceil_mode)
             for length, side in zip(size, self.sides(len(size)), strict=True)
         )
+
+    def bounded(self, *size: int) -> Window:
+        """A window with the same cells of planes or volumes of this size, whose numbers are at most
+        some times the size, whatever these are. Its padding may be more than half of its kernel."""
+        # ONNX takes numbers, no symbols, and its kernels do not mind large ones.
+        exceeds = known if torch.onnx.is_in_onnx_export() else bool
+        sides = [
+            _bounded(length, *side, self.ceil_mode)
+            if any(known(number > ORDINARY) and exceeds(number > length) for number in side)
+            else side
+            for length, side in zip(size, self.sides(len(size)), strict=True)
+        ]
+        kernel_size, stride, padding, dilation = zip(*sides, strict=True)
+        return Window.of(kernel_size, stride, padding, dilation, self.ceil_mode)
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -177,10 +192,50 @@ def _outputs(
 ) -> int:
     span = length + 2 * padding - dilation * (kernel - 1) - 1
     outputs = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
-    # With ceil_mode, a last window that starts beyond the input and its left padding is dropped.
-    if ceil_mode and (outputs - 1) * stride >= length + padding:
-        outputs -= 1
+    if ceil_mode:
+        # A last window that starts beyond the input and its left padding is dropped. Not by an
+        # `if`: an export would keep one answer for every size.
+        outputs = -larger(-outputs, -((length + padding + stride - 1) // stride))
     return outputs
+
+
+def _bounded(
+    length: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> tuple[int, int, int, int]:
+    outputs = _outputs(length, kernel, stride, padding, dilation, ceil_mode)
+    if outputs == 1:
+        # One cell in front of the input, then those inside; if there is none, one behind.
+        front = -(-padding // dilation)
+        inside = max(min(kernel - 1, (length - 1 + padding) // dilation) - front + 1, 1)
+        start = min(front * dilation - padding, length)
+        dilation = dilation if inside > 1 else start + 1
+        padding = dilation - start
+        return inside + 1, length + 2 * padding, padding, dilation
+    if kernel == 1:
+        return 1, stride, 0, 1
+    if dilation > 1:  # or there would not be two outputs
+        return kernel, stride, padding, dilation
+    if stride >= 2 * length:  # of two windows, the first of which holds all
+        return length + 1, max(stride - padding, 0) + 1, 1, 1
+    # Cells that are outside in each window go, in front as many as behind: so do all sizes stay.
+    outside = min(padding - (outputs - 1) * stride, kernel - length - padding)
+    outside = max(outside, 0)
+    return kernel - 2 * outside, stride, padding - outside, 1
+
+
+def larger(one: Any, other: Any) -> Any:
+    """`max`, without a guard on symbols; Dynamo has that of `max`, and not always the other."""
+    compiling = torch.compiler.is_dynamo_compiling()
+    return max(one, other) if compiling else torch.sym_max(one, other)
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether it holds for sure: under a compiler, without a guard on its symbols."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return bool(condition)
 
 
 def _first_inside(start: torch.Tensor, dilation: int, length: int) -> torch.Tensor:
