@@ -1184,14 +1184,14 @@ def replaced(model: nn.Module) -> list[str]:
 )
 @pytest.mark.filterwarnings("error")
 def test_arguments_move_to_the_twin(pool, twin):
-    model = nn.Sequential(pool)
+    model = nn.Sequential(nn.ReLU(), pool)
     assert replace_pooling(model, types=[type(pool)], sample_in_eval=True) is model
-    assert type(model[0]) is twin
-    assert model[0].sample_in_eval
-    moved = set(vars(pool)) & set(vars(model[0])) - set(vars(nn.Module()))
+    assert type(model[1]) is twin
+    assert model[1].sample_in_eval
+    moved = set(vars(pool)) & set(vars(model[1])) - set(vars(nn.Module()))
     assert moved >= ({"output_size"} if hasattr(pool, "output_size") else {"kernel_size", "stride"})
     for name in moved:
-        assert getattr(model[0], name) == getattr(pool, name), name
+        assert getattr(model[1], name) == getattr(pool, name), name
     dimensions = {"1d": 1, "2d": 2, "3d": 3}[type(pool).__name__[-2:]]
     x = torch.randn(2, 3, *(9, 8, 7)[:dimensions])
     outputs, expected = model(x), pool(x)
@@ -1204,6 +1204,7 @@ def test_arguments_move_to_the_twin(pool, twin):
         assert output.dtype == other.dtype
 
 
+@pytest.mark.filterwarnings("ignore:replace_pooling")
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -1231,7 +1232,7 @@ def test_selection(arguments, names):
         ({"select": "3"}, r"3: AdaptiveAvgPool2d \(not in types: add nn.AdaptiveAvgPool2d\)"),
         ({"select": "2.1"}, r"2\.1: Padded \(a subclass"),
         ({"select": lambda name, pool: False}, "no pool to replace"),
-        ({"types": [nn.MaxPool1d]}, r"no pool to replace.*F\.max_pool2d .*cannot be seen"),
+        ({"types": [nn.MaxPool1d]}, r"no pool to replace.*F\.max_pool2d .*cannot be replaced"),
         ({"types": [nn.LPPool2d]}, r"LPPool2d has no stochastic twin; choose from nn\.MaxPool1d"),
     ],
     ids=str,
@@ -1282,18 +1283,116 @@ def test_shared_instances_modes_and_hooks():
 @pytest.mark.parametrize(
     ("pool", "message"),
     [
-        (nn.AvgPool2d(3, 1, 1), "0: count_include_pad"),
-        (nn.AvgPool1d(3, 1, 1), "0: count_include_pad"),
-        (nn.AvgPool2d(3, divisor_override=2), "0: divisor_override=2"),
+        (nn.AvgPool2d(3, 1, 1), "1: count_include_pad"),
+        (nn.AvgPool1d(3, 1, 1), "1: count_include_pad"),
+        (nn.AvgPool2d(3, divisor_override=2), "1: divisor_override=2"),
     ],
 )
 def test_a_changed_meaning_is_warned_of(pool, message):
     with pytest.warns(UserWarning, match=message) as record:
-        replace_pooling(nn.Sequential(pool))
+        replace_pooling(nn.Sequential(nn.ReLU(), pool))
     assert [warning.filename for warning in record] == [__file__]
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("padding", [0, (0, 0), [0, 0]])
 def test_an_unpadded_average_is_no_reason_to_warn(padding):
-    assert replaced(replace_pooling(nn.Sequential(nn.AvgPool2d(3, padding=padding)))) == ["0"]
+    model = nn.Sequential(nn.ReLU(), nn.AvgPool2d(3, padding=padding))
+    assert replaced(replace_pooling(model)) == ["1"]
+
+
+def warned(model: nn.Module, **arguments: Any) -> str:
+    """What `replace_pooling` says of it, from the caller's line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        replace_pooling(model, **arguments)
+    assert [warning.filename for warning in caught] == [__file__] * len(caught)
+    return "\n".join(str(warning.message) for warning in caught)
+
+
+class Calls(nn.Module):
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "negative"),
+    [
+        (nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)), ""),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Dropout(), nn.AvgPool2d(2)), ""),
+        (nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.AvgPool2d(2)), ""),
+        (nn.Sequential(nn.Sigmoid(), nn.Sequential(nn.AvgPool2d(2))), ""),
+        (nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(2)), ""),  # of a twin nothing is negative
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3), nn.AvgPool2d(2)), "2"),
+        (nn.Sequential(nn.ReLU(), nn.Tanh(), nn.AvgPool2d(2)), "2"),
+        (nn.Sequential(nn.AvgPool2d(2)), "0"),
+        (Calls(nn.ReLU(), nn.AvgPool2d(2), nn.AvgPool2d(3)), "parts.1, parts.2"),
+        (Calls(nn.ReLU(), nn.MaxPool2d(2)), ""),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2)), "1"),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.ReLU()), ""),
+        (models.alexnet(), ""),
+        (models.resnet18(), ""),
+        (
+            models.DenseNet(4, (1, 1, 1), 8),
+            "features.transition1.pool, features.transition2.pool",
+        ),
+    ],
+)
+def test_what_may_be_negative_is_named(model, negative):
+    text = warned(model)
+    assert text == "" if not negative else f": {negative} may read negative values" in text
+
+
+class Functions(nn.Module):
+    """A pool as a module, and pools that nobody can replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_pool2d = nn.MaxPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.max_pool2d(x) + self.inner(x) + helper(x)
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(F.avg_pool2d(part, 2) for part in (x, x))
+
+
+def helper(x: torch.Tensor) -> torch.Tensor:
+    return F.adaptive_avg_pool2d(torch.max_pool1d(x.flatten(2), 2), 1)
+
+
+@pytest.mark.filterwarnings("ignore:The default weight init")
+@pytest.mark.parametrize(
+    ("model", "left"),
+    [
+        (nn.Sequential(nn.MaxPool2d(2), Padded(2)), ["1: Padded (a subclass"]),
+        (nn.Sequential(nn.MaxPool2d(2), nn.LPPool2d(2, 2)), ["1: LPPool2d (no twin)"]),
+        (Functions(), ["avg_pool2d, max_pool1d in the code of Functions"]),
+        (models.squeezenet1_1(), []),
+        (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), []),
+    ],
+)
+def test_what_is_left_is_named(model, left):
+    text = warned(model)
+    assert all(line in text for line in left)
+    assert text == "" or text.count(";") == len(left) - 1
+
+
+def test_timm_pools_that_are_left_are_named():
+    layers = pytest.importorskip("timm.layers")
+    model = nn.Sequential(nn.MaxPool2d(2), layers.create_pool2d("max", 3, padding="same"))
+    assert "1: MaxPool2dSame (a subclass" in warned(model)
+
+
+def test_what_the_arguments_leave_out_is_logged(caplog):
+    with caplog.at_level(logging.INFO, "stochastic_pooling"):
+        assert warned(pools()[0::3]) == ""
+        warned(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2)), select="1")
+    left = [r.getMessage() for r in caplog.records if r.getMessage().startswith("left")]
+    assert left == ["left as it is: 3: AdaptiveAvgPool2d", "left as it is: 2: AvgPool2d"]

@@ -6,10 +6,12 @@ import contextlib
 import copy
 import functools
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
-from types import FunctionType
+from itertools import pairwise
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .modules import (
     AdaptiveStochasticPool2d,
+    StochasticPool,
     StochasticPool1d,
     StochasticPool2d,
     StochasticPool3d,
@@ -53,10 +56,8 @@ def replace_pooling(
 
     A twin keeps its pool's name, training mode and hooks (their handles too), and an instance that
     stands in several places is one instance afterwards. State dicts do not change: pools have no
-    state. A twin rectifies: after a layer without a ReLU, negative values become 0.
-
-    Only modules are seen, not `F.max_pool2d` in a `forward`; and only the very types named, not
-    their subclasses, which may pad or pool in another way.
+    state. Only modules of the very types named are replaced, not their subclasses, which may pad or
+    pool in another way, and not `F.max_pool2d` in a `forward`.
 
     Args:
         model: changed in place, unless it is a pool itself.
@@ -75,7 +76,11 @@ def replace_pooling(
 
     Warns:
         UserWarning: where an average counts its padding or has its own divisor, which a draw does
-            not.
+            not; where negative values, which become 0, may reach a twin: each average, unless an
+            `nn.Sequential` shows a ReLU or the like before it, and a max pool if one shows a
+            convolution or norm before it and no ReLU behind; where pools are left that the
+            arguments do not leave out: subclasses, types without a twin, and pooling functions in
+            the code of a forward. Pools that the arguments leave out are logged at INFO.
     """
     types = (types,) if isinstance(types, type) else tuple(types)
     for pool_type in types:
@@ -99,11 +104,24 @@ def replace_pooling(
         for pattern in (select,) if isinstance(select, str) else select:
             fitting = [(name, pool) for name, pool in pools if fnmatchcase(name, pattern)]
             if not fitting:
-                raise ValueError(f"select: no pool fits {pattern!r}. {_survey(model, types)}")
+                raise ValueError(f"select: no pool fits {pattern!r}. {_all_pools(model, types)}")
             chosen += fitting
     if not chosen:
-        raise ValueError(f"no pool to replace. {_survey(model, types)}")
+        raise ValueError(f"no pool to replace. {_all_pools(model, types)}")
 
+    _, beyond = _survey(model, types)
+    if beyond:
+        warnings.warn(f"replace_pooling leaves {'; '.join(beyond)}", stacklevel=2)
+    signed = _may_read_negatives(model, chosen)
+    if signed:
+        warnings.warn(
+            f"replace_pooling: {', '.join(signed)} may read negative values, which a stochastic "
+            "pool takes for 0: put a ReLU before, or leave the pool out with select",
+            stacklevel=2,
+        )
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in _TWINS and (name, module) not in chosen:
+            _log.info("left as it is: %s: %s", name, type(module).__name__)
     twins: dict[nn.Module, nn.Module] = {}
     for name, pool in chosen:
         if pool not in twins:
@@ -133,25 +151,98 @@ def _twin(name: str, pool: Any, sample_in_eval: bool) -> nn.Module:
     return twin
 
 
-def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> str:
-    lines = []
+def _all_pools(model: nn.Module, types: tuple[type[nn.Module], ...]) -> str:
+    known, beyond = _survey(model, types)
+    return (
+        f"Its pools: {'; '.join(known + beyond) or 'none'}. Pooling by F.max_pool2d and the like "
+        "inside a forward cannot be replaced: write StochasticPool2d or stochastic_pool2d there."
+    )
+
+
+def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[str], list[str]]:
+    """Its pools, a line each: those on which the arguments decide, and those beyond their reach."""
+    known, beyond = [], []
+    # As the adaptive averages of PyTorch are left if nobody asks for them, so are those of others.
+    adaptive = any("Adaptive" in kind.__name__ for kind in types)
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
-        if "Pool" not in kind.__name__ and not isinstance(module, tuple(_TWINS)):
-            continue
+        line = f"{name or 'the model'}: {kind.__name__}"
         if kind in types:
-            note = ""
+            known.append(line)
         elif kind in _TWINS:
-            note = f" (not in types: add nn.{kind.__name__})"
+            known.append(f"{line} (not in types: add nn.{kind.__name__})")
         elif isinstance(module, tuple(_TWINS)):
-            note = " (a subclass, which may pool in its own way: replace it by hand)"
+            beyond.append(f"{line} (a subclass, which may pool in its own way: replace it by hand)")
+        elif "Pool" in kind.__name__ and not module._modules:
+            ours = isinstance(module, StochasticPool)
+            skipped = ours or ("AdaptiveAvgPool" in kind.__name__ and not adaptive)
+            (known if skipped else beyond).append(f"{line} (no twin)")
         else:
-            note = " (no twin)"
-        lines.append(f"{name or 'the model'}: {kind.__name__}{note}")
-    return (
-        f"Its pools: {'; '.join(lines) or 'none'}. Pooling by F.max_pool2d and the like inside a "
-        "forward cannot be seen: write StochasticPool2d or stochastic_pool2d there."
-    )
+            functions = ", ".join(sorted(_pooling_functions(module)))
+            line = f"{functions} in the code of {kind.__name__} (write stochastic_pool2d there)"
+            if functions and line not in beyond:
+                beyond.append(line)
+    return known, beyond
+
+
+def _pooling_functions(module: nn.Module) -> set[str]:
+    """What its methods, or the functions that they name, call max_pool2d, avg_pool1d_same, …"""
+    names: set[str] = set()
+    todo = [value for owner in (module, *type(module).__mro__) for value in vars(owner).values()]
+    seen = set()
+    while todo:
+        value = todo.pop()
+        value = getattr(value, "__func__", value)  # of a method
+        code = getattr(value, "__code__", value)  # a constant may be the code of a function inside
+        if not isinstance(code, CodeType) or code in seen:
+            continue
+        seen.add(code)
+        if not getattr(value, "__module__", "").startswith("torch."):
+            names.update(code.co_names)
+            known = getattr(value, "__globals__", {})
+            todo += [*code.co_consts, *(known[name] for name in code.co_names if name in known)]
+    pattern = re.compile("(fractional_)?(max|avg|lp)_pool[123]d")
+    return {name for name in names - module._modules.keys() if pattern.match(name)}
+
+
+# After these nothing is negative; those keep the sign.
+_RECTIFIED = {nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, *_TWINS.values()}
+_SIGN_KEPT = {
+    nn.Identity,
+    nn.Flatten,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    *_TWINS,
+}
+
+
+def _may_read_negatives(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> list[str]:
+    """The chosen averages, but for those before which a Sequential shows a ReLU or the like, and
+    the maxima for which it shows the contrary."""
+    pools = [pool for _, pool in chosen]
+    rows = [row for row in model.modules() if type(row).forward in _RUNS_IN_A_ROW]
+    inside = {child for row in rows for child in row.children()}
+    negative: dict[nn.Module, set[bool | None]] = {pool: set() for pool in pools}
+    for row in rows:
+        if row in inside:  # which is seen from outside
+            continue
+        state = None  # nobody knows
+        chain: list[Any] = [*_chain(row), None]
+        for module, behind in pairwise(chain):
+            kind = type(module)
+            if module in pools:
+                negative[module].add(state and type(behind) is not nn.ReLU)
+            if module in pools or kind in _RECTIFIED:
+                state = False
+            elif kind not in _SIGN_KEPT:
+                state = True if kind in _FRESH else None
+    return [
+        name or "the model"
+        for name, pool in chosen
+        if True in negative[pool] or ("Avg" in type(pool).__name__ and negative[pool] != {False})
+    ]
 
 
 # ---------------------------------------------------------------- fuse
