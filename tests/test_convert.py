@@ -29,7 +29,9 @@ from torchvision import models
 
 from stochastic_pooling.convert import fuse, replace_pooling
 from stochastic_pooling.modules import (
+    AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
+    AdaptiveStochasticPool3d,
     StochasticPool1d,
     StochasticPool2d,
     StochasticPool3d,
@@ -46,7 +48,8 @@ def _reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-POOLS = (StochasticPool1d, StochasticPool2d, StochasticPool3d, AdaptiveStochasticPool2d)
+ADAPTIVE = (AdaptiveStochasticPool1d, AdaptiveStochasticPool2d, AdaptiveStochasticPool3d)
+POOLS = (StochasticPool1d, StochasticPool2d, StochasticPool3d, *ADAPTIVE)
 
 
 def run(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -244,8 +247,6 @@ FOLDED: dict[str, tuple[nn.Module, list[str]]] = {
         nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)).double(),
         ["2: ReLU 1"],
     ),
-    # Of the bias of infinity, an adaptive pool makes NaN.
-    "adaptive": (chain(nn.ReLU(), pool=AdaptiveStochasticPool2d(4)), ["2: ReLU 1"]),
     "a max pool": (chain(nn.ReLU(), pool=nn.MaxPool2d(2)), []),
     "ReLU inside": (
         nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), StochasticPool2d(2)).double(),
@@ -307,6 +308,16 @@ def test_fold_every_convolution(dimensions, padding_mode, padding):
     assert fused.meta["folded"] == ["2: ReLU 1, bias of 0"]
     assert_same(model, fused, image(2, 4, *(9, 8, 7)[:dimensions]))
     assert_same(model, fused, image(4, *(9, 8, 7)[:dimensions]))  # unbatched
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_fold_a_relu_into_an_adaptive_pool(dimensions):
+    """Not the bias: of a bias of infinity, an adaptive pool makes NaN."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    model = nn.Sequential(conv(4, 6, 3), nn.ReLU(), ADAPTIVE[dimensions - 1](2)).double()
+    fused = fuse(model)
+    assert fused.meta["folded"] == ["2: ReLU 1"]
+    assert_same(model, fused, image(2, 4, *(9, 8, 7)[:dimensions]))
 
 
 def test_leave_a_bias_of_other_dimensions():
@@ -1177,8 +1188,12 @@ def replaced(model: nn.Module) -> list[str]:
         (nn.AvgPool1d(3, 2, 1, True, False), StochasticPool1d),
         (nn.AvgPool2d((3, 2), None, (1, 0), True, False), StochasticPool2d),
         (nn.AvgPool3d(3, 2, 1, True, False), StochasticPool3d),
+        (nn.AdaptiveMaxPool1d(4, True), AdaptiveStochasticPool1d),
         (nn.AdaptiveMaxPool2d((2, 3), True), AdaptiveStochasticPool2d),
+        (nn.AdaptiveMaxPool3d((2, None, 3), True), AdaptiveStochasticPool3d),
+        (nn.AdaptiveAvgPool1d(2), AdaptiveStochasticPool1d),
         (nn.AdaptiveAvgPool2d(2), AdaptiveStochasticPool2d),
+        (nn.AdaptiveAvgPool3d(2), AdaptiveStochasticPool3d),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

@@ -19,7 +19,9 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .modules import (
+    AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
+    AdaptiveStochasticPool3d,
     StochasticPool,
     StochasticPool1d,
     StochasticPool2d,
@@ -35,8 +37,12 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.AvgPool1d: StochasticPool1d,
     nn.AvgPool2d: StochasticPool2d,
     nn.AvgPool3d: StochasticPool3d,
+    nn.AdaptiveMaxPool1d: AdaptiveStochasticPool1d,
     nn.AdaptiveMaxPool2d: AdaptiveStochasticPool2d,
+    nn.AdaptiveMaxPool3d: AdaptiveStochasticPool3d,
+    nn.AdaptiveAvgPool1d: AdaptiveStochasticPool1d,
     nn.AdaptiveAvgPool2d: AdaptiveStochasticPool2d,
+    nn.AdaptiveAvgPool3d: AdaptiveStochasticPool3d,
 }
 _ARGUMENTS = (
     *("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
@@ -63,9 +69,9 @@ def replace_pooling(
         model: changed in place, unless it is a pool itself.
         select: which pools, by qualified name: a pattern as `fnmatch` takes it (`"features.*"`),
             several of them, or a predicate `(name, module) -> bool`; all of the types if None.
-        types: which types, by default `nn.MaxPool1d` to `nn.AvgPool3d`. `nn.AdaptiveMaxPool2d` and
-            `nn.AdaptiveAvgPool2d` have twins too, but must be named: the global average before a
-            classifier is rarely meant.
+        types: which types, by default `nn.MaxPool1d` to `nn.AvgPool3d`. The adaptive pools of
+            PyTorch have twins too, but must be named: the global average before a classifier is
+            rarely meant.
         sample_in_eval: the twins draw in evaluation too. Pools that return indices need it there.
 
     Returns:
