@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import inspect
+import functools
 import logging
-import operator
+import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from itertools import pairwise
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .modules import (
+    AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
+    AdaptiveStochasticPool3d,
     StochasticPool,
     StochasticPool1d,
     StochasticPool2d,
@@ -32,8 +37,12 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.AvgPool1d: StochasticPool1d,
     nn.AvgPool2d: StochasticPool2d,
     nn.AvgPool3d: StochasticPool3d,
+    nn.AdaptiveMaxPool1d: AdaptiveStochasticPool1d,
     nn.AdaptiveMaxPool2d: AdaptiveStochasticPool2d,
+    nn.AdaptiveMaxPool3d: AdaptiveStochasticPool3d,
+    nn.AdaptiveAvgPool1d: AdaptiveStochasticPool1d,
     nn.AdaptiveAvgPool2d: AdaptiveStochasticPool2d,
+    nn.AdaptiveAvgPool3d: AdaptiveStochasticPool3d,
 }
 _ARGUMENTS = (
     *("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
@@ -53,18 +62,16 @@ def replace_pooling(
 
     A twin keeps its pool's name, training mode and hooks (their handles too), and an instance that
     stands in several places is one instance afterwards. State dicts do not change: pools have no
-    state. A twin rectifies: after a layer without a ReLU, negative values become 0.
-
-    Only modules are seen, not `F.max_pool2d` in a `forward`; and only the very types named, not
-    their subclasses, which may pad or pool in another way.
+    state. Only modules of the very types named are replaced, not their subclasses, which may pad or
+    pool in another way, and not `F.max_pool2d` in a `forward`.
 
     Args:
         model: changed in place, unless it is a pool itself.
         select: which pools, by qualified name: a pattern as `fnmatch` takes it (`"features.*"`),
             several of them, or a predicate `(name, module) -> bool`; all of the types if None.
-        types: which types, by default `nn.MaxPool1d` to `nn.AvgPool3d`. `nn.AdaptiveMaxPool2d` and
-            `nn.AdaptiveAvgPool2d` have twins too, but must be named: the global average before a
-            classifier is rarely meant.
+        types: which types, by default `nn.MaxPool1d` to `nn.AvgPool3d`. The adaptive pools of
+            PyTorch have twins too, but must be named: the global average before a classifier is
+            rarely meant.
         sample_in_eval: the twins draw in evaluation too. Pools that return indices need it there.
 
     Returns:
@@ -75,7 +82,11 @@ def replace_pooling(
 
     Warns:
         UserWarning: where an average counts its padding or has its own divisor, which a draw does
-            not.
+            not; where negative values, which become 0, may reach a twin: each average, unless an
+            `nn.Sequential` shows a ReLU or the like before it, and a max pool if one shows a
+            convolution or norm before it and no ReLU behind; where pools are left that the
+            arguments do not leave out: subclasses, types without a twin, and pooling functions in
+            the code of a forward. Pools that the arguments leave out are logged at INFO.
     """
     types = (types,) if isinstance(types, type) else tuple(types)
     for pool_type in types:
@@ -99,11 +110,24 @@ def replace_pooling(
         for pattern in (select,) if isinstance(select, str) else select:
             fitting = [(name, pool) for name, pool in pools if fnmatchcase(name, pattern)]
             if not fitting:
-                raise ValueError(f"select: no pool fits {pattern!r}. {_survey(model, types)}")
+                raise ValueError(f"select: no pool fits {pattern!r}. {_all_pools(model, types)}")
             chosen += fitting
     if not chosen:
-        raise ValueError(f"no pool to replace. {_survey(model, types)}")
+        raise ValueError(f"no pool to replace. {_all_pools(model, types)}")
 
+    _, beyond = _survey(model, types)
+    if beyond:
+        warnings.warn(f"replace_pooling leaves {'; '.join(beyond)}", stacklevel=2)
+    signed = _may_read_negatives(model, chosen)
+    if signed:
+        warnings.warn(
+            f"replace_pooling: {', '.join(signed)} may read negative values, which a stochastic "
+            "pool takes for 0: put a ReLU before, or leave the pool out with select",
+            stacklevel=2,
+        )
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in _TWINS and (name, module) not in chosen:
+            _log.info("left as it is: %s: %s", name, type(module).__name__)
     twins: dict[nn.Module, nn.Module] = {}
     for name, pool in chosen:
         if pool not in twins:
@@ -133,218 +157,314 @@ def _twin(name: str, pool: Any, sample_in_eval: bool) -> nn.Module:
     return twin
 
 
-def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> str:
-    lines = []
+def _all_pools(model: nn.Module, types: tuple[type[nn.Module], ...]) -> str:
+    known, beyond = _survey(model, types)
+    return (
+        f"Its pools: {'; '.join(known + beyond) or 'none'}. Pooling by F.max_pool2d and the like "
+        "inside a forward cannot be replaced: write StochasticPool2d or stochastic_pool2d there."
+    )
+
+
+def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[str], list[str]]:
+    """Its pools, a line each: those on which the arguments decide, and those beyond their reach."""
+    known, beyond = [], []
+    # As the adaptive averages of PyTorch are left if nobody asks for them, so are those of others.
+    adaptive = any("Adaptive" in kind.__name__ for kind in types)
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
-        if "Pool" not in kind.__name__ and not isinstance(module, tuple(_TWINS)):
-            continue
+        line = f"{name or 'the model'}: {kind.__name__}"
         if kind in types:
-            note = ""
+            known.append(line)
         elif kind in _TWINS:
-            note = f" (not in types: add nn.{kind.__name__})"
+            known.append(f"{line} (not in types: add nn.{kind.__name__})")
         elif isinstance(module, tuple(_TWINS)):
-            note = " (a subclass, which may pool in its own way: replace it by hand)"
+            beyond.append(f"{line} (a subclass, which may pool in its own way: replace it by hand)")
+        elif "Pool" in kind.__name__ and not module._modules:
+            ours = isinstance(module, StochasticPool)
+            skipped = ours or ("AdaptiveAvgPool" in kind.__name__ and not adaptive)
+            (known if skipped else beyond).append(f"{line} (no twin)")
         else:
-            note = " (no twin)"
-        lines.append(f"{name or 'the model'}: {kind.__name__}{note}")
-    return (
-        f"Its pools: {'; '.join(lines) or 'none'}. Pooling by F.max_pool2d and the like inside a "
-        "forward cannot be seen: write StochasticPool2d or stochastic_pool2d there."
-    )
+            functions = ", ".join(sorted(_pooling_functions(module)))
+            line = f"{functions} in the code of {kind.__name__} (write stochastic_pool2d there)"
+            if functions and line not in beyond:
+                beyond.append(line)
+    return known, beyond
+
+
+def _pooling_functions(module: nn.Module) -> set[str]:
+    """What its methods, or the functions that they name, call max_pool2d, avg_pool1d_same, …"""
+    names: set[str] = set()
+    todo = [value for owner in (module, *type(module).__mro__) for value in vars(owner).values()]
+    seen = set()
+    while todo:
+        value = todo.pop()
+        value = getattr(value, "__func__", value)  # of a method
+        code = getattr(value, "__code__", value)  # a constant may be the code of a function inside
+        if not isinstance(code, CodeType) or code in seen:
+            continue
+        seen.add(code)
+        if not getattr(value, "__module__", "").startswith("torch."):
+            names.update(code.co_names)
+            known = getattr(value, "__globals__", {})
+            todo += [*code.co_consts, *(known[name] for name in code.co_names if name in known)]
+    pattern = re.compile("(fractional_)?(max|avg|lp)_pool[123]d")
+    return {name for name in names - module._modules.keys() if pattern.match(name)}
+
+
+# After these nothing is negative; those keep the sign.
+_RECTIFIED = {nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, *_TWINS.values()}
+_SIGN_KEPT = {
+    nn.Identity,
+    nn.Flatten,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    *_TWINS,
+}
+
+
+def _may_read_negatives(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> list[str]:
+    """The chosen averages, but for those before which a Sequential shows a ReLU or the like, and
+    the maxima for which it shows the contrary."""
+    pools = [pool for _, pool in chosen]
+    rows = [row for row in model.modules() if type(row).forward in _RUNS_IN_A_ROW]
+    inside = {child for row in rows for child in row.children()}
+    negative: dict[nn.Module, set[bool | None]] = {pool: set() for pool in pools}
+    for row in rows:
+        if row in inside:  # which is seen from outside
+            continue
+        state = None  # nobody knows
+        chain: list[Any] = [*_chain(row), None]
+        for module, behind in pairwise(chain):
+            kind = type(module)
+            if module in pools:
+                negative[module].add(state and type(behind) is not nn.ReLU)
+            if module in pools or kind in _RECTIFIED:
+                state = False
+            elif kind not in _SIGN_KEPT:
+                state = True if kind in _FRESH else None
+    return [
+        name or "the model"
+        for name, pool in chosen
+        if True in negative[pool] or ("Avg" in type(pool).__name__ and negative[pool] != {False})
+    ]
 
 
 # ---------------------------------------------------------------- fuse
 
-# For each pool, the convolution whose bias it can add. Of as many dimensions: a 1-d pool takes what
-# a 2-d convolution makes of an unbatched input, but not its channels for channels.
-_CONVOLUTIONS: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., torch.Tensor]]] = {
-    StochasticPool1d: (nn.Conv1d, F.conv1d),
-    StochasticPool2d: (nn.Conv2d, F.conv2d),
-    StochasticPool3d: (nn.Conv3d, F.conv3d),
-    AdaptiveStochasticPool2d: (nn.Conv2d, F.conv2d),
-}
-_CATS = {torch.cat, torch.concat, torch.concatenate}
-_RELUS = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
-# What returns memory of its own, never its input or a view of it, as nn.Identity does.
+# What returns memory of its own that nobody else knows: else a ReLU in place would be seen.
 _FRESH = {
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, F.group_norm),
-    *(torch.add, operator.add, *_CATS),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm),
+}
+_POOLS = {*_TWINS.values()}
+# For each pool, the convolution whose bias it can add: of as many dimensions, because a 1-d pool
+# takes what a 2-d convolution makes of an unbatched input, but not its channels for channels. Not
+# for adaptive pools, where a bias of infinity gives NaN.
+_CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    StochasticPool1d: nn.Conv1d,
+    StochasticPool2d: nn.Conv2d,
+    StochasticPool3d: nn.Conv3d,
 }
 
 
-def fuse(model: nn.Module, *, concrete_args: dict[str, Any] | None = None) -> fx.GraphModule:
+def fuse(model: nn.Module) -> nn.Module:
     """Fold ReLUs and convolutions' biases into the stochastic pools that follow them.
 
     The pool rectifies and adds a bias anyway, so conv → ReLU → pool becomes a convolution without
     bias and `pool(x, bias=conv.bias)`: the same values, up to the rounding of the sum, with two
     passes over memory fewer and no activation kept for backward. It folds
 
-    - a ReLU (`nn.ReLU`, `F.relu`, `torch.relu`, `Tensor.relu`, in place or not) after a
-      convolution, a norm, a sum or a `torch.cat`;
-    - the ReLUs before a `torch.cat` that a pool reads;
-    - the bias of a convolution with as many dimensions as the pool.
+    - an `nn.ReLU` between a convolution or a norm and a pool;
+    - the bias of a convolution with as many dimensions as the pool, unless the pool is adaptive. In
+      fp32 and fp64 alone: a convolution in fp16 or bf16 sums in fp32, and its sum without the bias
+      may overflow, or round the result away. So autocast leaves the biases where they are.
 
-    It leaves alone whatever it cannot prove equal: a value with another user, modules that carry
-    hooks, a parametrization or a `forward` of their own, subclasses, pools that get a bias already.
+    It does so only where one `nn.Sequential` runs them in a row, itself or through Sequentials
+    inside it, because there alone nobody else can get hold of the values between. What a `forward`
+    of your own calls stays as it is: write `self.pool(self.conv(x))` without a ReLU there, or make
+    the three an `nn.Sequential`.
+
+    The Sequential looks in each call at what it holds. What has a hook, a parametrization, a
+    patched method or a class of its own by then runs as it is.
 
     Args:
-        model: traceable by `torch.fx`. It is not changed, but shares its modules and parameters
-            with the result: `copy.deepcopy` one of them to use both.
-        concrete_args: arguments of `forward` to fix, as `torch.fx.symbolic_trace` takes them
-            (`{"mask": None}`).
+        model: not changed; it shares parameters and buffers with the result, so that an optimizer
+            made before goes on.
 
     Returns:
-        A graph module with the same module names, state-dict keys, modes and hooks, so that
-        checkpoints load both ways. `meta["folded"]` lists what was folded, a line per call of a
-        pool (`"features.2: ReLU features.1, bias of features.0"`); the lines are also logged at
-        INFO; a pickle loses them. A folded convolution's settings are fixed, its parameters are
-        not; hooks put on it later (pruning, `weight_norm`, FSDP) do not run.
+        A copy with the classes, names, state-dict keys, modes and hooks of the model (a Sequential
+        that folds is of a subclass of its class). `meta["folded"]` lists what is folded, a line for
+        each pool (`"features.2: ReLU features.1, bias of features.0"`), unless the model has a
+        `meta` of its own; the lines are also logged at INFO.
 
     Raises:
-        RuntimeError: if `torch.fx` cannot trace `model`.
+        Exception: whatever `copy.deepcopy` raises, if the model cannot be copied.
 
     Warns:
-        UserWarning: if the graph depends on the training mode, as with
-            `F.dropout(x, training=self.training)`: it keeps that of the call. Submodules whose
-            `forward` reads `self.training`, or with hooks, stay whole, and so do right in both
-            modes; fuse one by itself to fold what is inside.
+        UserWarning: if there is nothing to fold; if a function that is a hook or an attribute of a
+            module holds on to a module of the original, which the copy then calls.
     """
-    try:
-        root, graph = _trace(model, concrete_args)
-    except Exception as error:  # Python code meets symbolic values: it may raise anything.
-        raise RuntimeError(
-            f"fuse: torch.fx cannot trace {type(model).__name__} ({error}). Control flow that "
-            "depends on data or shapes is out of its reach: fuse the submodules that hold the "
-            "pools instead (model.features = fuse(model.features)), or fix optional arguments "
-            "of forward with concrete_args"
-        ) from error
-    if _depends_on_mode(model, graph, concrete_args):
-        mode = "training" if model.training else "evaluation"
+    for module in model.modules():
+        for function in _functions_with(module, set(model.modules())):
+            warnings.warn(
+                f"fuse: {function.__qualname__} of a {type(module).__name__} holds on to a module "
+                "of the original and will use that in the copy: make it a method, or let a hook "
+                "use the module that it is given",
+                stacklevel=2,
+            )
+    tensors = [
+        value
+        for module in model.modules()
+        for values in (module._parameters, module._buffers, vars(module))
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    fused = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    names = {module: name for name, module in fused.named_modules()}
+    folded: dict[str, None] = {}  # A set in order: a Sequential folds what those inside it do.
+    for module in [m for m in names if type(m).forward in _RUNS_IN_A_ROW]:
+        kind: Any = type(module)
+        for source, relu, pool in _steps(module):
+            parts = [] if relu is None else [f"ReLU {names[relu]}"]
+            if pool is not None and _bias(source, pool) is not None:
+                parts.append(f"bias of {names[source]}")
+            if parts:
+                folded[f"{names[pool]}: {', '.join(parts)}"] = None
+                if not isinstance(module, _Folding):
+                    module.__class__ = _folding(kind)
+    for line in folded:
+        _log.info("folded into %s", line)
+    if not folded:
         warnings.warn(
-            f"{type(model).__name__}: forward reads self.training, and the fused model keeps what "
-            f"it does in {mode} mode. Use nn.Dropout for F.dropout, or fuse once for each mode",
+            f"fuse: nothing to fold in {type(model).__name__}, because no nn.Sequential runs a "
+            "convolution or a norm, nn.ReLU and a stochastic pool in a row; in a forward of your "
+            "own, leave out the ReLU before the pool",
             stacklevel=2,
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    folded = []
-    for node in list(graph.nodes):
-        # One argument: a second would be a bias.
-        if _operation(node, modules) in _CONVOLUTIONS and len(node.args) == 1 and not node.kwargs:
-            parts = _fold_into(node, modules)
-            if parts:
-                folded.append(f"{node.target}: {', '.join(parts)}")
-                _log.info("folded into %s", folded[-1])
-
-    fused = fx.GraphModule(root, graph, type(model).__name__)
-    constants = {name: fused._buffers[name] for name in fused._buffers.keys() - model._buffers}
-    # It holds the modules that the graph calls, in that order; we want all, in the model's order,
-    # and the hooks of the model itself.
-    vars(fused).update({key: copy.copy(vars(model)[key]) for key in vars(nn.Module())})
-    for name, constant in constants.items():
-        fused.register_buffer(name, constant, persistent=False)
-    fused.meta["folded"] = folded
+    if not hasattr(fused, "meta"):
+        fused.meta = {"folded": list(folded)}  # type: ignore[assignment]
     return fused
 
 
-def _fold_into(pool: fx.Node, modules: dict[str, nn.Module]) -> list[str]:
-    """Fold into one call of a pool what it reads; return what that was."""
-    folded: list[str] = []
-    value = _drop_relus(pool.all_input_nodes[0], modules, folded)
-    conv_type, convolution = _CONVOLUTIONS[_operation(pool, modules)]
-    if _operation(value, modules) is not conv_type or len(value.users) > 1:
-        return folded
-    graph, name = pool.graph, str(value.target)
-    conv: Any = modules[name]
-    if conv.bias is None:
-        return folded
-    (input,), padding = value.all_input_nodes, conv.padding
-    with graph.inserting_before(value):
-        if conv.padding_mode != "zeros":
-            pad = conv._reversed_padding_repeated_twice
-            input, padding = graph.call_function(F.pad, (input, pad, conv.padding_mode)), 0
-        weight = graph.get_attr(f"{name}.weight")
-        without_bias = graph.call_function(
-            convolution,
-            (input, weight, None, conv.stride, padding, conv.dilation, conv.groups),
-        )
-    value.replace_all_uses_with(without_bias)
-    graph.erase_node(value)
-    with graph.inserting_before(pool):
-        pool.kwargs = {"bias": graph.get_attr(f"{name}.bias")}
-    return [*folded, f"bias of {name}"]
+class _Folding(nn.Sequential):
+    """A Sequential that passes over the ReLUs and biases which its pools take over."""
+
+    def forward(self, input):
+        kind: Any = type(self).__bases__[1]
+        if kind.forward is not _RUN:  # patched meanwhile
+            return super().forward(input)
+        for source, relu, pool in _steps(self):
+            if pool is not None and _delays_bias(source, pool, input):
+                input = source._conv_forward(input, source.weight, None)
+                input = pool(input, bias=source.bias)
+                continue
+            input = source(input)
+            if relu is not None and not _is_plain_tensor(input):
+                input = relu(input)
+            if pool is not None:
+                input = pool(input)
+        return input
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _restore, (type(self).__bases__[1],), super().__reduce_ex__(protocol)[2]
 
 
-def _drop_relus(value: fx.Node, modules: dict[str, nn.Module], folded: list[str]) -> fx.Node:
-    """Take out the ReLUs before a pool, through a cat too; return what it reads then."""
-    if len(value.users) > 1:
-        return value
-    if _operation(value, modules) in _RELUS:
-        (source,) = value.all_input_nodes
-        # Else others may see what a ReLU in place writes, or write to what the pool reads then.
-        fresh = _operation(source, modules) in _FRESH and "out" not in source.kwargs
-        if len(source.users) > 1 or not fresh:
-            return value
-        value.replace_all_uses_with(source)
-        value.graph.erase_node(value)
-        folded.append(f"ReLU {value.target if value.op == 'call_module' else value.name}")
-        value = source
-    if _operation(value, modules) in _CATS:
-        for branch in value.all_input_nodes:
-            _drop_relus(branch, modules, folded)
-    return value
+@functools.cache
+def _folding(kind: Any) -> Any:
+    return type(kind.__name__, (_Folding, kind), {"__module__": kind.__module__})
 
 
-def _operation(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
-    """The function, the method's name or the type of the module; None if that was altered."""
-    if node.op != "call_module":
-        return node.target if node.op in ("call_function", "call_method") else None
-    module = modules[str(node.target)]
-    return None if _has_hooks(module) or "forward" in vars(module) else type(module)
+def _restore(kind: Any) -> nn.Module:
+    return object.__new__(_folding(kind))
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        vars(module)[f"_{kind}_hooks"]
-        for kind in ("forward", "forward_pre", "backward", "backward_pre")
+_RUN = nn.Sequential.forward
+_RUNS_IN_A_ROW = {_RUN, _Folding.forward}
+_METHODS = ("__call__", "_call_impl", "_compiled_call_impl", "forward", "_conv_forward")
+# As they are now: a class can be patched later.
+_KNOWN = {
+    kind: [getattr(kind, name, None) for name in _METHODS]
+    for kind in (nn.Sequential, _Folding, nn.ReLU, *_FRESH, *_POOLS)
+}
+
+
+def _steps(sequential: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
+    """What it runs: a module alone, or one with the pool after it and the ReLU between, if any."""
+    chain: list[Any] = list(_chain(sequential))
+    while chain:
+        source, relu, pool = (*chain[:3], None, None)[:3]
+        if type(relu) in _POOLS:
+            relu, pool = None, relu
+        if not (
+            (type(source) in _FRESH and _is_itself(source))
+            and (relu is None or (type(relu) is nn.ReLU and _is_itself(relu)))
+            and (type(pool) in _POOLS and _is_itself(pool))
+        ):
+            relu = pool = None
+        yield source, relu, pool
+        del chain[: 1 + (relu is not None) + (pool is not None)]
+
+
+def _chain(sequential: Any) -> Iterator[nn.Module]:
+    """What it runs, with what the Sequentials inside it run."""
+    for module in sequential:
+        if isinstance(module, nn.Sequential) and _is_itself(module):
+            yield from _chain(module)
+        else:
+            yield module
+
+
+def _is_itself(module: nn.Module) -> bool:
+    """Whether a call does what the class says and no more: no hooks, nothing patched."""
+    kind = next(kind for kind in type(module).__mro__ if kind in _KNOWN)
+    return not (
+        [getattr(type(module), name, None) for name in _METHODS] != _KNOWN[kind]
+        or any(name in module.__dict__ for name in _METHODS)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 
-class _Tracer(fx.Tracer):
-    # Else an in-place update of a buffer would run while tracing.
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        code = getattr(inspect.unwrap(type(m).forward), "__code__", None)
-        return (
-            isinstance(m, StochasticPool)
-            or _has_hooks(m)
-            or (code is not None and "training" in code.co_names)
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+def _bias(source: Any, pool: nn.Module) -> Any:
+    return source.bias if _CONVOLUTIONS.get(type(pool)) is type(source) else None
 
 
-def _trace(model: nn.Module, concrete_args: dict[str, Any] | None) -> tuple[nn.Module, fx.Graph]:
-    # A shallow copy, because the tracer stores constants on the module.
-    root = object.__new__(type(model))
-    vars(root).update(vars(model))
-    return root, _Tracer().trace(root, concrete_args)
+def _delays_bias(source: Any, pool: nn.Module, input: Any) -> bool:
+    bias = _bias(source, pool)
+    return (
+        bias is not None
+        and all(map(_is_plain_tensor, (input, source.weight, bias)))
+        # Else the convolution complains, and the pool would not.
+        and input.dtype == source.weight.dtype == bias.dtype
+        and input.device == bias.device
+        and input.dtype in (torch.float32, torch.float64)
+        and not input.is_meta  # a device that `is_autocast_enabled` does not know
+        and not torch.is_autocast_enabled(input.device.type)
+    )
 
 
-def _depends_on_mode(
-    model: nn.Module, graph: fx.Graph, concrete_args: dict[str, Any] | None
-) -> bool:
-    """Whether tracing with every module in its other mode gives another graph."""
-    modules = list(model.modules())
-    try:
-        for module in modules:
-            module.training = not module.training
-        return str(_trace(model, concrete_args)[1]) != str(graph)
-    except Exception:
-        return True
-    finally:
-        for module in modules:
-            module.training = not module.training
+def _is_plain_tensor(value: object) -> bool:
+    """Whether neither its class nor a mode can give torch's functions another meaning."""
+    known = type(value) in (torch.Tensor, nn.Parameter)
+    return known and not torch._C._len_torch_function_stack()
+
+
+def _functions_with(module: nn.Module, modules: set[nn.Module]) -> Iterator[FunctionType]:
+    """Its hooks and attributes that are functions, not methods, and hold on to one of `modules`."""
+    hooks = [hooks or {} for key, hooks in vars(module).items() if key.endswith("_hooks")]
+    for value in [value for values in (vars(module), *hooks) for value in values.values()]:
+        if not isinstance(value, FunctionType):
+            continue
+        held = [*(value.__defaults__ or ()), *map(value.__globals__.get, value.__code__.co_names)]
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # of an empty cell
+                held.append(cell.cell_contents)
+        if any(isinstance(thing, nn.Module) and thing in modules for thing in held):
+            yield value
