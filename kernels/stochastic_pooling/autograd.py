@@ -229,9 +229,9 @@ def sample(
     if not torch.compiler.is_compiling():
         if not _nested_forward_mode():
             return StochasticSample.apply(input, bias, seed, window)
-    elif torch.compiler.is_exporting():
-        return ops.sample(input, bias, seed, *arguments)
     elif not _transforming():
+        if torch.compiler.is_exporting():
+            return ops.sample(input, bias, seed, *arguments)
         return _CompilableSample.apply(input, bias, seed, window)
     still = None if bias is None else bias.detach()
     _, code = ops.sample(input.detach(), still, seed, *arguments)
@@ -246,9 +246,9 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     if not torch.compiler.is_compiling():
         if not _nested_forward_mode():
             return StochasticExpectation.apply(input, bias, window)
-    elif torch.compiler.is_exporting():
-        return ops.expectation(input, bias, *window.arguments(input.dim() - 2))
     elif not _transforming():
+        if torch.compiler.is_exporting():
+            return ops.expectation(input, bias, *window.arguments(input.dim() - 2))
         return _CompilableExpectation.apply(input, bias, window)
     return _composed_expectation(input, bias, window)
 
