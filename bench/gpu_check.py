@@ -58,7 +58,7 @@ GPU_TESTS = (
     "tests/test_compile.py",
     "tests/test_augment.py",
 )
-NOT_ON_GPU = ("compile_for", "onnx", "data_parallel", "numba")
+NOT_ON_GPU = ("compile_for", "emulator", "onnx", "data_parallel", "numba")
 # Compiling is most of it, and in channels_last every layer has kernels of its own. All of bench/
 # takes longer than there is here.
 GPU_BENCHMARKS = (
