@@ -19,7 +19,8 @@ from torch import Tensor
 
 # Where numba is missing or unusable, this import says so with an ImportError. The threads are the
 # pools' own: numba's abort the process when two Python threads enter at once.
-from stochastic_pooling.numba_kernels import compiled, inlined, share_out
+from stochastic_pooling.cpu.compiling import compiled, inlined
+from stochastic_pooling.cpu.threads import share_out
 
 # Table entries are moved as their bits, for numba has no 16-bit floats.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

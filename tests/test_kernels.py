@@ -14,6 +14,7 @@ import torch
 
 from stochastic_pooling import reference
 
+from .conftest import MODULES
 from .windows import CASES, COMBINATIONS, LAYOUTS, SLIDING_CASES, plane
 
 pytestmark = [
@@ -40,7 +41,8 @@ def case_ids(value: object) -> str | None:
 def kernels(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
     if request.param == "numba" and device.type != "cpu":
         pytest.skip("numba serves CPU tensors")
-    return pytest.importorskip(f"stochastic_pooling.{request.param}_kernels", exc_type=ImportError)
+    module = MODULES[request.param]
+    return pytest.importorskip(f"stochastic_pooling.{module}", exc_type=ImportError)
 
 
 @pytest.fixture(params=LAYOUTS, ids=["contiguous", "channels_last"])

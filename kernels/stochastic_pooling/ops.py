@@ -15,7 +15,7 @@ import torch
 from . import reference
 from .window import Window, memory_format
 
-_BACKENDS = ("torch", "triton", "numba")
+_MODULES = {"torch": "reference", "triton": "triton_kernels", "numba": "cpu"}
 
 
 def backend_for(device: torch.device, volumes: bool = False) -> ModuleType:
@@ -29,9 +29,9 @@ def backend_for(device: torch.device, volumes: bool = False) -> ModuleType:
     forced = os.environ.get("STOCHASTIC_POOLING_BACKEND")
     if not forced:
         return _default_backend(device.type, volumes)
-    if forced not in _BACKENDS:
+    if forced not in _MODULES:
         raise RuntimeError(
-            f"STOCHASTIC_POOLING_BACKEND={forced}: choose one of {', '.join(_BACKENDS)}"
+            f"STOCHASTIC_POOLING_BACKEND={forced}: choose one of {', '.join(_MODULES)}"
         )
     if forced == "torch":
         return reference
@@ -70,7 +70,7 @@ def _default_backend(device_type: str, volumes: bool) -> ModuleType:
 
 
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.{name}_kernels")
+    return importlib.import_module(f"{__package__}.{_MODULES[name]}")
 
 
 @torch.library.custom_op("stochastic_pooling::sample", mutates_args=())
