@@ -60,7 +60,11 @@ class StochasticSample(Function):
             return None, None, None, None
         (code,) = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
-        if torch.compiler.is_compiling():  # which differentiates once
+        if not torch.is_grad_enabled() and not ops.sees_ops(grad_output, code):
+            grad_input, grad_bias = ops.backend_for(code.device, code.dim() == 5).sample_backward(
+                grad_output, code, ctx.size, ctx.window, with_bias
+            )
+        elif torch.compiler.is_compiling():  # which differentiates once
             grad_input, grad_bias = ops.sample_backward(
                 grad_output, code, ctx.size, *ctx.window.arguments(len(ctx.size)), with_bias
             )
@@ -141,9 +145,12 @@ class StochasticExpectation(Function):
             return None, None, None
         input, bias = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
-        grad_input, grad_bias = StochasticExpectationBackward.apply(
-            grad_output, input, bias, ctx.window, with_bias
-        )
+        arguments = grad_output, input, bias, ctx.window, with_bias
+        if not torch.is_grad_enabled() and not ops.sees_ops(grad_output, input, bias):
+            backend = ops.backend_for(input.device, input.dim() == 5)
+            grad_input, grad_bias = backend.expectation_backward(*arguments)
+        else:
+            grad_input, grad_bias = StochasticExpectationBackward.apply(*arguments)
         return grad_input, grad_bias.to(bias.dtype) if with_bias else None, None
 
     @staticmethod
@@ -225,6 +232,8 @@ def sample(
     input: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.sample`, differentiable by whatever transform runs it."""
+    if not ops.sees_ops(input, bias, seed):
+        return _EagerSample.apply(input, bias, seed, window)
     arguments = window.arguments(input.dim() - 2)
     if not torch.compiler.is_compiling():
         if not _nested_forward_mode():
@@ -243,6 +252,8 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     """`ops.expectation`, differentiable by whatever transform runs it."""
     if torch.onnx.is_in_onnx_export():
         return _composed_expectation(input, bias, window)
+    if not ops.sees_ops(input, bias):
+        return _EagerExpectation.apply(input, bias, window)
     if not torch.compiler.is_compiling():
         if not _nested_forward_mode():
             return StochasticExpectation.apply(input, bias, window)
@@ -275,6 +286,33 @@ class _CompilableExpectation(StochasticExpectation):
     """For `torch.compile`, which takes no Function with a forward mode."""
 
     jvp = Function.jvp  # type: ignore[assignment]
+
+
+class _EagerSample(StochasticSample):
+    """Without the ops, and without a second method for the context, whose arguments PyTorch matches
+    by name at each call."""
+
+    setup_context = Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        input = inputs[0]
+        output = ops.backend_for(input.device, input.dim() == 5).sample(*inputs)
+        StochasticSample.setup_context(ctx, inputs, output)
+        return output
+
+
+class _EagerExpectation(StochasticExpectation):
+    """Likewise."""
+
+    setup_context = Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:  # type: ignore[override]
+        input = inputs[0]
+        output = ops.backend_for(input.device, input.dim() == 5).expectation(*inputs)
+        StochasticExpectation.setup_context(ctx, inputs, output)
+        return output
 
 
 # An exported program calls the ops themselves; it can be trained because they know their gradients.

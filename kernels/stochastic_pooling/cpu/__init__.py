@@ -40,6 +40,7 @@ class _Plan(NamedTuple):
     """How the planes of a shape, format and window are walked over."""
 
     numbers: Any  # of kernels.PLAN
+    address: int  # of the numbers
     layout: torch.memory_format
     output_size: tuple[int, int]
     partial_size: tuple[int, int, int]  # sheets, groups of rows, lanes of a column
@@ -48,10 +49,19 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(shape: tuple[int, ...], layout: torch.memory_format, window: Window) -> _Plan:
+def _plan(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, window: Window
+) -> _Plan | None:
+    """None if the reference serves."""
+    kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, *dilation = (
+        window.kernel_h, window.kernel_w, window.stride_h, window.stride_w,
+        window.padding_h, window.padding_w, window.dilation_h, window.dilation_w,
+    )  # fmt: skip
+    slides = {kernel_h, kernel_w} <= {2, 3} and {stride_h, stride_w} <= {1, 2}
+    if len(shape) != 4 or 0 in shape or dtype not in _NUMBERS or not slides or max(dilation) > 1:
+        return None
     batch, channels, height, width = shape
     out_height, out_width = window.output_size(height, width)
-    kernel_w, stride_w, padding_w = window.kernel_w, window.stride_w, window.padding_w
     planes = batch * channels
     planar = layout == torch.contiguous_format
     sheets = -(-planes // _MOST_PLANES) if planar else batch
@@ -59,13 +69,12 @@ def _plan(shape: tuple[int, ...], layout: torch.memory_format, window: Window) -
     # Columns of a row: of weights, those that windows look at; of gradients, those that a gather
     # looks at, which are windows or beside them.
     columns = max((out_width - 1) * stride_w + kernel_w, width + padding_w)
-    grad_columns = (
-        max(out_width, (width - 1 + padding_w) // stride_w + 1) + -(-kernel_w // stride_w) - 1
-    )
+    last = (width - 1 + padding_w) // stride_w
+    grad_columns = max(out_width, last + 1) + -(-kernel_w // stride_w) - 1
     numbers = np.array(
         [(
             planar, channels, planes, step, sheets, height, width, out_height, out_width,
-            window.kernel_h, kernel_w, window.stride_h, stride_w, window.padding_h, padding_w,
+            kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
             columns * step, grad_columns * step,
         )],
         kernels.PLAN,
@@ -73,7 +82,7 @@ def _plan(shape: tuple[int, ...], layout: torch.memory_format, window: Window) -
     groups = -(-height // kernels.GROUP)
     size = planes * max(height * width, out_height * out_width)
     return _Plan(
-        numbers, layout, (out_height, out_width), (sheets, groups, step),
+        numbers, numbers.ctypes.data, layout, (out_height, out_width), (sheets, groups, step),
         torch.zeros(channels), sheets * groups if size > _SMALL else 1,
     )  # fmt: skip
 
@@ -82,10 +91,10 @@ def sample(
     input: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sample`."""
-    if _serves(input, window):
-        plan = _plan(tuple(input.shape), memory_format(input), window)
+    plan = _plan(input.shape, input.dtype, memory_format(input), window)
+    if plan is not None:
         output = _empty(input, plan, plan.output_size)
-        code = _empty(input, plan, plan.output_size, torch.uint8)
+        code = torch.empty_like(output, dtype=torch.uint8)
         tensors = _dense(input, plan), _bias(bias, plan), output, code, seed
         if _run("forward", True, window, plan, bias is not None, *tensors):
             return output, code
@@ -100,10 +109,12 @@ def sample_backward(
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sample_backward`."""
-    if not _serves(grad_output, window):
+    shape = torch.Size((*grad_output.shape[:2], *size))
+    plan = _plan(shape, grad_output.dtype, memory_format(code), window)
+    if plan is None:
         return reference.sample_backward(grad_output, code, size, window, with_bias)
-    plan = _plan((*grad_output.shape[:2], *size), memory_format(code), window)
-    grad_input, partial = _empty(grad_output, plan, size), torch.zeros(plan.partial_size)
+    grad_input = _empty(grad_output, plan, size)
+    partial = torch.zeros(plan.partial_size if with_bias else 0)
     tensors = _dense(grad_output, plan), grad_input, partial, _dense(code, plan)
     _run("backward", True, window, plan, with_bias, *tensors)
     return grad_input, _grad_bias(partial, plan, with_bias)
@@ -111,8 +122,8 @@ def sample_backward(
 
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """See `reference.expectation`."""
-    if _serves(input, window):
-        plan = _plan(tuple(input.shape), memory_format(input), window)
+    plan = _plan(input.shape, input.dtype, memory_format(input), window)
+    if plan is not None:
         output = _empty(input, plan, plan.output_size)
         tensors = _dense(input, plan), _bias(bias, plan), output
         if _run("forward", False, window, plan, bias is not None, *tensors):
@@ -128,30 +139,15 @@ def expectation_backward(
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.expectation_backward`."""
-    if _serves(input, window) and grad_output.dtype == input.dtype:
-        plan = _plan(tuple(input.shape), memory_format(input), window)
-        grad_input, partial = _empty(input, plan, input.shape[2:]), torch.zeros(plan.partial_size)
-        tensors = (
-            _dense(grad_output, plan),
-            grad_input,
-            partial,
-            _dense(input, plan),
-            _bias(bias, plan),
-        )
-        if _run("backward", False, window, plan, bias is not None, *tensors):
+    plan = _plan(input.shape, input.dtype, memory_format(input), window)
+    if plan is not None and grad_output.dtype == input.dtype:
+        with_sums = with_bias or bias is not None
+        grad_input = _empty(input, plan, input.shape[2:])
+        partial = torch.zeros(plan.partial_size if with_sums else 0)
+        tensors = _dense(grad_output, plan), grad_input, partial, _dense(input, plan)
+        if _run("backward", False, window, plan, with_sums, *tensors, _bias(bias, plan)):
             return grad_input, _grad_bias(partial, plan, with_bias)
     return reference.expectation_backward(grad_output, input, bias, window, with_bias)
-
-
-def _serves(tensor: torch.Tensor, window: Window) -> bool:
-    return (
-        tensor.dim() == 4
-        and tensor.numel() > 0
-        and tensor.dtype in _NUMBERS
-        and {window.kernel_h, window.kernel_w} <= {2, 3}
-        and {window.stride_h, window.stride_w} <= {1, 2}
-        and window.dilation_h == window.dilation_w == 1
-    )
 
 
 def _run(
@@ -163,7 +159,7 @@ def _run(
         window.kernel_h, window.kernel_w, window.stride_h, window.stride_w,
     )  # fmt: skip
     count = min(torch.get_num_threads(), plan.most_threads)
-    addresses = [plan.numbers.ctypes.data, *(tensor.data_ptr() for tensor in tensors)]
+    addresses = [plan.address, *(tensor.data_ptr() for tensor in tensors)]
     return threads.run(kernel, with_bias, addresses, count)
 
 
@@ -182,13 +178,10 @@ def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:
     return tensor.detach().contiguous(memory_format=plan.layout)
 
 
-def _empty(
-    like: torch.Tensor, plan: _Plan, size: Sequence[int], dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def _empty(like: torch.Tensor, plan: _Plan, size: Sequence[int]) -> torch.Tensor:
     # What is dense in both formats has the strides of the first, as from `contiguous`.
     layout = torch.contiguous_format if size[0] == size[1] == 1 else plan.layout
-    shape = (*like.shape[:2], *size)
-    return torch.empty(shape, dtype=dtype or like.dtype, memory_format=layout)
+    return torch.empty((*like.shape[:2], *size), dtype=like.dtype, memory_format=layout)
 
 
 def _bias(bias: torch.Tensor | None, plan: _Plan) -> torch.Tensor:

@@ -247,8 +247,8 @@ def backward(kernel: Kernel) -> Callable[..., None]:
         held, starts = np.full(taps_h, -1), np.empty(taps_h, np.uint64)
         columns = np.empty(taps_w, np.uint64)
         row_cells, column_cells = np.zeros(taps_h, np.uint8), np.empty(taps_w, np.uint8)
-        gathered = np.empty(plan.planar * plan.width * plan.step, number)
-        totals = np.zeros(plan.width * plan.step, np.float32)
+        gathered = np.empty(plan.width * plan.step, number)
+        totals = np.zeros(call[WITH_BIAS] * plan.width * plan.step, np.float32)
 
         part, parts = call[PART], call[PARTS]
         if team and parts == 0:
@@ -312,41 +312,38 @@ def backward(kernel: Kernel) -> Callable[..., None]:
                         low * plan.stride_w + phase - plan.padding_w,
                         np.uint64(high - low),
                     )
-                    stride = np.uint64(plan.stride_w)
-                    target, to, to_stride = gathered, np.uint64(0), step
-                    if not plan.planar:
-                        target, to, to_stride = (
-                            grad_input,
-                            start + np.uint64(column) * step,
-                            stride * step,
-                        )
-                    together = plan.stride_w == 1 or (training and plan.planar)
-                    runs, run = (np.uint64(1), width * step) if together else (width, step)
-                    places = to_fixed_tuple(starts, taps_h), to_fixed_tuple(columns, taps_w)
-                    numbers_of = (
-                        to_fixed_tuple(row_cells, taps_h),
-                        to_fixed_tuple(column_cells, taps_w),
-                    )
+                    stride, first_column = np.uint64(plan.stride_w), np.uint64(column)
+                    target, to = gathered, np.uint64(0)
+                    if plan.stride_w == 1 and not plan.planar:
+                        target, to = grad_input, start
+                    where = to_fixed_tuple(starts, taps_h), to_fixed_tuple(columns, taps_w)
+                    which = to_fixed_tuple(row_cells, taps_h), to_fixed_tuple(column_cells, taps_w)
                     if training:
                         rows.gather(
-                            target, to, to_stride, totals, grads, others, places[0], places[1],
-                            numbers_of, runs, run,
+                            target, to, totals, grads, others, where[0], where[1], which,
+                            width * step,
                         )  # fmt: skip
                     else:
                         # The last window that holds the row left it in the ring; or none does.
                         slot = row % plan.kernel_h
                         slot = slot if ring.held[slot] == row else plan.kernel_h
                         at = slot * plan.line + (column + plan.padding_w) * plan.step
+                        one = plan.stride_w == 1
+                        runs, run = (np.uint64(1), width * step) if one else (width, step)
                         rows.gather_means(
-                            target, to, to_stride, totals, grads, others, places[0], places[1],
-                            numbers_of, ring.weights, np.uint64(at), stride * step, runs, run,
+                            target, to, totals, grads, others, where[0], where[1], which,
+                            ring.weights, np.uint64(at), stride * step, runs, run,
                         )  # fmt: skip
                     if plan.planar:
                         rows.store(
-                            grad_input, start + np.uint64(column), stride, gathered,
+                            grad_input, start + first_column, stride, gathered,
                             width, planes, plane, step,
                         )  # fmt: skip
-            if not training or call[WITH_BIAS]:
+                    elif plan.stride_w > 1:
+                        rows.place(
+                            grad_input, start + first_column * step, stride, gathered, width, step
+                        )
+            if totals.size > 0:
                 rows.add_columns(
                     grad_bias, np.uint64(unit) * step, totals, np.uint64(plan.width), step
                 )

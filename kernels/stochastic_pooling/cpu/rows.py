@@ -45,6 +45,14 @@ def store(numbers, start, stride, lanes, columns, planes, plane, step):
 
 
 @inlined
+def place(numbers, start, stride, lanes, columns, step):
+    """Copy lanes into every `stride`-th column of a row in channels_last."""
+    for column in range(columns):
+        for k in range(step):
+            numbers[start + column * stride * step + k] = lanes[column * step + k]
+
+
+@inlined
 def convert(lanes, to, numbers, start, count):
     """Copy lanes, floats as fp32."""
     for k in range(count):
@@ -178,27 +186,26 @@ def differentiate(slopes, offsets, to, grad, start, weights, rows, columns, stri
 
 
 @inlined
-def gather(grad_input, to, stride, totals, grad, code, rows, columns, cells, runs, run):
+def gather(grad_input, to, totals, grad, code, rows, columns, cells, count):
     """Sum for each lane the gradients of the windows that drew it, and add that to `totals`.
     `cells` are the numbers of the cells, those of the rows and those of the columns."""
-    for m in range(runs):
-        for k in range(run):
-            total = np.float32(0)
-            for i in range(len(rows)):
-                for j in range(len(columns)):
-                    place = rows[i] + columns[j] + m * run + k
-                    g = grad[place]
-                    drew = code[place] == np.uint8(cells[0][i] + cells[1][j])
-                    total += g if drew else np.float32(0)
-            totals[m * run + k] += total
-            grad_input[to + m * stride + k] = narrow(total, grad_input)
+    for k in range(count):
+        total = np.float32(0)
+        for i in range(len(rows)):
+            for j in range(len(columns)):
+                place = rows[i] + columns[j] + k
+                g = grad[place]
+                drew = code[place] == np.uint8(cells[0][i] + cells[1][j])
+                total += g if drew else np.float32(0)
+        if totals.size > 0:
+            totals[k] += total
+        grad_input[to + k] = narrow(total, grad_input)
 
 
 @inlined
 def gather_means(
-    grad_input, to, stride, totals, slopes, offsets, rows, columns, cells,
-    weights, start, apart, runs, run,
-):  # fmt: skip
+    grad_input, to, totals, slopes, offsets, rows, columns, cells, weights, start, stride, runs, run
+):
     """Sum for each lane the gradients of the expectations of the windows that hold it likewise."""
     zero = np.float32(0)
     for m in range(runs):
@@ -209,11 +216,12 @@ def gather_means(
                     place = rows[i] + columns[j] + m * run + k
                     slope += slopes[place] if cells[1][j] < NO_CELL else zero
                     offset += offsets[place] if cells[1][j] < NO_CELL else zero
-            w = weights[start + m * apart + k]
+            w = weights[start + m * stride + k]
             g = w * (slope + slope) - offset
             g = zero if w == zero else g
-            totals[m * run + k] += g
-            grad_input[to + m * stride + k] = narrow(g, grad_input)
+            if totals.size > 0:
+                totals[m * run + k] += g
+            grad_input[to + m * run + k] = narrow(g, grad_input)
 
 
 @inlined
