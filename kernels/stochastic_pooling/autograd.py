@@ -60,13 +60,13 @@ class StochasticSample(Function):
             return None, None, None, None
         (code,) = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
-        if not torch.is_grad_enabled() and not ops.sees_ops(grad_output, code):
-            grad_input, grad_bias = ops.backend_for(code.device, code.dim() == 5).sample_backward(
-                grad_output, code, ctx.size, ctx.window, with_bias
-            )
-        elif torch.compiler.is_compiling():  # which differentiates once
+        if torch.compiler.is_compiling():  # which differentiates once
             grad_input, grad_bias = ops.sample_backward(
                 grad_output, code, ctx.size, *ctx.window.arguments(len(ctx.size)), with_bias
+            )
+        elif not torch.is_grad_enabled() and not ops.wants_ops(grad_output, code):
+            grad_input, grad_bias = ops.backend_for(code.device, code.dim() == 5).sample_backward(
+                grad_output, code, ctx.size, ctx.window, with_bias
             )
         else:
             grad_input, grad_bias = StochasticSampleBackward.apply(
@@ -146,7 +146,8 @@ class StochasticExpectation(Function):
         input, bias = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
         arguments = grad_output, input, bias, ctx.window, with_bias
-        if not torch.is_grad_enabled() and not ops.sees_ops(grad_output, input, bias):
+        eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        if eager and not ops.wants_ops(grad_output, input, bias):
             backend = ops.backend_for(input.device, input.dim() == 5)
             grad_input, grad_bias = backend.expectation_backward(*arguments)
         else:
@@ -232,10 +233,10 @@ def sample(
     input: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.sample`, differentiable by whatever transform runs it."""
-    if not ops.sees_ops(input, bias, seed):
-        return _EagerSample.apply(input, bias, seed, window)
     arguments = window.arguments(input.dim() - 2)
     if not torch.compiler.is_compiling():
+        if not ops.wants_ops(input, bias, seed):
+            return _EagerSample.apply(input, bias, seed, window)
         if not _nested_forward_mode():
             return StochasticSample.apply(input, bias, seed, window)
     elif torch.compiler.is_exporting():
@@ -252,9 +253,9 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     """`ops.expectation`, differentiable by whatever transform runs it."""
     if torch.onnx.is_in_onnx_export():
         return _composed_expectation(input, bias, window)
-    if not ops.sees_ops(input, bias):
-        return _EagerExpectation.apply(input, bias, window)
     if not torch.compiler.is_compiling():
+        if not ops.wants_ops(input, bias):
+            return _EagerExpectation.apply(input, bias, window)
         if not _nested_forward_mode():
             return StochasticExpectation.apply(input, bias, window)
     elif torch.compiler.is_exporting():

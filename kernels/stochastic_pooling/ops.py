@@ -73,14 +73,16 @@ def _load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{_MODULES[name]}")
 
 
-def sees_ops(*tensors: torch.Tensor | None) -> bool:
-    """Whether something may want to see the ops, rather than what a backend does for these tensors:
-    a transform, a mode, a subclass. Eager code on plain CPU tensors calls the backend itself, for
-    a small pool takes no longer than the dispatch of an op that is written in Python."""
+def wants_ops(*tensors: torch.Tensor | None) -> bool:
+    """Whether, in code that is not being compiled, something may want to see the ops rather than
+    what a backend does for these tensors: a transform, a mode, a subclass.
+
+    Eager code on plain CPU tensors calls the backend itself, for a small pool takes no longer than
+    the dispatch of an op that is written in Python.
+    """
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or not all(tensor is None or _is_plain(tensor) for tensor in tensors)
     )

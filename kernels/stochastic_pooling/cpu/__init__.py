@@ -19,8 +19,9 @@ from ..window import Window, memory_format
 try:
     import numpy as np
 
-    from . import kernels, threads
+    from . import threads
     from .compiling import compiled_for_c
+    from .kernels import GROUP, PLAN, backward, forward
 except Exception as error:  # numba refuses versions of Python and numpy in several ways
     raise ImportError(f"numba cannot be used here: {error}") from error
 
@@ -77,9 +78,9 @@ def _plan(
             kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
             columns * step, grad_columns * step,
         )],
-        kernels.PLAN,
+        PLAN,
     )  # fmt: skip
-    groups = -(-height // kernels.GROUP)
+    groups = -(-height // GROUP)
     size = planes * max(height * width, out_height * out_width)
     return _Plan(
         numbers, numbers.ctypes.data, layout, (out_height, out_width), (sheets, groups, step),
@@ -96,7 +97,7 @@ def sample(
         output = _empty(input, plan, plan.output_size)
         code = torch.empty_like(output, dtype=torch.uint8)
         tensors = _dense(input, plan), _bias(bias, plan), output, code, seed
-        if _run("forward", True, window, plan, bias is not None, *tensors):
+        if _run(forward, True, window, plan, bias is not None, *tensors):
             return output, code
     return reference.sample(input, bias, seed, window)
 
@@ -116,7 +117,7 @@ def sample_backward(
     grad_input = _empty(grad_output, plan, size)
     partial = torch.zeros(plan.partial_size if with_bias else 0)
     tensors = _dense(grad_output, plan), grad_input, partial, _dense(code, plan)
-    _run("backward", True, window, plan, with_bias, *tensors)
+    _run(backward, True, window, plan, with_bias, *tensors)
     return grad_input, _grad_bias(partial, plan, with_bias)
 
 
@@ -126,7 +127,7 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     if plan is not None:
         output = _empty(input, plan, plan.output_size)
         tensors = _dense(input, plan), _bias(bias, plan), output
-        if _run("forward", False, window, plan, bias is not None, *tensors):
+        if _run(forward, False, window, plan, bias is not None, *tensors):
             return output
     return reference.expectation(input, bias, window)
 
@@ -145,33 +146,29 @@ def expectation_backward(
         grad_input = _empty(input, plan, input.shape[2:])
         partial = torch.zeros(plan.partial_size if with_sums else 0)
         tensors = _dense(grad_output, plan), grad_input, partial, _dense(input, plan)
-        if _run("backward", False, window, plan, with_sums, *tensors, _bias(bias, plan)):
+        if _run(backward, False, window, plan, with_sums, *tensors, _bias(bias, plan)):
             return grad_input, _grad_bias(partial, plan, with_bias)
     return reference.expectation_backward(grad_output, input, bias, window, with_bias)
 
 
 def _run(
-    name: str, training: bool, window: Window, plan: _Plan, with_bias: bool, *tensors: torch.Tensor
-) -> bool:
+    make: Callable[..., Any], training: bool, window: Window, plan: _Plan, with_bias: bool,
+    *tensors: torch.Tensor,
+) -> bool:  # fmt: skip
     """Run a pass; False if there are numbers that only the reference takes."""
-    kernel = _kernel(
-        name, training, tensors[0].dtype,
-        window.kernel_h, window.kernel_w, window.stride_h, window.stride_w,
-    )  # fmt: skip
-    count = min(torch.get_num_threads(), plan.most_threads)
-    addresses = [plan.address, *(tensor.data_ptr() for tensor in tensors)]
-    return threads.run(kernel, with_bias, addresses, count)
+    sizes = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
+    body = _compiled(make, tensors[0].dtype, training, *sizes[: 4 if make is backward else 2])
+    addresses = plan.address, *(tensor.data_ptr() for tensor in tensors)
+    return threads.run(body, with_bias, addresses, min(torch.get_num_threads(), plan.most_threads))
 
 
 @functools.cache
-def _kernel(name: str, training: bool, dtype: torch.dtype, *window: int) -> Callable[[int], None]:
-    """The compiled pass, as C calls it."""
-    kernel = kernels.Kernel(_NUMBERS[dtype], training, *window, threads.HAS_TEAM)
-    mode = "training" if training else "evaluation"
-    what = (
-        f"{name} in {mode} ({window[0]} x {window[1]} cells, {str(dtype).removeprefix('torch.')})"
-    )
-    return compiled_for_c(getattr(kernels, name)(kernel), what)
+def _compiled(
+    make: Callable[..., Any], dtype: torch.dtype, training: bool, *sizes: int
+) -> Callable[[int], None]:
+    what = f"{make.__name__} in {'training' if training else 'evaluation'}"
+    what = f"{what}, {sizes[0]} x {sizes[1]} cells, {str(dtype).removeprefix('torch.')},"
+    return compiled_for_c(make(_NUMBERS[dtype], training, *sizes), what)
 
 
 def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:

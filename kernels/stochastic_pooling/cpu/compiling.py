@@ -15,8 +15,6 @@ from numba.core import event, types
 
 _log = logging.getLogger("stochastic_pooling")
 
-# `void function(void **pointers)`
-_SIGNATURE = types.void(types.CPointer(types.voidptr))
 C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -27,33 +25,27 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile on first use, to run without the interpreter's lock, and keep the code on disk."""
-    return _cached(numba.njit, nogil=True)(function)
+    return _cached(functools.partial(numba.njit, nogil=True), function)
 
 
 def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[int], None]:
-    """Compile now, or find what was compiled before, for callers from any thread.
-
-    Args:
-        function: of an array of pointers.
-        what: its name for the log.
-    """
+    """Compile a function of an array of pointers, for callers from any thread; `what` says to the
+    log which."""
     # numba's cache knows of the file that a function is in, and not of those that it calls.
     function.__qualname__ = f"{function.__name__}-{_sources()}"
+    signature = types.void(types.CPointer(types.voidptr))
     with event.install_listener("numba:compile", _Announcement(what)):
-        code = _cached(numba.cfunc, _SIGNATURE)(function)
-    callable_from_c = C_FUNCTION(code.address)
-    callable_from_c.keeps = code  # type: ignore[attr-defined]
-    return callable_from_c
+        code = _cached(functools.partial(numba.cfunc, signature), function)
+    for_c = C_FUNCTION(code.address)
+    for_c.keeps = code  # type: ignore[attr-defined]
+    return for_c
 
 
-def _cached(compiler: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[..., Any]:
-    def decorate(function: Callable[..., Any]) -> Any:
-        try:
-            return compiler(*arguments, cache=True, error_model="numpy", **options)(function)
-        except (RuntimeError, OSError):  # no folder that numba can write its cache to
-            return compiler(*arguments, error_model="numpy", **options)(function)
-
-    return decorate
+def _cached(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    try:
+        return compiler(cache=True, error_model="numpy")(function)
+    except (RuntimeError, OSError):  # no folder that numba can write its cache to
+        return compiler(error_model="numpy")(function)
 
 
 @functools.cache
@@ -63,16 +55,15 @@ def _sources() -> str:
 
 
 class _Announcement(event.Listener):
-    """A line in the log when numba starts to compile, rather than finds what it compiled before."""
+    """A line in the log when numba compiles, rather than finds what it compiled before."""
 
     def __init__(self, what: str) -> None:
-        self.what = what
-        self.made = False
+        self.what: str | None = what
 
     def on_start(self, _: Any) -> None:
-        if not self.made:
+        if self.what:
             _log.warning("compiling %s for this CPU: seconds now, none the next time", self.what)
-        self.made = True
+        self.what = None
 
     def on_end(self, _: Any) -> None:
         pass

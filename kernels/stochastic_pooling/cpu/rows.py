@@ -74,14 +74,15 @@ def rectify(weights, to, numbers, start, bias, count):
 
 
 @inlined
-def extremes(top, low, weights, start, count):
-    """The largest bits of weights, and the smallest of those above 0, less one."""
+def note_extremes(bits, weights, start, count):
+    """Keep the largest bits of weights, and the smallest of those above 0, less one."""
+    top, low = bits[0], bits[1]
     for k in range(count):
-        bits = np.float32(weights[start + k]).view(np.uint32)
-        top = bits if bits > top else top
-        below = np.uint32(bits - np.uint32(1))
+        number = np.float32(weights[start + k]).view(np.uint32)
+        top = number if number > top else top
+        below = np.uint32(number - np.uint32(1))
         low = below if below < low else low
-    return top, low
+    bits[0], bits[1] = top, low
 
 
 @inlined
@@ -118,17 +119,24 @@ def deal(halves, words, pairs, step):
 
 
 @inlined
+def _total(weights, rows, columns, first):
+    """The sum of a window, in the reference's order."""
+    total = NOTHING
+    for i in range(len(rows)):
+        row = NOTHING
+        for j in range(len(columns)):
+            row += weights[rows[i] + columns[j] + first]
+        total += row
+    return total
+
+
+@inlined
 def draw(output, code, to, weights, rows, columns, stride, halves, start, runs, run):
     """Draw a cell for each lane, as the reference does."""
     for m in range(runs):
         for k in range(run):
             first, lane = m * stride + k, m * run + k
-            total = NOTHING
-            for i in range(len(rows)):
-                before = NOTHING
-                for j in range(len(columns)):
-                    before += weights[rows[i] + columns[j] + first]
-                total += before
+            total = _total(weights, rows, columns, first)
             threshold = np.float32(halves[start + lane]) * np.float32(2.0**-16) * total
             before_row, value, drawn = NOTHING, NOTHING, np.uint8(0)
             for i in range(len(rows)):
@@ -147,12 +155,7 @@ def draw(output, code, to, weights, rows, columns, stride, halves, start, runs, 
 @inlined
 def _expectation(weights, rows, columns, first):
     """The inverse of the sum of a window, 0 of a dead one, and its expectation."""
-    total = NOTHING
-    for i in range(len(rows)):
-        before = NOTHING
-        for j in range(len(columns)):
-            before += weights[rows[i] + columns[j] + first]
-        total += before
+    total = _total(weights, rows, columns, first)
     inverse = np.float32(1) / total
     inverse = np.float32(0) if total == np.float32(0) else inverse
     mean = np.float32(0)
