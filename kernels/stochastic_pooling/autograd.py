@@ -296,7 +296,7 @@ class _EagerSample(StochasticSample):
     setup_context = Function.setup_context
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         input = inputs[0]
         output = ops.backend_for(input.device, input.dim() == 5).sample(*inputs)
         StochasticSample.setup_context(ctx, inputs, output)
@@ -309,7 +309,7 @@ class _EagerExpectation(StochasticExpectation):
     setup_context = Function.setup_context
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         input = inputs[0]
         output = ops.backend_for(input.device, input.dim() == 5).expectation(*inputs)
         StochasticExpectation.setup_context(ctx, inputs, output)

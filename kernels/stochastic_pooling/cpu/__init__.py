@@ -172,7 +172,7 @@ def _compiled(
 
 
 def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    return tensor.detach().contiguous(memory_format=plan.layout)
+    return tensor.detach().resolve_neg().contiguous(memory_format=plan.layout)
 
 
 def _empty(like: torch.Tensor, plan: _Plan, size: Sequence[int]) -> torch.Tensor:
