@@ -26,11 +26,7 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 # What numba knows of each dtype: fp16 and bf16 are their bits, see floats.py.
-_NUMBERS = {
-    torch.float32: np.float32,
-    torch.float16: np.uint16,
-    torch.bfloat16: np.int16,
-}
+_NUMBERS = {torch.float32: np.float32, torch.float16: np.uint16, torch.bfloat16: np.int16}
 # Contiguous planes that are transposed together.
 _MOST_PLANES = 32
 # Below this many numbers a second thread costs more than it saves.
@@ -84,7 +80,7 @@ def _plan(
     size = planes * max(height * width, out_height * out_width)
     return _Plan(
         numbers, numbers.ctypes.data, layout, (out_height, out_width), (sheets, groups, step),
-        torch.zeros(channels), sheets * groups if size > _SMALL else 1,
+        _zeros(channels), sheets * groups if size > _SMALL else 1,
     )  # fmt: skip
 
 
@@ -115,7 +111,7 @@ def sample_backward(
     if plan is None:
         return reference.sample_backward(grad_output, code, size, window, with_bias)
     grad_input = _empty(grad_output, plan, size)
-    partial = torch.zeros(plan.partial_size if with_bias else 0)
+    partial = _zeros(*plan.partial_size) if with_bias else _zeros(0)
     tensors = _dense(grad_output, plan), grad_input, partial, _dense(code, plan)
     _run(backward, True, window, plan, with_bias, *tensors)
     return grad_input, _grad_bias(partial, plan, with_bias)
@@ -144,7 +140,7 @@ def expectation_backward(
     if plan is not None and grad_output.dtype == input.dtype:
         with_sums = with_bias or bias is not None
         grad_input = _empty(input, plan, input.shape[2:])
-        partial = torch.zeros(plan.partial_size if with_sums else 0)
+        partial = _zeros(*plan.partial_size) if with_sums else _zeros(0)
         tensors = _dense(grad_output, plan), grad_input, partial, _dense(input, plan)
         if _run(backward, False, window, plan, with_sums, *tensors, _bias(bias, plan)):
             return grad_input, _grad_bias(partial, plan, with_bias)
@@ -171,6 +167,10 @@ def _compiled(
     return compiled_for_c(make(_NUMBERS[dtype], training, *sizes), what)
 
 
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
+
+
 def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:
     return tensor.detach().resolve_neg().contiguous(memory_format=plan.layout)
 
@@ -178,7 +178,8 @@ def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:
 def _empty(like: torch.Tensor, plan: _Plan, size: Sequence[int]) -> torch.Tensor:
     # What is dense in both formats has the strides of the first, as from `contiguous`.
     layout = torch.contiguous_format if size[0] == size[1] == 1 else plan.layout
-    return torch.empty((*like.shape[:2], *size), dtype=like.dtype, memory_format=layout)
+    shape = (*like.shape[:2], *size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _bias(bias: torch.Tensor | None, plan: _Plan) -> torch.Tensor:
@@ -187,10 +188,8 @@ def _bias(bias: torch.Tensor | None, plan: _Plan) -> torch.Tensor:
 
 def _grad_bias(partial: torch.Tensor, plan: _Plan, with_bias: bool) -> torch.Tensor:
     if not with_bias:
-        return torch.empty(0)
+        return _zeros(0)
     # numpy, unlike torch, adds in an order that does not depend on a number of threads.
     sums = partial.numpy().sum(1, dtype=np.float64).reshape(-1)
-    channels = plan.no_bias.numel()
-    return torch.from_numpy(
-        sums[: int(plan.numbers["planes"][0])].reshape(-1, channels).sum(0)
-    ).float()
+    sums = sums[: int(plan.numbers["planes"][0])].reshape(-1, plan.no_bias.numel())
+    return torch.from_numpy(sums.sum(0)).float()

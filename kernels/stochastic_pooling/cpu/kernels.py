@@ -75,21 +75,34 @@ def _turn_to(sheet, ring, bias, plan):
 
 
 @inlined
-def _place(sheet, row, height, width, plan):
-    """Where a row of a sheet starts, and the number and distance of planes."""
+def _place(sheet, row, size, plan):
+    """Where a row of a sheet starts in a tensor of that height and width, and the number and
+    distance of its planes."""
+    height, width = size
     planes = min(plan.step, plan.planes - sheet * plan.step)
     start = sheet * plan.step * height * width + row * width * (1 if plan.planar else plan.step)
     return _lanes(start), _lanes(planes), _lanes(height * width)
 
 
 @inlined
-def _fetch(fetched, numbers, sheet, row, height, width, plan):
+def _fetch(fetched, numbers, sheet, row, size, plan):
     """The lanes of a row, and where they start."""
-    start, planes, plane = _place(sheet, row, height, width, plan)
+    start, planes, plane = _place(sheet, row, size, plan)
     if plan.planar:
-        rows.fetch(fetched, numbers, start, _lanes(width), planes, plane, _lanes(plan.step))
+        rows.fetch(fetched, numbers, start, _lanes(size[1]), planes, plane, _lanes(plan.step))
         return fetched, _START
     return numbers, start
+
+
+@inlined
+def _store(numbers, lanes, columns, column, stride, sheet, row, size, plan):
+    """Store lanes as every `stride`-th column of a row, from `column` on."""
+    start, planes, plane = _place(sheet, row, size, plan)
+    step, by = _lanes(plan.step), _lanes(stride)
+    if plan.planar:
+        rows.store(numbers, start + _lanes(column), by, lanes, columns, planes, plane, step)
+    else:
+        rows.place(numbers, start + _lanes(column) * step, by, lanes, columns, step)
 
 
 @inlined
@@ -103,7 +116,8 @@ def _hold(oh, sheet, ring, x, plan):
         if slot < plan.kernel_h and ring.held[slot] != row:
             ring.held[slot] = row
             to = ring.starts[i] + _lanes(plan.padding_w * plan.step)
-            numbers, start = _fetch(ring.fetched, x, sheet, row, plan.height, plan.width, plan)
+            size = plan.height, plan.width
+            numbers, start = _fetch(ring.fetched, x, sheet, row, size, plan)
             rows.rectify(ring.weights, to, numbers, start, ring.bias, count)
             rows.note_extremes(ring.bits, ring.weights, to, count)
 
@@ -136,6 +150,7 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
         x = carray(pointers[2], plan.planes * plan.height * plan.width, number)
         bias = carray(pointers[3], plan.channels, np.float32)
         output, code = carray(pointers[4], outputs, number), carray(pointers[5], outputs, np.uint8)
+        size = plan.out_height, plan.out_width
         step, width = _lanes(plan.step), _lanes(plan.out_width)
         stride = _lanes(plan.stride_w * plan.step)
         runs, run = _runs(width, plan)
@@ -164,7 +179,7 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
             for oh in range(row, min(row + GROUP, plan.out_height)):
                 _hold(oh, sheet, ring, x, plan)
                 cells = to_fixed_tuple(ring.starts, kernel_h)
-                start, planes, plane = _place(sheet, oh, plan.out_height, plan.out_width, plan)
+                start, _, _ = _place(sheet, oh, size, plan)
                 target, to = (staged, _START) if plan.planar else (output, start)
                 if training:
                     target_code = staged_code if plan.planar else code
@@ -176,9 +191,9 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
                 else:
                     rows.expect(target, to, ring.weights, cells, columns, stride, runs, run)
                 if plan.planar:
-                    rows.store(output, start, _ONE, staged, width, planes, plane, step)
+                    _store(output, staged, width, 0, 1, sheet, oh, size, plan)
                 if plan.planar and training:
-                    rows.store(code, start, _ONE, staged_code, width, planes, plane, step)
+                    _store(code, staged_code, width, 0, 1, sheet, oh, size, plan)
         if ring.bits[0] >= rows.TOO_LARGE or (not training and ring.bits[1] < rows.TOO_SMALL):
             call[UNUSUAL] = 1
 
@@ -203,6 +218,7 @@ def backward(
         grad_bias = carray(pointers[4], plan.sheets * groups * plan.step, np.float32)
         code, x = carray(pointers[5], outputs, np.uint8), carray(pointers[5], inputs, number)
         bias = carray(pointers[6], plan.channels, np.float32)
+        size, out_size = (plan.height, plan.width), (plan.out_height, plan.out_width)
         step, out_width = _lanes(plan.step), _lanes(plan.out_width)
         ring = _new_ring(not training, x, call[WITH_BIAS], plan)
         cells = to_fixed_tuple(np.arange(kernel_w).astype(np.uint64) * step, kernel_w)
@@ -237,14 +253,10 @@ def backward(
                         continue
                     held[slot] = oh
                     to = starts[t] + _lanes((taps_w - 1) * plan.step)
-                    numbers, start = _fetch(
-                        fetched, grad, sheet, oh, plan.out_height, plan.out_width, plan
-                    )
+                    numbers, start = _fetch(fetched, grad, sheet, oh, out_size, plan)
                     if training:
                         rows.convert(grads, to, numbers, start, out_width * step)
-                        drawn, start = _fetch(
-                            fetched_code, code, sheet, oh, plan.out_height, plan.out_width, plan
-                        )
+                        drawn, start = _fetch(fetched_code, code, sheet, oh, out_size, plan)
                         rows.convert(others, to, drawn, start, out_width * step)
                     else:
                         _hold(oh, sheet, ring, x, plan)
@@ -255,7 +267,7 @@ def backward(
                             _lanes(stride_w) * step, runs, run,
                         )  # fmt: skip
                 places = to_fixed_tuple(starts, taps_h)
-                start, planes, plane = _place(sheet, row, plan.height, plan.width, plan)
+                start, _, _ = _place(sheet, row, size, plan)
                 for phase in range(stride_w):
                     # Input columns that are `phase` modulo the stride, counted from the padding's.
                     low = (plan.padding_w - phase + stride_w - 1) // stride_w
@@ -265,19 +277,14 @@ def backward(
                         j = phase + t * stride_w
                         columns[t] = (low + taps_w - 1 - t) * plan.step
                         column_cells[t] = j if j < kernel_w else NO_CELL
-                    tap_columns = to_fixed_tuple(columns, taps_w)
-                    numbers_of = (
-                        to_fixed_tuple(row_cells, taps_h),
-                        to_fixed_tuple(column_cells, taps_w),
-                    )
+                    taps = places, to_fixed_tuple(columns, taps_w)
+                    tap_rows = to_fixed_tuple(row_cells, taps_h)
+                    which = tap_rows, to_fixed_tuple(column_cells, taps_w)
                     wide = _lanes(max(width, 0))
                     direct = stride_w == 1 and not plan.planar
                     target, to = (grad_input, start) if direct else (gathered, _START)
                     if training:
-                        rows.gather(
-                            target, to, totals, grads, others, places, tap_columns, numbers_of,
-                            wide * step,
-                        )  # fmt: skip
+                        rows.gather(target, to, totals, grads, others, taps, which, wide * step)
                     else:
                         # The last window that holds the row left it in the ring; or none does.
                         slot = row % kernel_h
@@ -285,29 +292,11 @@ def backward(
                         weight = slot * plan.line + (column + plan.padding_w) * plan.step
                         runs, run = _runs(wide, plan)
                         rows.gather_means(
-                            target, to, totals, grads, others, places, tap_columns, numbers_of,
+                            target, to, totals, grads, others, taps, which,
                             ring.weights, _lanes(weight), _lanes(stride_w) * step, runs, run,
                         )  # fmt: skip
-                    if plan.planar:
-                        rows.store(
-                            grad_input,
-                            start + _lanes(column),
-                            _lanes(stride_w),
-                            gathered,
-                            wide,
-                            planes,
-                            plane,
-                            step,
-                        )
-                    elif not direct:
-                        rows.place(
-                            grad_input,
-                            start + _lanes(column) * step,
-                            _lanes(stride_w),
-                            gathered,
-                            wide,
-                            step,
-                        )
+                    if not direct:
+                        _store(grad_input, gathered, wide, column, stride_w, sheet, row, size, plan)
             if totals.size > 0:
                 rows.add_columns(grad_bias, _lanes(unit) * step, totals, _lanes(plan.width), step)
         if not training and (ring.bits[0] >= rows.TOO_LARGE or ring.bits[1] < rows.TOO_SMALL):

@@ -189,9 +189,10 @@ def differentiate(slopes, offsets, to, grad, start, weights, rows, columns, stri
 
 
 @inlined
-def gather(grad_input, to, totals, grad, code, rows, columns, cells, count):
+def gather(grad_input, to, totals, grad, code, taps, cells, count):
     """Sum for each lane the gradients of the windows that drew it, and add that to `totals`.
-    `cells` are the numbers of the cells, those of the rows and those of the columns."""
+    `taps` are the places of the windows, `cells` the numbers of their cells, by row and column."""
+    rows, columns = taps
     for k in range(count):
         total = np.float32(0)
         for i in range(len(rows)):
@@ -207,9 +208,10 @@ def gather(grad_input, to, totals, grad, code, rows, columns, cells, count):
 
 @inlined
 def gather_means(
-    grad_input, to, totals, slopes, offsets, rows, columns, cells, weights, start, stride, runs, run
+    grad_input, to, totals, slopes, offsets, taps, cells, weights, start, stride, runs, run
 ):
     """Sum for each lane the gradients of the expectations of the windows that hold it likewise."""
+    rows, columns = taps
     zero = np.float32(0)
     for m in range(runs):
         for k in range(run):
