@@ -55,23 +55,40 @@ class _Ring(NamedTuple):
 
 
 @inlined
+def _fill(array, value):
+    for k in range(array.size):
+        array[k] = value
+
+
+# Of numpy no more than this: each of its functions takes a tenth of a second to compile.
+@inlined
 def _new_ring(needed, x, with_bias, plan):
     row = needed * plan.width * plan.step
+    bits = np.zeros(2, np.uint32)
+    bits[1] -= 1
     return _Ring(
         np.zeros(needed * (plan.kernel_h + 1) * plan.line, np.float32),
-        np.full(plan.kernel_h, -1),
+        np.zeros(plan.kernel_h, np.int64),
         np.zeros(plan.kernel_h, np.uint64),
         np.empty(plan.planar * row, x.dtype),
         np.empty(with_bias * row, np.float32),
-        np.array([0, 0xFFFFFFFF], np.uint32),
+        bits,
     )
 
 
 @inlined
 def _turn_to(sheet, ring, bias, plan):
-    ring.held[:] = -1
+    _fill(ring.held, -1)
     for k in range(ring.bias.size):
         ring.bias[k] = bias[(sheet * plan.step + k % plan.step) % plan.channels]
+
+
+@inlined
+def _columns(columns, plan):
+    """Where the cells of a window lie in its rows."""
+    for j in range(columns.size):
+        columns[j] = j * plan.step
+    return columns
 
 
 @inlined
@@ -154,16 +171,16 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
         step, width = _lanes(plan.step), _lanes(plan.out_width)
         stride = _lanes(plan.stride_w * plan.step)
         runs, run = _runs(width, plan)
-        columns = to_fixed_tuple(np.arange(kernel_w).astype(np.uint64) * step, kernel_w)
+        columns = to_fixed_tuple(_columns(np.empty(kernel_w, np.uint64), plan), kernel_w)
         ring = _new_ring(True, x, call[WITH_BIAS], plan)
         staged = np.empty(plan.planar * plan.out_width * plan.step, number)
         staged_code = np.empty(staged.size, np.uint8)
         pairs = (plan.out_width + PAIR - 1) // PAIR
-        calls = np.arange(pairs * plan.step)
-        pair_of = (calls // plan.step).astype(np.uint32)
-        lane_of = (calls % plan.step).astype(np.uint32)
-        words = np.empty(GROUP * calls.size, np.uint32)
-        halves = np.empty(GROUP * PAIR * calls.size, np.uint16)
+        calls = pairs * plan.step
+        pair_of, lane_of = np.empty(calls, np.uint32), np.empty(calls, np.uint32)
+        rows.number(pair_of, lane_of, plan.step)
+        words = np.empty(GROUP * calls, np.uint32)
+        halves = np.empty(GROUP * PAIR * calls, np.uint16)
         groups = (plan.out_height + GROUP - 1) // GROUP
         first, end = _share(call, plan.sheets * groups)
         sheet = -1
@@ -221,13 +238,14 @@ def backward(
         size, out_size = (plan.height, plan.width), (plan.out_height, plan.out_width)
         step, out_width = _lanes(plan.step), _lanes(plan.out_width)
         ring = _new_ring(not training, x, call[WITH_BIAS], plan)
-        cells = to_fixed_tuple(np.arange(kernel_w).astype(np.uint64) * step, kernel_w)
+        cells = to_fixed_tuple(_columns(np.empty(kernel_w, np.uint64), plan), kernel_w)
         fetched = np.empty(plan.planar * plan.out_width * plan.step, number)
         fetched_code = np.empty(fetched.size, np.uint8)
         # Output row r is in slot r mod taps_h; slot taps_h is a row of no windows.
         grads = np.zeros((taps_h + 1) * plan.grad_line, np.float32)
-        others = np.full(grads.size, nothing, other)  # codes, or what is taken off
-        held, starts = np.full(taps_h, -1), np.empty(taps_h, np.uint64)
+        others = np.empty(grads.size, other)  # codes, or what is taken off
+        _fill(others, nothing)
+        held, starts = np.empty(taps_h, np.int64), np.empty(taps_h, np.uint64)
         columns = np.empty(taps_w, np.uint64)
         row_cells, column_cells = np.zeros(taps_h, np.uint8), np.empty(taps_w, np.uint8)
         gathered = np.empty(plan.width * plan.step, number)
@@ -237,9 +255,9 @@ def backward(
         for unit in range(first, end):
             if unit // groups != sheet:
                 sheet = unit // groups
-                held[:] = -1
+                _fill(held, -1)
                 _turn_to(sheet, ring, bias, plan)
-            totals[:] = 0
+            _fill(totals, 0)
             begin = unit % groups * GROUP
             for row in range(begin, min(begin + GROUP, plan.height)):
                 # The windows that hold the row, the upper ones first, as rows enter the ring.

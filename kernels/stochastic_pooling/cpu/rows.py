@@ -86,6 +86,13 @@ def note_extremes(bits, weights, start, count):
 
 
 @inlined
+def number(pairs, lanes, step):
+    """The pair of columns and the lane of a column of each call of Philox."""
+    for k in range(pairs.size):
+        pairs[k], lanes[k] = k // step, k % step
+
+
+@inlined
 def random_words(words, pairs, lanes, first_plane, group, seed):
     """Philox's four words for each pair of columns of each plane (see philox.py), in 64 bits for
     the sake of its products."""
