@@ -223,6 +223,22 @@ def test_what_is_not_plain_memory(layout):
     assert same(result, reference.sample_backward(grad, code, (8, 9), DENSE, False)[0])
 
 
+def test_whatever_the_defaults_are():
+    x = torch.randn(2, 5, 8, 9)
+    expected = run_all(x, DENSE)
+    cpu._plan.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            bias = torch.linspace(-1, 1, 5, dtype=torch.float32, device="cpu")
+            output, code = cpu.sample(x, bias, SEED, DENSE)
+            gradients = cpu.sample_backward(output.cos(), code, (8, 9), DENSE, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        cpu._plan.cache_clear()
+    assert_same([output, code, *gradients], [*expected[:2], *expected[3:5]])
+
+
 def test_compiling_is_announced_once_and_needs_no_folder(monkeypatch, caplog):
     """As where the package is installed read-only, for a user without a home."""
     caching = pytest.importorskip("numba.core.caching")

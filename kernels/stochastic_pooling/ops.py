@@ -5,6 +5,7 @@ tensor are two calls with different arguments and never merged, and recomputing 
 draws the same cells again.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ def _default_backend(device_type: str, volumes: bool) -> ModuleType:
         return reference
 
 
+@functools.cache
 def _load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{_MODULES[name]}")
 

@@ -66,7 +66,7 @@ def _(number, like):
             below = np.float32(np.uint32(magnitude).view(np.float32) + np.float32(0.5))
             below = np.uint32(np.float32(below).view(np.uint32) - np.uint32(126 << 23))
             half = below if magnitude < (_BIAS + 1) << 23 else half
-            half = np.uint32(0x7C00) if magnitude >= 143 << 23 else half
+            half = half if half < 0x7C00 else np.uint32(0x7C00)
             half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
             sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
             return np.uint16(half | sign)

@@ -39,6 +39,8 @@ def _team() -> Callable[..., None] | None:
 
 
 _parallel = _team()
+# See kernels.py; longer than any call needs.
+_Call, _Pointers = ctypes.c_int64 * 4, ctypes.c_void_p * 8
 
 
 def _after_fork() -> None:
@@ -61,8 +63,8 @@ def run(
     """
 
     def do(part: int, parts: int, start: Callable[[int], object] = body) -> bool:
-        call = (ctypes.c_int64 * 4)(part, parts, with_bias)
-        pointers = (ctypes.c_void_p * 8)(ctypes.addressof(call), *addresses)
+        call = _Call(part, parts, with_bias)
+        pointers = _Pointers(ctypes.addressof(call), *addresses)
         start(ctypes.addressof(pointers))
         return call[3] == 0
 
