@@ -2,8 +2,7 @@
 
 The compiled functions make the images `begin` to `end` of a batch and write them where they belong,
 in either memory format: number `c` of pixel `p` lies at `p * pixel_step + c * channel_step`. The
-images of a batch are shared out among `torch.get_num_threads()` threads as the pools share out
-their tiles.
+images of a batch are shared out among `torch.get_num_threads()` threads.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-# Where numba is missing or unusable, this import says so with an ImportError. The threads are the
-# pools' own: numba's abort the process when two Python threads enter at once.
-from stochastic_pooling.numba_kernels import compiled, inlined, share_out
+# Where numba is missing or unusable, this import says so with an ImportError.
+from stochastic_pooling.cpu.compiling import compiled, inlined
+
+from .threads import share_out
 
 # Table entries are moved as their bits, for numba has no 16-bit floats.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -37,14 +37,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["torch", "triton", "numba"])
+# Of each backend, in the package.
+MODULES = {"torch": "reference", "triton": "triton_kernels", "numba": "cpu"}
+
+
+@pytest.fixture(params=MODULES)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device) -> str:
     """Force one backend; the tensors are on `device`, which numba serves only if it is a CPU."""
     if request.param == "numba" and device.type != "cpu":
         pytest.skip("numba serves CPU tensors")
-    module = "reference" if request.param == "torch" else f"{request.param}_kernels"
     try:
-        importlib.import_module(f"stochastic_pooling.{module}")
+        importlib.import_module(f"stochastic_pooling.{MODULES[request.param]}")
     except ImportError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", request.param)

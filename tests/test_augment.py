@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from cnnsp import augment
+from cnnsp import augment, threads
 from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAugment, Variant
 from cnnsp.batches import GPU_BUDGET, ImageBank, epoch_batches
 from cnnsp.data import ImageSet
@@ -329,3 +330,15 @@ def test_items_that_are_not_there_are_refused(compiled: bool, items: list[int]) 
 def test_no_variants_are_refused() -> None:
     with pytest.raises(ValueError, match="variants must not be empty"):
         ImageBank(random_images(2), ())
+
+
+def test_a_busy_pool_of_threads_is_not_waited_for():
+    release = threading.Event()
+    busy = [threads._submit(lambda: release.wait(60)) for _ in range(64)]
+    done: list[int] = []
+    try:
+        threads.share_out(lambda begin, end: done.extend(range(begin, end)), 100, 4, ())
+        assert sorted(done) == list(range(100))
+    finally:
+        release.set()
+    assert all(future.result() for future in busy)

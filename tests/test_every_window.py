@@ -1,4 +1,4 @@
-"""Every small window: drawn, expected and differentiated as the reference does.
+"""Every small window in Triton: drawn, expected and differentiated as the reference does.
 
 On ordinary numbers, so that no strip is done again by the general code, and on special ones.
 """
@@ -16,6 +16,8 @@ from stochastic_pooling import reference
 
 from .test_kernels import SEED, TOLERANCE
 from .windows import LAYOUTS, guarded, plane, sliding_windows
+
+kernels = pytest.importorskip("stochastic_pooling.triton_kernels", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -51,18 +53,10 @@ def cases() -> Iterator[ParameterSet]:
             )  # fmt: skip
 
 
-@pytest.fixture(params=["triton", "numba"])
-def kernels(request, device):
-    if request.param == "numba" and device.type != "cpu":
-        pytest.skip("numba serves CPU tensors")
-    return pytest.importorskip(f"stochastic_pooling.{request.param}_kernels", exc_type=ImportError)
-
-
 @pytest.mark.parametrize(("window", "size", "layout", "filling", "dtype", "special"), list(cases()))
-def test_every_window(kernels, window, size, layout, filling, dtype, special, device, monkeypatch):
-    if hasattr(kernels, "FILLING_THREADS"):
-        monkeypatch.setattr(kernels, "SLIDING_BLOCK", 32)
-        monkeypatch.setattr(kernels, "FILLING_THREADS", filling)
+def test_every_window(window, size, layout, filling, dtype, special, device, monkeypatch):
+    monkeypatch.setattr(kernels, "SLIDING_BLOCK", 32)
+    monkeypatch.setattr(kernels, "FILLING_THREADS", filling)
     channels = 2 if layout == torch.contiguous_format else 3
     shape = (1, channels, *size)
     if special:
@@ -77,7 +71,7 @@ def test_every_window(kernels, window, size, layout, filling, dtype, special, de
     expected, expected_code = reference.sample(x, bias, seed, window)
     output, code = kernels.sample(x, bias, seed, window)
     assert torch.equal(code, expected_code)
-    exact = device.type != "cpu" or dtype != torch.bfloat16 or "numba" in kernels.__name__
+    exact = device.type != "cpu" or dtype != torch.bfloat16
     # Triton's interpreter cuts bf16 off where a GPU rounds.
     close = {"rtol": 0, "atol": 0} if exact else TOLERANCE[dtype]
     torch.testing.assert_close(output, expected, equal_nan=True, **close)

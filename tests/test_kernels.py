@@ -15,6 +15,7 @@ import torch
 from stochastic_pooling import reference
 from stochastic_pooling.window import Window
 
+from .conftest import MODULES
 from .windows import CASES, COMBINATIONS, LAYOUTS, guarded, plane
 
 pytestmark = [
@@ -41,7 +42,8 @@ def case_ids(value: object) -> str | None:
 def kernels(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
     if request.param == "numba" and device.type != "cpu":
         pytest.skip("numba serves CPU tensors")
-    return pytest.importorskip(f"stochastic_pooling.{request.param}_kernels", exc_type=ImportError)
+    module = MODULES[request.param]
+    return pytest.importorskip(f"stochastic_pooling.{module}", exc_type=ImportError)
 
 
 @pytest.fixture(params=LAYOUTS, ids=["contiguous", "channels_last"])

@@ -1,4 +1,4 @@
-"""What the compiled CPU kernels have of their own: tiles, threads, 16-bit floats, their cache.
+"""What the compiled CPU passes have of their own: every window, 16-bit floats, threads, the cache.
 
 `test_kernels.py` holds them against the reference over the grid of windows and dtypes.
 """
@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import logging
 import multiprocessing
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,9 +18,9 @@ import torch
 from stochastic_pooling import reference
 from stochastic_pooling.window import Window
 
-from .windows import LAYOUTS
+from .windows import LAYOUTS, guarded
 
-kernels = pytest.importorskip("stochastic_pooling.numba_kernels", exc_type=ImportError)
+cpu = pytest.importorskip("stochastic_pooling.cpu", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -28,18 +29,8 @@ pytestmark = [
 
 SEED = torch.tensor(-6_148_914_691_236_517_206)
 DENSE = Window(3, 3, 1, 1, 1, 1, 1, 1, False)
-WINDOWS = {
-    "3 x 3, stride 1": DENSE,
-    "3 x 3, no padding": Window(3, 3, 1, 1, 0, 0, 1, 1, False),
-    "3 x 3, stride 2": Window(3, 3, 2, 2, 1, 1, 1, 1, False),
-    "3 x 3, dilated": Window(3, 3, 1, 2, 1, 1, 2, 3, True),
-    "2 x 2, stride 2": Window(2, 2, 2, 2, 0, 0, 1, 1, False),
-}
-SHAPES = {
-    "a tile has several sheets, the last fewer": (3, 7, 70, 29),
-    "a sheet has several tiles each way": (1, 41, 66, 101),
-    "rows shorter than a chunk": (5, 3, 6, 7),
-}
+STRIDED = Window(2, 2, 2, 2, 0, 0, 1, 1, False)
+SPECIAL = [float("nan"), -float("nan"), float("inf"), 3e38, 2e36, 1e30, 1e-35, 1e-40, 1e-45, -1e38]
 
 
 @pytest.fixture
@@ -55,93 +46,114 @@ def layout(request: pytest.FixtureRequest) -> torch.memory_format:
     return request.param
 
 
-def sprinkled(shape: tuple[int, ...], layout: torch.memory_format) -> torch.Tensor:
-    """A random input; in every other channel one number in a hundred is none of the ordinary."""
-    x = torch.randn(shape)
-    special = torch.tensor(
-        [float("nan"), -float("nan"), float("inf"), 3e38, 1e30, 1e-40, 1e-35, -1e38]
-    )
-    special = special[torch.randint(8, shape)]
-    x[:, ::2] = torch.where(torch.rand(shape) < 0.01, special, x)[:, ::2]
-    return x.contiguous(memory_format=layout)
+def same(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Also in their zeros' signs and their strides; NaN is NaN."""
+    numbers = torch.equal(result.nan_to_num(7), expected.nan_to_num(7))
+    return numbers and result.stride() == expected.stride() and torch.equal(
+        result.signbit() & (result == 0), expected.signbit() & (expected == 0)
+    )  # fmt: skip
 
 
-def assert_close(result, expected) -> None:
-    """Of gradients of the input and the bias; the latter sums them up, in some order."""
-    torch.testing.assert_close(result[0], expected[0], rtol=1e-5, atol=1e-5, equal_nan=True)
-    torch.testing.assert_close(result[1], expected[1], rtol=1e-4, atol=1e-2, equal_nan=True)
+@pytest.mark.parametrize("special", [False, True], ids=["ordinary", "special"])
+@pytest.mark.parametrize("stride", [*itertools.product((1, 2), (1, 2))], ids=str)
+@pytest.mark.parametrize("kernel", [*itertools.product((2, 3), (2, 3))], ids=str)
+def test_every_window_that_slides(kernel, stride, special, layout):
+    """Planes of odd and even sides, among them some that are narrower than a window."""
+    paddings = itertools.product(range(kernel[0] // 2 + 1), range(kernel[1] // 2 + 1))
+    sizes = ((5, 7), (8, 9), (7, 4), (3, 3), (2, 11), (1, 6), (12, 2))
+    bias = torch.randn(21)
+    served = 0
+    for padding, ceil_mode, size in itertools.product(paddings, (False, True), sizes):
+        window = Window(*kernel, *stride, *padding, 1, 1, ceil_mode)
+        if any(n + 2 * p < k for n, p, k in zip(size, padding, kernel, strict=True)):
+            continue
+        x = torch.randn(2, 21, *size)
+        x[:, :4, :4] = -1  # dead windows
+        if special:
+            numbers = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), x.shape)]
+            x = torch.where(torch.rand(x.shape) < 0.01, numbers, x)
+        x = guarded(x.contiguous(memory_format=layout))
+        output, code = cpu.sample(x, guarded(bias), SEED, window)
+        expected, expected_code = reference.sample(x, bias, SEED, window)
+        assert torch.equal(code, expected_code)
+        assert same(output, expected)
+        grad, code = guarded(torch.randn_like(output)), guarded(code)
+        grad_input, grad_bias = cpu.sample_backward(grad, code, size, window, True)
+        expected, expected_bias = reference.sample_backward(grad, code, size, window, True)
+        assert same(grad_input, expected)
+        torch.testing.assert_close(grad_bias, expected_bias, rtol=1e-4, atol=1e-4)
+        served += 1
+    assert served > 20
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("window", WINDOWS)
-def test_tiles(window, shape, layout):
-    window, shape = WINDOWS[window], SHAPES[shape]
-    x = sprinkled(shape, layout)
-    bias = torch.randn(shape[1])
-    output, code = kernels.sample(x, bias, SEED, window)
-    expected, expected_code = reference.sample(x, bias, SEED, window)
-    assert torch.equal(code, expected_code)
-    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
-    mean = kernels.expectation(x, bias, window)
-    torch.testing.assert_close(
-        mean, reference.expectation(x, bias, window), rtol=1e-5, atol=0, equal_nan=True
-    )
-    grad = torch.randn_like(output)
-    assert_close(
-        kernels.sample_backward(grad, code, shape[2:], window, True),
-        reference.sample_backward(grad, code, shape[2:], window, True),
-    )
-    # The gradient of 1e38 is a difference of large numbers, and a NaN in no window anyone's guess.
-    ones = torch.ones_like(x)
-    used, _ = reference.expectation_backward(torch.ones_like(output), ones, None, window, False)
-    x = torch.where(used > 0, x.clamp(max=1e18), 1).contiguous(memory_format=layout)
-    assert_close(
-        kernels.expectation_backward(grad, x, bias, window, True),
-        reference.expectation_backward(grad, x, bias, window, True),
-    )
-
-
-@pytest.mark.parametrize("window", ["3 x 3, stride 1", "2 x 2, stride 2"])
-@pytest.mark.parametrize("special", [-float("nan"), 1e-45])
-def test_one_special_window(window, special, layout):
-    """A NaN may be negative, as inf - inf is on x86; the sum of a subnormal may be dead."""
-    window = WINDOWS[window]
-    x = torch.full((2, 3, 8, 9), special if special > 0 else 1.0)
-    x[0, 1, 4, 4] = special
-    x = x.contiguous(memory_format=layout)
-    output, code = kernels.sample(x, None, SEED, window)
-    expected, expected_code = reference.sample(x, None, SEED, window)
-    assert (expected.isnan() | (code == window.dead_code)).any()
-    assert torch.equal(code, expected_code)
-    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("special", [False, True], ids=["ordinary", "special"])
+@pytest.mark.parametrize(
+    "window",
+    [
+        DENSE,
+        STRIDED,
+        Window(3, 3, 2, 2, 1, 1, 1, 1, True),
+        Window(2, 3, 1, 2, 1, 0, 1, 1, False),
+        Window(3, 2, 2, 1, 0, 1, 1, 1, False),
+    ],
+    ids=str,
+)
+def test_expectations(window, special, layout):
+    for size in ((9, 13), (10, 12), (5, 4)):
+        x = torch.randn(2, 35, *size)
+        x[:, :4, :4] = -1
+        if special:
+            numbers = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), x.shape)]
+            x = torch.where(torch.rand(x.shape) < 0.01, numbers, x)
+        x = x.contiguous(memory_format=layout)
+        bias = torch.randn(35) if size[0] > 5 else None
+        mean, expected = cpu.expectation(x, bias, window), reference.expectation(x, bias, window)
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=0, equal_nan=True)
+        if special:  # where a gradient is a difference of large numbers
+            continue
+        grad = torch.randn_like(mean)
+        for result, right in zip(
+            cpu.expectation_backward(grad, x, bias, window, True),
+            reference.expectation_backward(grad, x, bias, window, True),
+            strict=True,
+        ):
+            torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-4)
+            assert result.stride() == right.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_every_16_bit_float(dtype):
-    """Gradients of all 65,536 patterns pass unchanged; a sum of two is rounded as torch rounds."""
+    """Each is a weight, alone and rounded with a bias; each passes as a gradient, and the sum of
+    two is rounded as torch rounds."""
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    weights = patterns[patterns.abs() < 2.0**119].reshape(1, 1, 4, -1)
+    for bias in (None, torch.tensor([0.3])):
+        output, code = cpu.sample(weights, bias, SEED, STRIDED)
+        expected, expected_code = reference.sample(weights, bias, SEED, STRIDED)
+        assert torch.equal(code, expected_code)
+        assert same(output, expected)
+    # Two rows of windows over three rows of inputs; both drew from the row that they share.
+    window = Window(2, 2, 1, 2, 0, 0, 1, 1, False)
     grad = torch.stack([patterns, patterns[torch.randperm(2**16)]]).reshape(1, 1, 2, -1)
-    one_cell = Window(1, 1, 1, 1, 0, 0, 1, 1, False)
-    code = torch.zeros(grad.shape, dtype=torch.uint8)
-    passed, _ = kernels.sample_backward(grad, code, (2, 2**16), one_cell, False)
-    torch.testing.assert_close(passed, grad, rtol=0, atol=0, equal_nan=True)
-    # Two windows of two rows, over three; both take the row that they share.
-    column = Window(2, 1, 1, 1, 0, 0, 1, 1, False)
-    code[0, 0, 0] = 1
-    added, _ = kernels.sample_backward(grad, code, (3, 2**16), column, False)
-    expected = (grad[0, 0, 0].float() + grad[0, 0, 1].float()).to(dtype)
-    torch.testing.assert_close(added[0, 0, 1], expected, rtol=0, atol=0, equal_nan=True)
-    assert not added[0, 0, ::2].any()
+    code = torch.tensor([2, 1], dtype=torch.uint8).view(1, 1, 2, 1).expand(grad.shape)
+    added, _ = cpu.sample_backward(grad, code, (3, 2**17), window, False)
+    torch.testing.assert_close(added[:, :, 1, ::2], grad[:, :, 0], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(added[:, :, 1, 1::2], grad[:, :, 1], rtol=0, atol=0, equal_nan=True)
+    code = torch.tensor([2, 0], dtype=torch.uint8).view(1, 1, 2, 1).expand(grad.shape)
+    added, _ = cpu.sample_backward(grad, code, (3, 2**17), window, False)
+    expected = (grad[:, :, 0].float() + grad[:, :, 1].float()).to(dtype)
+    torch.testing.assert_close(added[:, :, 1, ::2], expected, rtol=0, atol=0, equal_nan=True)
+    assert not added[:, :, ::2].any()
 
 
 def run_all(x: torch.Tensor, window: Window) -> list[torch.Tensor]:
     bias = torch.linspace(-1, 1, x.shape[1])
-    output, code = kernels.sample(x, bias, SEED, window)
+    output, code = cpu.sample(x, bias, SEED, window)
     grad = output.cos()
     return [
-        output, code, kernels.expectation(x, bias, window),
-        *kernels.sample_backward(grad, code, x.shape[2:], window, True),
-        *kernels.expectation_backward(grad, x, bias, window, True),
+        output, code, cpu.expectation(x, bias, window),
+        *cpu.sample_backward(grad, code, x.shape[2:], window, True),
+        *cpu.expectation_backward(grad, x, bias, window, True),
     ]  # fmt: skip
 
 
@@ -149,14 +161,19 @@ def assert_same(results, expected) -> None:
     assert all(torch.equal(result, other) for result, other in zip(results, expected, strict=True))
 
 
-@pytest.mark.parametrize("window", ["3 x 3, stride 1", "2 x 2, stride 2"])
-def test_results_do_not_depend_on_the_number_of_threads(window, layout, threads):
+@pytest.mark.parametrize("team", [True, False], ids=["team", "no team"])
+@pytest.mark.parametrize("window", [DENSE, STRIDED], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(window, team, layout, threads, monkeypatch):
+    if not team:
+        monkeypatch.setattr(cpu.threads, "_parallel", None)
+    elif cpu.threads._parallel is None:
+        pytest.skip("PyTorch has no OpenMP team here")
     x = torch.randn(3, 12, 70, 40).to(memory_format=layout)
     threads(1)
-    expected = run_all(x, WINDOWS[window])
+    expected = run_all(x, window)
     for number in (2, 3, 8):
         threads(number)
-        assert_same(run_all(x, WINDOWS[window]), expected)
+        assert_same(run_all(x, window), expected)
 
 
 def test_many_python_threads_at_once(threads):
@@ -171,34 +188,20 @@ def test_many_python_threads_at_once(threads):
                 assert_same(results, others)
 
 
-def test_a_busy_pool_is_not_waited_for(threads):
-    threads(4)
-    x = torch.randn(2, 6, 60, 60)
-    expected = run_all(x, DENSE)
-    release = threading.Event()
-    busy = [kernels._submit(lambda: release.wait(60)) for _ in range(64)]
-    try:
-        assert_same(run_all(x, DENSE), expected)
-    finally:
-        release.set()
-    assert all(future.result() for future in busy)
-
-
 def _pool_in_child(x: torch.Tensor, expected: torch.Tensor) -> None:
-    assert kernels._pool is None
-    output, _ = kernels.sample(x, None, SEED, DENSE)
-    assert kernels._pool is not None
+    torch.set_num_threads(2)
+    output, _ = cpu.sample(x, None, SEED, DENSE)
     assert torch.equal(output, expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_after_a_fork(threads):
+    """Where PyTorch's team has lost its threads."""
     threads(2)
     # Large enough for two threads of ours, too small for torch's own, which a fork breaks.
     x = torch.randn(1, 20, 30, 36)
-    expected, _ = kernels.sample(x, None, SEED, DENSE)
-    assert kernels._pool is not None
+    expected, _ = cpu.sample(x, None, SEED, DENSE)
     fork = multiprocessing.get_context("fork")
     child = fork.Process(target=_pool_in_child, args=(x, expected), daemon=True)
     child.start()
@@ -206,24 +209,53 @@ def test_after_a_fork(threads):
     assert child.exitcode == 0
 
 
-def test_an_empty_batch(layout):
-    x = torch.empty(0, 3, 8, 8).contiguous(memory_format=layout)
-    output, code = kernels.sample(x, None, SEED, DENSE)
-    assert output.shape == code.shape == kernels.expectation(x, None, DENSE).shape == x.shape
-    for grad_input, grad_bias in (
-        kernels.sample_backward(output, code, (8, 8), DENSE, True),
-        kernels.expectation_backward(output, x, None, DENSE, True),
-    ):
-        assert grad_input.shape == x.shape
-        assert torch.equal(grad_bias, torch.zeros(3))
+def test_what_is_not_plain_memory(layout):
+    """A gradient in the other format, and tensors whose numbers are not as they lie in memory."""
+    x = torch.randn(2, 5, 8, 9).contiguous(memory_format=layout)
+    negative = torch.complex(x, x).conj().imag  # -x, and the memory of x
+    assert negative.is_neg()
+    expected = reference.sample(-x, None, SEED, DENSE)
+    assert_same(cpu.sample(negative, None, SEED, DENSE), expected)
+    _, code = expected
+    (other,) = (form for form in LAYOUTS if form != layout)
+    grad = torch.randn_like(x).contiguous(memory_format=other)
+    result, _ = cpu.sample_backward(grad, code, (8, 9), DENSE, False)
+    assert same(result, reference.sample_backward(grad, code, (8, 9), DENSE, False)[0])
 
 
-def test_no_folder_for_the_cache(monkeypatch):
+def test_whatever_the_defaults_are():
+    x = torch.randn(2, 5, 8, 9)
+    expected = run_all(x, DENSE)
+    cpu._plan.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            bias = torch.linspace(-1, 1, 5, dtype=torch.float32, device="cpu")
+            output, code = cpu.sample(x, bias, SEED, DENSE)
+            gradients = cpu.sample_backward(output.cos(), code, (8, 9), DENSE, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        cpu._plan.cache_clear()
+    assert_same([output, code, *gradients], [*expected[:2], *expected[3:5]])
+
+
+def test_compiling_is_announced_once_and_needs_no_folder(monkeypatch, caplog):
     """As where the package is installed read-only, for a user without a home."""
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+    compiling = importlib.import_module("stochastic_pooling.cpu.compiling")
+    part = compiling.inlined(lambda: None)
 
-    @kernels.compiled
+    def nothing(pointers):
+        part()
+        part()
+
+    with caplog.at_level(logging.WARNING, "stochastic_pooling"):
+        compiling.compiled_for_c(nothing, "nothing")(0)
+    (record,) = caplog.records
+    assert "compiling nothing" in record.getMessage()
+
+    @compiling.compiled
     def double(x):
         return 2 * x
 
@@ -231,7 +263,8 @@ def test_no_folder_for_the_cache(monkeypatch):
 
 
 def test_numba_missing_is_an_import_error(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("stochastic_pooling.cpu")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "stochastic_pooling.numba_kernels")
     with pytest.raises(ImportError, match="numba"):
-        importlib.import_module("stochastic_pooling.numba_kernels")
+        importlib.import_module("stochastic_pooling.cpu")

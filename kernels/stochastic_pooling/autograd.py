@@ -64,6 +64,10 @@ class StochasticSample(Function):
             grad_input, grad_bias = ops.sample_backward(
                 grad_output, code, ctx.size, *ctx.window.arguments(len(ctx.size)), with_bias
             )
+        elif not torch.is_grad_enabled() and not ops.wants_ops(grad_output, code):
+            grad_input, grad_bias = ops.backend_for(code.device, code.dim() == 5).sample_backward(
+                grad_output, code, ctx.size, ctx.window, with_bias
+            )
         else:
             grad_input, grad_bias = StochasticSampleBackward.apply(
                 grad_output, code, ctx.window, with_bias, *ctx.size
@@ -141,9 +145,13 @@ class StochasticExpectation(Function):
             return None, None, None
         input, bias = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
-        grad_input, grad_bias = StochasticExpectationBackward.apply(
-            grad_output, input, bias, ctx.window, with_bias
-        )
+        arguments = grad_output, input, bias, ctx.window, with_bias
+        eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        if eager and not ops.wants_ops(grad_output, input, bias):
+            backend = ops.backend_for(input.device, input.dim() == 5)
+            grad_input, grad_bias = backend.expectation_backward(*arguments)
+        else:
+            grad_input, grad_bias = StochasticExpectationBackward.apply(*arguments)
         return grad_input, grad_bias.to(bias.dtype) if with_bias else None, None
 
     @staticmethod
@@ -227,6 +235,8 @@ def sample(
     """`ops.sample`, differentiable by whatever transform runs it."""
     arguments = window.arguments(input.dim() - 2)
     if not torch.compiler.is_compiling():
+        if not ops.wants_ops(input, bias, seed):
+            return _EagerSample.apply(input, bias, seed, window)
         if not _nested_forward_mode():
             return StochasticSample.apply(input, bias, seed, window)
     elif not _transforming():
@@ -244,6 +254,8 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     if torch.onnx.is_in_onnx_export():
         return _composed_expectation(input, bias, window)
     if not torch.compiler.is_compiling():
+        if not ops.wants_ops(input, bias):
+            return _EagerExpectation.apply(input, bias, window)
         if not _nested_forward_mode():
             return StochasticExpectation.apply(input, bias, window)
     elif not _transforming():
@@ -275,6 +287,34 @@ class _CompilableExpectation(StochasticExpectation):
     """For `torch.compile`, which takes no Function with a forward mode."""
 
     jvp = Function.jvp  # type: ignore[assignment]
+
+
+class _EagerSample(StochasticSample):
+    """Without the ops, and without a second method for the context, whose arguments PyTorch matches
+    by name at each call."""
+
+    setup_context = Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ops.note_draw()
+        input = inputs[0]
+        output = ops.backend_for(input.device, input.dim() == 5).sample(*inputs)
+        StochasticSample.setup_context(ctx, inputs, output)
+        return output
+
+
+class _EagerExpectation(StochasticExpectation):
+    """Likewise."""
+
+    setup_context = Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        input = inputs[0]
+        output = ops.backend_for(input.device, input.dim() == 5).expectation(*inputs)
+        StochasticExpectation.setup_context(ctx, inputs, output)
+        return output
 
 
 # An exported program calls the ops themselves; it can be trained because they know their gradients.

@@ -6,6 +6,7 @@ draws the same cells again.
 """
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import torch
 from . import reference
 from .window import Window, memory_format
 
-_BACKENDS = ("torch", "triton", "numba")
+_MODULES = {"torch": "reference", "triton": "triton_kernels", "numba": "cpu"}
 
 _observers: ContextVar[tuple[list[None], ...]] = ContextVar("observers", default=())
 
@@ -33,6 +34,12 @@ def observed() -> Iterator[list[None]]:
         _observers.reset(token)
 
 
+def note_draw() -> None:
+    """Tell those who observe draws of one."""
+    for draws in _observers.get():
+        draws.append(None)
+
+
 def backend_for(device: torch.device, volumes: bool = False) -> ModuleType:
     """The module whose four functions serve planes, or volumes, on `device`.
 
@@ -44,9 +51,9 @@ def backend_for(device: torch.device, volumes: bool = False) -> ModuleType:
     forced = os.environ.get("STOCHASTIC_POOLING_BACKEND")
     if not forced:
         return _default_backend(device.type, volumes)
-    if forced not in _BACKENDS:
+    if forced not in _MODULES:
         raise RuntimeError(
-            f"STOCHASTIC_POOLING_BACKEND={forced}: choose one of {', '.join(_BACKENDS)}"
+            f"STOCHASTIC_POOLING_BACKEND={forced}: choose one of {', '.join(_MODULES)}"
         )
     if forced == "torch":
         return reference
@@ -84,8 +91,33 @@ def _default_backend(device_type: str, volumes: bool) -> ModuleType:
         return reference
 
 
+@functools.cache
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.{name}_kernels")
+    return importlib.import_module(f"{__package__}.{_MODULES[name]}")
+
+
+def wants_ops(*tensors: torch.Tensor | None) -> bool:
+    """Whether, in code that is not being compiled, something may want to see the ops rather than
+    what a backend does for these tensors: a transform, a mode, a subclass.
+
+    Eager code on plain CPU tensors calls the backend itself, for a small pool takes no longer than
+    the dispatch of an op that is written in Python.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or not all(tensor is None or _is_plain(tensor) for tensor in tensors)
+    )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.is_cpu
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
 
 
 @torch.library.custom_op("stochastic_pooling::sample", mutates_args=())
@@ -100,8 +132,7 @@ def sample(
     ceil_mode: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.sample` on the backend of the input's device."""
-    for draws in _observers.get():
-        draws.append(None)
+    note_draw()
     window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
     return backend_for(input.device, input.dim() == 5).sample(input, bias, seed, window)
 

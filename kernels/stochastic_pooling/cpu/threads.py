@@ -1,0 +1,77 @@
+"""A pass on several threads: those of PyTorch's OpenMP team where there is one, else our own.
+
+OpenMP's workers look for their next piece of work for a while before they sleep. A thread of our
+own would share a core with one, just after a convolution; so the workers themselves are asked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from llvmlite import binding
+
+
+def _team() -> Callable[..., None] | None:
+    """The function that calls another on each thread of PyTorch's OpenMP team, if there is one.
+
+    PyTorch loads its runtime for all to see, on Linux and macOS. That of GCC, of LLVM and of Intel
+    have GCC's entry point.
+    """
+    parallel, team_functions = None, {"omp_get_thread_num": 1, "omp_get_num_threads": 1}
+    try:
+        runtime = ctypes.CDLL(None)  # a TypeError on Windows
+        for name in team_functions:
+            team_functions[name] = ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value or 1
+        if "parallel backend: OpenMP" in torch.__config__.parallel_info():
+            parallel = runtime.GOMP_parallel
+            parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            parallel.restype = None
+    except (AttributeError, OSError, TypeError):
+        pass
+    # What is compiled names them, and calls them in a team.
+    for name, address in team_functions.items():
+        binding.add_symbol(name, address)
+    return parallel
+
+
+_parallel = _team()
+# See kernels.py; longer than any call needs.
+_Call, _Pointers = ctypes.c_int64 * 4, ctypes.c_void_p * 8
+
+
+def _after_fork() -> None:
+    """A forked child has the team, but none of its threads."""
+    global _parallel
+    _parallel = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def run(
+    body: Callable[[int], None], with_bias: bool, addresses: tuple[int, ...], threads: int
+) -> bool:
+    """Run a pass of kernels.py; `addresses` are those of the plan and the tensors.
+
+    Returns:
+        whether all numbers are such as the pass takes.
+    """
+
+    def do(part: int, parts: int, start: Callable[[int], object] = body) -> bool:
+        call = _Call(part, parts, with_bias)
+        pointers = _Pointers(ctypes.addressof(call), *addresses)
+        start(ctypes.addressof(pointers))
+        return call[3] == 0
+
+    if threads == 1:
+        return do(0, 1)
+    if (parallel := _parallel) is not None:
+        return do(0, 0, lambda pointers: parallel(body, pointers, threads, 0))
+    # Threads for this call alone: there is nothing that a fork or other threads could break.
+    with ThreadPoolExecutor(threads) as pool:
+        return all(pool.map(do, range(threads), [threads] * threads))
