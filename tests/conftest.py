@@ -67,6 +67,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     margins: list[torch.Tensor] = []
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta or type(tensor) is not torch.Tensor:  # without memory
+            return tensor
         value = float("nan") if tensor.is_floating_point() else 0x5B
         storage = empty(tensor.numel() + 2048, dtype=tensor.dtype, device=tensor.device)
         storage.fill_(0x77)
