@@ -147,7 +147,7 @@ def _sass_instruction(
 
 def parse_amd(text: str) -> Code:
     """The assembly of an AMD kernel. The comment of a `.loc` nests the chain:
-    `; standard.py:43:13 @[ triton_kernels.py:44:16 @[ triton_kernels.py:182:38 ] ]`."""
+    `; standard.py:43:13 @[ launch.py:44:16 @[ launch.py:182:38 ] ]`."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     # A chain may name a file before its `.file` directive comes.

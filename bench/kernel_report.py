@@ -34,7 +34,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from stochastic_pooling import triton_kernels, triton_sliding
+from stochastic_pooling.gpu import launch as backend
+from stochastic_pooling.gpu import sliding
 from stochastic_pooling.window import Window
 
 TARGETS = {
@@ -85,9 +86,9 @@ def averages(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
         return sum(groups) / len(strips)
 
     group = {
-        "sample_sliding_kernel": triton_sliding.SAMPLE_GROUP,
-        "expectation_sliding_kernel": triton_sliding.EXPECTATION_GROUP,
-        "gather_sliding_kernel": triton_sliding.GATHER_GROUP,
+        "sample_sliding_kernel": sliding.SAMPLE_GROUP,
+        "expectation_sliding_kernel": sliding.EXPECTATION_GROUP,
+        "gather_sliding_kernel": sliding.GATHER_GROUP,
     }[kernel]
     groups = [max(min(last, inner) - first, 0) // group for first, last in strips]
     edges = [last - first - group * n for (first, last), n in zip(strips, groups, strict=True)]
@@ -209,7 +210,7 @@ def cases(dtypes: list[str], windows: list[str]) -> Iterator[Case]:
                     "expectation_backward": (y, x, bias, window, True),
                 }
                 for call, arguments in calls.items():
-                    launch = functools.partial(getattr(triton_kernels, call), *arguments)
+                    launch = functools.partial(getattr(backend, call), *arguments)
                     size = x.element_size()
                     yield Case(call, shape, layout, dtype, launch, size, x.numel(), y.numel())
 

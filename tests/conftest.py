@@ -38,7 +38,7 @@ def device() -> torch.device:
 
 
 # Of each backend, in the package.
-MODULES = {"torch": "reference", "triton": "triton_kernels", "numba": "cpu"}
+MODULES = {"torch": "reference", "triton": "gpu.launch", "numba": "cpu"}
 
 
 @pytest.fixture(params=MODULES)

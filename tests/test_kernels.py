@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stochastic_pooling import reference
-from stochastic_pooling.window import Window
+from stochastic_pooling.window import Window, memory_format
 
 from .conftest import MODULES
 from .windows import CASES, COMBINATIONS, LAYOUTS, guarded, plane
@@ -112,7 +112,7 @@ def assert_gradients_close(result, expected, dtype):
 @pytest.fixture
 def sliding(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The Triton kernels with small programs, and planes in one strip."""
-    kernels = pytest.importorskip("stochastic_pooling.triton_kernels", exc_type=ImportError)
+    kernels = pytest.importorskip("stochastic_pooling.gpu.launch", exc_type=ImportError)
     monkeypatch.setattr(kernels, "SLIDING_BLOCK", 32)
     monkeypatch.setattr(kernels, "FILLING_THREADS", 1)
     return kernels
@@ -171,9 +171,10 @@ def test_windows_that_were_wrong(kernels, size, window, layout, device):
     )
 
 
-def test_any_strides(kernels, device):
-    """Views of an input, and expanded gradients, are read through their strides."""
-    window = CASES["overlapping, padded"][1]
+@pytest.mark.parametrize("case", ["overlapping, padded", "dilated, not square"])
+def test_any_strides(kernels, case, device):
+    """Views of an input, and expanded gradients."""
+    window = CASES[case][1]
     storage = torch.randn(2, 8, 9, 6, device=device)
     seed = torch.tensor(SEED, device=device)
     for x in (storage[:, ::2, 1:, 1::2], storage.transpose(1, 3), storage[:1].expand(3, 8, 9, 6)):
@@ -189,9 +190,86 @@ def test_any_strides(kernels, device):
         )
 
 
+def laid_out(like: torch.Tensor, how: str) -> torch.Tensor:
+    """Small integers, whose sums are exact, in the shape of `like`."""
+    n, c, h, w = like.shape
+    numbers = torch.randint(-8, 9, like.shape, device=like.device).to(like.dtype)
+    if how == "expanded":
+        return numbers[:1, :1, :1, :1].expand(like.shape)
+    storage = {
+        "contiguous": numbers,
+        "channels_last": numbers.contiguous(memory_format=torch.channels_last),
+        "slice": like.new_empty(n, 2 * c, h, w)[:, c:],
+        "channels_last slice": like.new_empty(n, h, w, 2 * c).permute(0, 3, 1, 2)[:, c:],
+        "transposed": like.new_empty(n, c, w, h).transpose(2, 3),
+        "stepped": like.new_empty(n, c, h + 1, 2 * w)[:, :, 1:, 1::2],
+    }[how]
+    return storage.copy_(numbers)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "contiguous", "channels_last", "expanded", "slice", "channels_last slice", "transposed",
+        "stepped",
+    ],
+)  # fmt: skip
+def test_sliding_kernels_serve_every_layout(sliding, how, layout, device, monkeypatch):
+    """A tensor in another layout is copied, not read by the general kernels."""
+    monkeypatch.setattr(sliding, "_tiling_plan", None)
+    shape, window = (2, 4, 9, 8), CASES["overlapping, stride 2"][1]
+    seed = torch.tensor(SEED, device=device)
+    x = laid_out(torch.empty(shape, device=device), how)
+    output, code = sliding.sample(x, None, seed, window)
+    expected, expected_code = reference.sample(x, None, seed, window)
+    assert torch.equal(code, expected_code)
+    assert torch.equal(output, expected)
+    assert output.is_contiguous(memory_format=memory_format(x))
+    torch.testing.assert_close(
+        sliding.expectation(x, None, window), reference.expectation(x, None, window)
+    )
+
+    code = expected_code.contiguous(memory_format=layout)
+    grad = laid_out(output, how)
+    grad_input, grad_bias = sliding.sample_backward(grad, code, shape[2:], window, True)
+    expected, expected_bias = reference.sample_backward(grad, code, shape[2:], window, True)
+    assert torch.equal(grad_input, expected)
+    assert torch.equal(grad_bias, expected_bias)
+    assert grad_input.is_contiguous(memory_format=layout)
+
+
+def test_a_launch_is_planned_once(sliding, layout, device):
+    """What depends on shapes alone takes tens of microseconds, so it is remembered."""
+    seed = torch.tensor(SEED, device=device)
+    planners = (sliding._slides, sliding._output_size, sliding._strips, sliding._tiles)
+    for window in (CASES["overlapping, padded"][1], CASES["dilated, not square"][1]):
+        x = torch.randn(1, 2, 7, 8, device=device).contiguous(memory_format=layout)
+        for repeated in (False, True):
+            before = [planner.cache_info().misses for planner in planners]
+            output, code = sliding.sample(x, None, seed, window)
+            sliding.sample_backward(output, code, x.shape[2:], window, True)
+            sliding.expectation(x, None, window)
+            sliding.expectation_backward(output, x, None, window, True)
+            planned = [planner.cache_info().misses for planner in planners] != before
+            assert planned <= (not repeated)
+
+
+def test_planes_of_one_cell_with_codes_in_channels_last(sliding, device):
+    """The planes' own strides do not tell their format."""
+    window = Window(2, 2, 1, 1, 1, 1, 1, 1, False)
+    x = torch.rand(2, 3, 1, 1, device=device)
+    _, code = reference.sample(x, None, torch.tensor(SEED, device=device), window)
+    code = code.contiguous(memory_format=torch.channels_last)
+    grad = torch.randint(-8, 9, code.shape, device=device).float()
+    result = sliding.sample_backward(grad, code, (1, 1), window, True)
+    expected = reference.sample_backward(grad, code, (1, 1), window, True)
+    assert torch.equal(result[0], expected[0])
+    assert torch.equal(result[1], expected[1])
+
+
 def test_64_bit_indices(kernels, device):
     """Two rows that lie 2**31 elements apart, in memory that is reserved and hardly touched."""
-    window = CASES["overlapping, padded"][1]
+    window = Window(2, 2, 1, 1, 0, 1, 1, 2, False)  # dilated: the sliding kernels read a copy
     storage = torch.zeros(1, dtype=torch.float16, device=device).new_empty(2**31 + 16)
     x = storage.as_strided((1, 2, 2, 8), (2**31, 8, 2**31, 1))
     x.copy_(torch.randn(x.shape))
@@ -200,10 +278,10 @@ def test_64_bit_indices(kernels, device):
     expected, expected_code = reference.sample(x, None, seed, window)
     assert torch.equal(code, expected_code)
     assert torch.equal(output, expected)
-    grad = x.detach()
+    grad = torch.randn_like(output)
     assert_gradients_close(
-        kernels.sample_backward(grad, code, (2, 8), window, True),
-        reference.sample_backward(grad, code, (2, 8), window, True),
+        kernels.expectation_backward(grad, x, None, window, True),
+        reference.expectation_backward(grad, x, None, window, True),
         torch.float16,
     )
 
@@ -247,16 +325,16 @@ def test_sliding_kernels_compile_for_one_channel():
     script = """
 import sys; sys.path.insert(0, "bench")
 import torch, kernel_report
-from stochastic_pooling import triton_kernels
+from stochastic_pooling.gpu import launch as backend
 from stochastic_pooling.window import Window
 window = Window(3, 3, 1, 1, 1, 1, 1, 1, False)
 x = torch.empty(1, 1, 1, 8)
 code = torch.empty_like(x, dtype=torch.uint8)
 seed = torch.empty((), dtype=torch.int64)
 for call in (
-    lambda: triton_kernels.sample(x, None, seed, window),
-    lambda: triton_kernels.sample_backward(x, code, (1, 8), window, True),
-    lambda: triton_kernels.expectation(x, None, window),
+    lambda: backend.sample(x, None, seed, window),
+    lambda: backend.sample_backward(x, code, (1, 8), window, True),
+    lambda: backend.expectation(x, None, window),
 ):
     [launch] = kernel_report.compiled(call, kernel_report.TARGETS["sm_86"])
     print(launch.name)
@@ -271,6 +349,85 @@ for call in (
     ], run.stderr  # fmt: skip
 
 
+VARIANTS = """
+import sys; sys.path.insert(0, "bench")
+from collections import defaultdict
+import torch, triton, kernel_report
+from stochastic_pooling.gpu import launch as backend
+from stochastic_pooling.window import Window
+
+def window(kernel, stride, padding):
+    return Window(kernel, kernel, stride, stride, padding, padding, 1, 1, False)
+
+def launch(shape, window, layout):
+    x = torch.empty(shape, dtype=torch.float16, memory_format=layout)
+    seed = torch.empty((), dtype=torch.int64)
+    output, code = backend.sample(x, None, seed, window)
+    backend.sample_backward(output, code, shape[2:], window, True)
+    backend.expectation(x, None, window)
+    backend.expectation_backward(output, x, None, window, True)
+
+def variants(shapes, window, layout=torch.contiguous_format):
+    keys = defaultdict(set)
+
+    def count(key, fn, **_):
+        keys[fn.name].add(key)
+        return True  # nothing is compiled
+
+    triton.runtime.driver.set_active(kernel_report._AbsentGpu(kernel_report.TARGETS["sm_86"]))
+    triton.knobs.runtime.jit_cache_hook = count
+    for shape in shapes:
+        launch(shape, window, layout)
+    return {name: len(found) for name, found in keys.items()}
+"""
+
+
+# Sliding draws, backwards and expectations, gradients of an expectation (two kernels).
+SWEEPS = {
+    "sizes": ("[(2, 4, n, n) for n in range(20, 257, 3)], window(3, 2, 1)", (4, 2, 4, 2, 2)),
+    "sizes, channels_last": (
+        "[(2, 8, n, n) for n in range(20, 257, 3)], window(3, 2, 1), torch.channels_last",
+        (4, 1, 4, 2, 3),
+    ),
+    "VGG-16": (
+        "[(2, c, n, n) for c, n in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))],"
+        " window(2, 2, 0)",
+        (2, 1, 2, 2, 1),
+    ),
+    "batches": ("[(n, 4, 30, 30) for n in range(1, 65)], window(3, 1, 1)", (1, 1, 1, 1, 1)),
+    "channels": ("[(2, c, 28, 28) for c in range(8, 129)], window(3, 1, 1)", (1, 1, 1, 1, 1)),
+    "channels, channels_last": (
+        "[(2, c, 28, 28) for c in range(8, 129)], window(3, 1, 1), torch.channels_last",
+        (18, 18, 18, 4, 4),  # sixteen multiples of 8, the other even numbers, the odd ones
+    ),
+    "general": ("[(2, 4, n, n) for n in range(20, 257, 3)], window(5, 2, 2)", (2, 2, 4)),
+}
+
+
+def test_few_variants_are_compiled():
+    """A kernel takes seconds to compile: not for each size of image, batch or number of channels.
+
+    Counted by the keys that Triton would compile for.
+    """
+    pytest.importorskip("triton")
+    root = Path(__file__).resolve().parents[1]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    calls = ", ".join(f"{name!r}: variants({sweep})" for name, (sweep, _) in SWEEPS.items())
+    run = subprocess.run(
+        [sys.executable, "-c", f"{VARIANTS}\nimport json; print(json.dumps({{{calls}}}))"],
+        cwd=root, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    for sweep, found in json.loads(run.stdout).items():
+        kernels = [f"{call}_sliding_kernel" for call in ("sample", "gather", "expectation")]
+        kernels += ["expectation_kernel", "gather_kernel"]
+        if sweep == "general":
+            kernels = ["sample_kernel", "gather_kernel", "expectation_kernel"]
+        assert set(found) == set(kernels)
+        limits = zip(kernels, SWEEPS[sweep][1], strict=True)
+        assert all(found[name] <= limit for name, limit in limits), (sweep, found)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
 @pytest.mark.parametrize(
     "cases",
@@ -278,9 +435,10 @@ for call in (
         ["--only", "small: 2x3x13x6 f16 nchw 2x2 s22 p11 d11 plain"],
         # Quotients as imprecise as a GPU's may be: near the largest number they overflowed.
         ["--only", "content: 2x4x11x10 f32 nchw 3x3 s11 p11 d11 mixed", "--approximate", "1"],
+        ["--only", "view: 2x4x9x10 f32 nhwc 2x2 s22 p00 d11 normal bias f32 expanded"],
         pytest.param(["--quick"], marks=pytest.mark.slow),
     ],
-    ids=["one", "approximate", "every fifth"],
+    ids=["one", "approximate", "a view", "every fifth"],
 )
 def test_compiled_code_executed_by_an_emulator(cases):
     """What the interpreter cannot see: the machine's own accesses to memory, and its rounding."""

@@ -18,7 +18,7 @@ import torch
 from . import reference
 from .window import Window, memory_format
 
-_MODULES = {"torch": "reference", "triton": "triton_kernels", "numba": "cpu"}
+_MODULES = {"torch": "reference", "triton": "gpu.launch", "numba": "cpu"}
 
 _observers: ContextVar[tuple[list[None], ...]] = ContextVar("observers", default=())
 

@@ -10,7 +10,7 @@ channels_last); strides do the rest. A plane is a volume of one slice.
     gather_kernel          both backwards: a program owns input cells and visits every window that
                            holds them, so there are no atomics and the sums have one order
 
-The device functions serve tiles of any shape; `triton_sliding.py` uses them too.
+The device functions serve tiles of any shape; `sliding.py` uses them too.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ import torch
 import triton
 import triton.language as tl
 
-from . import philox, reference
+from .. import philox, reference
 
 PHILOX_ROUNDS = tl.constexpr(philox.ROUNDS)
 OVERFLOW_SCALE = tl.constexpr(reference.OVERFLOW_SCALE)
 SMALLEST_SUM = tl.constexpr(reference.SMALLEST_SUM)
 LARGEST_FP32 = tl.constexpr(torch.finfo(torch.float32).max)
 LARGEST_FP64 = tl.constexpr(torch.finfo(torch.float64).max)
+# Arguments that Triton would compile for anew where they become 1 or a multiple of 16, and those of
+# which an 1 is worth it: planes have a depth of 1, and one of a tensor's strides is.
+NUMBERS = ("channels", "height", "width", "out_height", "out_width", "positions")
+ONES = ("depth", "out_depth") + tuple(
+    f"{tensor}_stride_{dimension}" for tensor in ("in", "out", "grad_in") for dimension in "ncdhwp"
+)
 
 
 # ---------------------------------------------------------------- device functions
@@ -267,7 +273,7 @@ def unscaled(expectation, infinite, scale, ACC: tl.constexpr):
 # ---------------------------------------------------------------- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ONES)
 def sample_kernel(
     input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
     # sizes
@@ -309,15 +315,14 @@ def sample_kernel(
     tl.store(code_ptr + out, code.to(code_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ONES)
 def expectation_kernel(
     # output, or grad_output, slope and offset for the gradient's coefficients
     input_ptr, bias_ptr, output_ptr, grad_output_ptr, slope_ptr, offset_ptr,
     # sizes
     channels, depth, height, width, out_depth, out_width, positions,
-    # strides; output, slope and offset are dense
+    # strides; output, grad_output, slope and offset are dense
     in_stride_n, in_stride_c, in_stride_d, in_stride_h, in_stride_w,
-    grad_stride_n, grad_stride_c, grad_stride_d, grad_stride_h, grad_stride_w,
     out_stride_n, out_stride_c, out_stride_p,
     # window
     kernel_d: tl.constexpr, kernel_h: tl.constexpr, kernel_w: tl.constexpr,
@@ -348,9 +353,7 @@ def expectation_kernel(
     out = image * out_stride_n + channel.to(INDEX) * out_stride_c
     out += (out_slice * positions + position) * out_stride_p
     if COEFFICIENTS:
-        grad_ptr = grad_output_ptr + image * grad_stride_n + channel.to(INDEX) * grad_stride_c
-        grad_ptr += out_slice * grad_stride_d + out_row * grad_stride_h + out_col * grad_stride_w
-        grad = tl.load(grad_ptr, mask=mask, other=0.0).to(ACC)
+        grad = tl.load(grad_output_ptr + out, mask=mask, other=0.0).to(ACC)
         slope = tl.where(total < SMALLEST_SUM, 0.0, grad / tl.where(total == 0, 1.0, total))
         # An approximate quotient takes a mean of the largest number beyond it.
         offset = slope * unscaled(expectation, False, 1.0, ACC)
@@ -363,16 +366,15 @@ def expectation_kernel(
         tl.store(output_ptr + out, expectation.to(output_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=ONES)
 def gather_kernel(
     # sampled: grad_output and code; else: slope, offset, input and bias
     grad_output_ptr, code_ptr, slope_ptr, offset_ptr, input_ptr, bias_ptr,
     grad_input_ptr, partial_bias_ptr,
     # sizes; positions are those of the input
     channels, depth, width, out_depth, out_height, out_width, positions,
-    # strides; code, slope, offset and grad_input are dense
+    # strides; grad_output, code, slope, offset and grad_input are dense
     in_stride_n, in_stride_c, in_stride_d, in_stride_h, in_stride_w,
-    grad_stride_n, grad_stride_c, grad_stride_d, grad_stride_h, grad_stride_w,
     out_stride_n, out_stride_c, out_stride_p,
     grad_in_stride_n, grad_in_stride_c, grad_in_stride_p,
     # window
@@ -392,7 +394,6 @@ def gather_kernel(
     slice = in_slice + padding_d
     row = position // width + padding_h
     col = position % width + padding_w
-    grad_base = image * grad_stride_n + channel.to(INDEX) * grad_stride_c
     out_base = image * out_stride_n + channel.to(INDEX) * out_stride_c
 
     gathered = tl.zeros(mask.shape, dtype=ACC)
@@ -418,11 +419,8 @@ def gather_kernel(
                     cell = reach_d // dilation_d * kernel_h + reach_h // dilation_h
                     cell = cell * kernel_w + reach_w // dilation_w
                     code = tl.load(code_ptr + out, mask=holds, other=0).to(tl.int32)
-                    grad_ptr = grad_output_ptr + grad_base
-                    grad_ptr += out_slice * grad_stride_d
-                    grad_ptr += out_row * grad_stride_h + out_col * grad_stride_w
                     drawn = holds & (code == cell)
-                    gathered += tl.load(grad_ptr, mask=drawn, other=0.0).to(ACC)
+                    gathered += tl.load(grad_output_ptr + out, mask=drawn, other=0.0).to(ACC)
                 else:
                     gathered += tl.load(slope_ptr + out, mask=holds, other=0.0)
                     offsets += tl.load(offset_ptr + out, mask=holds, other=0.0)

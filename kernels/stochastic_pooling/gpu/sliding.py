@@ -15,7 +15,7 @@ the left of the first column is the end of the row above, which is there, and a 
 infinity keeps it out. The first and last rows of a plane go through masks, one at a time.
 
 Windows with a NaN, an infinity or a sum that could overflow are noticed, not handled: a program
-that meets one repeats its strip with the device functions of `triton_general.py`.
+that meets one repeats its strip with the device functions of `general.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_general import draw_cells, expect, masked, philox4x32, rectified, uniform, unscaled
+from .general import draw_cells, expect, masked, philox4x32, rectified, uniform, unscaled
 
 # Inner rows are unrolled by these, and a strip is a multiple of them. Four rows share a Philox
 # call; after six the three rows in registers are back where they began.
@@ -32,6 +32,11 @@ EXPECTATION_GROUP = GATHER_GROUP = 6
 SAMPLE_ROWS = tl.constexpr(SAMPLE_GROUP)
 EXPECTATION_ROWS = tl.constexpr(EXPECTATION_GROUP)
 GATHER_ROWS = tl.constexpr(GATHER_GROUP)
+# Arguments that Triton would compile for anew where they become 1 or a multiple of 16.
+NUMBERS = (
+    "channels", "height", "width", "out_height", "out_width", "in_pitch", "out_pitch", "step",
+    "pairs", "lanes", "strip_rows", "inner_rows", "start_row", "stop_row", "one",
+)  # fmt: skip
 # Sums beyond this may overflow, or hide an infinity.
 LARGEST_SUM = tl.constexpr(2.0**120)
 # The squares of larger sums may overflow, those of smaller ones (the bits of 2**-58) underflow.
@@ -46,7 +51,7 @@ FUSED_MULTIPLY_ADD = tl.constexpr(not triton.knobs.runtime.interpret)
 
 @triton.jit
 def _lanes(
-    channels, pairs, lanes, STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+    channels, pairs, lanes, step, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Number, existence, image, channel and pair of columns of each lane, [BLOCK, 1].
 
@@ -58,9 +63,9 @@ def _lanes(
     # Unsigned division is the shorter one. An argument that is 1 comes as a constant, without `to`.
     rest = number.to(tl.uint32)
     pairs = tl.cast(pairs, tl.uint32)
-    if STEP > 0:  # channels_last
-        channel = rest % (STEP // VECTOR) * VECTOR
-        rest = rest // (STEP // VECTOR)
+    if step is not None:  # channels_last
+        channel = rest % tl.cast(step, tl.uint32) * VECTOR
+        rest = rest // tl.cast(step, tl.uint32)
         pair = rest % pairs
         image = rest // pairs
     else:
@@ -74,12 +79,12 @@ def _lanes(
 @triton.jit
 def _lane_index(
     image, channel, channels, pair, height, pitch,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
+    COLUMNS: tl.constexpr, step, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Index of the first of each lane's own `COLUMNS` columns in the first row, in units of `UNIT`
     elements; `pitch` is the length of a row in units."""
-    if STEP > 0:
-        return image * (height * pitch) + (pair * (COLUMNS * STEP) + channel) // UNIT
+    if step is not None:
+        return image * (height * pitch) + pair * (COLUMNS * step) + channel // UNIT
     else:
         return (image * channels + channel) * (height * pitch) + pair * COLUMNS // UNIT
 
@@ -100,12 +105,12 @@ def _units(pointer, index, UNIT: tl.constexpr):
 
 @triton.jit
 def _elements(
-    pointer, index, at, STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr
+    pointer, index, at, step, VECTOR: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
     """Pointers to the numbers `at` columns from the unit `index`, [BLOCK, VECTOR]."""
     pointer = _units(pointer, index, UNIT).to(pointer.dtype)
-    if STEP > 0:
-        return pointer + (at * STEP + tl.arange(0, VECTOR)[None, :])
+    if step is not None:
+        return pointer + (at * step * VECTOR + tl.arange(0, VECTOR)[None, :])
     else:
         return pointer + at
 
@@ -133,7 +138,7 @@ def _in_plane(column, at: tl.constexpr, width, INSIDE: tl.constexpr):
 def _load_columns(
     pointer, index, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
     INSIDE: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
-    STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """`COLUMNS` neighbouring columns of a row, a tuple of [BLOCK, VECTOR].
 
@@ -144,14 +149,14 @@ def _load_columns(
     """
     columns = ()
     for j in tl.static_range(COLUMNS):
-        here = _elements(pointer, index, j + FIRST, STEP, VECTOR, UNIT)
+        here = _elements(pointer, index, j + FIRST, step, VECTOR, UNIT)
         if j + FIRST < 0:
             if MASK_LEFT:
                 inside = _in_plane(column, j + FIRST, width, INSIDE)
                 columns = columns + (tl.load(here, mask=inside, other=0),)
             else:
                 columns = columns + (tl.load(here),)
-        elif STEP == 0 and UNIT == 2 and j + FIRST < INSIDE // 2 * 2:
+        elif step is None and UNIT == 2 and j + FIRST < INSIDE // 2 * 2:
             if (j + FIRST) % 2 == 0:
                 columns = columns + tl.split(tl.load(_pair(pointer, index, j + FIRST)))
         elif j + FIRST >= INSIDE and MASK_RIGHT:
@@ -180,10 +185,10 @@ def _weigh(inputs, biases, stride_w: tl.constexpr, kernel_w: tl.constexpr):
 @triton.jit
 def _origin(
     pointer, image, channel, channels, height, pitch,
-    STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Pointer to the first number of each lane's planes, [BLOCK, VECTOR]."""
-    if STEP > 0:
+    if step is not None:
         channel = channel + tl.arange(0, VECTOR)[None, :]
         return pointer + (image.to(tl.int64) * height * pitch * UNIT + channel)
     else:
@@ -191,9 +196,9 @@ def _origin(
 
 
 @triton.jit
-def _bias(bias_ptr, channel, HAS_BIAS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr):
+def _bias(bias_ptr, channel, HAS_BIAS: tl.constexpr, step, VECTOR: tl.constexpr):
     """The bias of each lane's channels, [BLOCK, VECTOR]; 0 without one."""
-    if STEP > 0:
+    if step is not None:
         channel = channel + tl.arange(0, VECTOR)[None, :]
     if HAS_BIAS:
         return tl.load(bias_ptr + channel).to(tl.float32)
@@ -204,10 +209,10 @@ def _bias(bias_ptr, channel, HAS_BIAS: tl.constexpr, STEP: tl.constexpr, VECTOR:
 @triton.jit
 def _biases(
     bias_ptr, channel, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-    INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
+    INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, step, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The bias of each column, a tuple of [BLOCK, VECTOR]; minus infinity beyond the plane."""
-    bias = _bias(bias_ptr, channel, HAS_BIAS, STEP, VECTOR)
+    bias = _bias(bias_ptr, channel, HAS_BIAS, step, VECTOR)
     biases = ()
     for j in tl.static_range(COLUMNS):
         if j + FIRST >= 0 and j + FIRST < INSIDE:
@@ -221,17 +226,17 @@ def _biases(
 @triton.jit
 def _store(
     pointer, index, two, exists, has_second,
-    STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Store the numbers of the lane's two columns."""
     ELEMENT: tl.constexpr = pointer.dtype.element_ty
-    if STEP == 0 and UNIT == 2:
+    if step is None and UNIT == 2:
         both = tl.join(two[0], two[1]).to(ELEMENT)
         tl.store(_pair(pointer, index, 0), both, mask=exists[:, :, None])
     else:
-        here = _elements(pointer, index, 0, STEP, VECTOR, UNIT)
+        here = _elements(pointer, index, 0, step, VECTOR, UNIT)
         tl.store(here, two[0].to(ELEMENT), mask=exists)
-        here = _elements(pointer, index, 1, STEP, VECTOR, UNIT)
+        here = _elements(pointer, index, 1, step, VECTOR, UNIT)
         tl.store(here, two[1].to(ELEMENT), mask=has_second)
 
 
@@ -239,13 +244,13 @@ def _store(
 def _load_edge(
     pointer, lane, row, height, pitch, column, width, biases,
     FIRST: tl.constexpr, INSIDE: tl.constexpr,
-    STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The columns of any row and their biases; one beyond the plane has biases that undo it."""
     present = (row >= 0) & (row < height)
     index = lane + tl.minimum(tl.maximum(row, 0), height - 1) * pitch
     inputs = _load_columns(
-        pointer, index, column, width, FIRST, len(biases), INSIDE, True, True, STEP, VECTOR, UNIT
+        pointer, index, column, width, FIRST, len(biases), INSIDE, True, True, step, VECTOR, UNIT
     )
     shifted = ()
     for j in tl.static_range(len(biases)):
@@ -336,21 +341,21 @@ def _largest(largest, total):
 def _draw_row(
     output_ptr, code_ptr, index, word, rows, one, exists, has_second,
     stride_w: tl.constexpr, kernel_w: tl.constexpr, DEAD: tl.constexpr,
-    STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Draw and store the lane's two windows; their larger sum, or NaN."""
-    JOINED: tl.constexpr = STEP == 0 and UNIT == 2
+    JOINED: tl.constexpr = step is None and UNIT == 2
     SCALE: tl.constexpr = 256 if JOINED else 1
     value0, row0, column0, total0 = _draw(word, rows, one, 0, stride_w, kernel_w, DEAD, 1)
     value1, row1, column1, total1 = _draw(word, rows, one, 1, stride_w, kernel_w, DEAD, SCALE)
-    _store(output_ptr, index, (value0, value1), exists, has_second, STEP, VECTOR, UNIT)
+    _store(output_ptr, index, (value0, value1), exists, has_second, step, VECTOR, UNIT)
     if JOINED:
         # One 16-bit number; the code of the second window is scaled by 256 already.
         codes = (row0 + column0) + (row1 + column1)
         tl.store(_units(code_ptr, index, 2), codes.to(tl.uint16), mask=exists)
     else:
         codes = (row0 + column0, row1 + column1)
-        _store(code_ptr, index, codes, exists, has_second, STEP, VECTOR, UNIT)
+        _store(code_ptr, index, codes, exists, has_second, step, VECTOR, UNIT)
     return _largest(total0, total1)
 
 
@@ -365,16 +370,16 @@ def _sample_strip_again(
     kernel_h: tl.constexpr, kernel_w: tl.constexpr,
     stride_h: tl.constexpr, stride_w: tl.constexpr,
     padding_h: tl.constexpr, padding_w: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DEAD: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DEAD: tl.constexpr, step, VECTOR: tl.constexpr,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Draw a strip window by window, with what NaN, infinities and overflow ask for."""
-    _, exists, image, channel, pair = _lanes(channels, pairs, lanes, STEP, VECTOR, BLOCK)
-    lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, STEP, OUT_UNIT)
+    _, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
+    lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, step, OUT_UNIT)
     origin_ptr = _origin(
-        input_ptr, image, channel, channels, height, in_pitch, STEP, VECTOR, IN_UNIT
+        input_ptr, image, channel, channels, height, in_pitch, step, VECTOR, IN_UNIT
     )
-    bias = _bias(bias_ptr, channel, HAS_BIAS, STEP, VECTOR)
+    bias = _bias(bias_ptr, channel, HAS_BIAS, step, VECTOR)
     plane = (image * channels + channel).to(tl.int64) + tl.arange(0, VECTOR)[None, :]
     for strip_row in range(end_row - first_row):
         out_row = first_row + strip_row
@@ -386,20 +391,20 @@ def _sample_strip_again(
                 origin_ptr, bias,
                 0, out_row * stride_h - padding_h, out_column * stride_w - padding_w,
                 mask, uniform(seed_ptr, plane, out_row, out_column, tl.float32),
-                1, height, width, 0, in_pitch * IN_UNIT, STEP if STEP > 0 else 1,
+                1, height, width, 0, in_pitch * IN_UNIT, 1 if step is None else step * VECTOR,
                 1, kernel_h, kernel_w, 1, 1, 1, DEAD, tl.float32,
             )  # fmt: skip
-            to = _elements(output_ptr, index, x, STEP, VECTOR, OUT_UNIT)
+            to = _elements(output_ptr, index, x, step, VECTOR, OUT_UNIT)
             tl.store(to, value.to(output_ptr.dtype.element_ty), mask=mask)
-            to = _elements(code_ptr, index, x, STEP, VECTOR, OUT_UNIT)
+            to = _elements(code_ptr, index, x, step, VECTOR, OUT_UNIT)
             tl.store(to, code.to(tl.uint8), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def sample_sliding_kernel(
     input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
-    # sizes; a pitch is the length of a row in units
-    channels, height, width, out_height, out_width, in_pitch, out_pitch,
+    # sizes; a pitch is the length of a row in units, a step that of a column in channels_last
+    channels, height, width, out_height, out_width, in_pitch, out_pitch, step,
     # division of the work; rows from inner_rows on are edge rows
     pairs, lanes, strip_rows, inner_rows,
     one,  # the bits of 1.0
@@ -409,25 +414,29 @@ def sample_sliding_kernel(
     padding_h: tl.constexpr, padding_w: tl.constexpr,
     # variant
     HAS_BIAS: tl.constexpr, DEAD: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, INSIDE: tl.constexpr, SAME: tl.constexpr,
-    BLOCK: tl.constexpr,
+    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     OWN: tl.constexpr = 2 * stride_w
     KEPT: tl.constexpr = kernel_h - stride_h
+    # The output has the input's size: one index serves both.
+    SAME: tl.constexpr = (
+        stride_h * stride_w == 1 and kernel_h == 2 * padding_h + 1 and kernel_w == 2 * padding_w + 1
+    )
     # The first row read by the loop is at least KEPT - padding_h: is there one above it?
     MASK_LEFT: tl.constexpr = KEPT - padding_h < 1
-    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, STEP, VECTOR, BLOCK)
+    step = step if STEP is None else STEP  # one of them, or none in contiguous tensors
+    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
     has_second = exists & (pair * 2 + 1 < out_width)
     column = pair * OWN
-    out_lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, STEP, OUT_UNIT)
+    out_lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, step, OUT_UNIT)
     if SAME:
         in_pitch = out_pitch
         in_lane = out_lane
     else:
-        in_lane = _lane_index(image, channel, channels, pair, height, in_pitch, OWN, STEP, IN_UNIT)
+        in_lane = _lane_index(image, channel, channels, pair, height, in_pitch, OWN, step, IN_UNIT)
     biases = _biases(
         bias_ptr, channel, column, width, -padding_w, stride_w + kernel_w,
-        INSIDE, HAS_BIAS, STEP, VECTOR,
+        INSIDE, HAS_BIAS, step, VECTOR,
     )  # fmt: skip
     key = tl.load(seed_ptr)
     plane = image * channels + channel
@@ -442,7 +451,7 @@ def sample_sliding_kernel(
     for i in tl.static_range(KEPT):
         inputs, row_biases = _load_edge(
             input_ptr, in_lane, first_row * stride_h - padding_h + i, height, in_pitch,
-            column, width, biases, -padding_w, INSIDE, STEP, VECTOR, IN_UNIT,
+            column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
         )  # fmt: skip
         row = _weigh(inputs, row_biases, stride_w, kernel_w)
         rows = rows + (row,)
@@ -468,19 +477,19 @@ def sample_sliding_kernel(
                     out_row = first_row + group * SAMPLE_ROWS + k
                     inputs, row_biases = _load_edge(
                         input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
-                        column, width, biases, -padding_w, INSIDE, STEP, VECTOR, IN_UNIT,
+                        column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
                     )  # fmt: skip
                 else:
                     row_biases = biases
                     inputs = _load_columns(
                         input_ptr, in_index, column, width, -padding_w, len(biases),
-                        INSIDE, MASK_LEFT, False, STEP, VECTOR, IN_UNIT,
+                        INSIDE, MASK_LEFT, False, step, VECTOR, IN_UNIT,
                     )  # fmt: skip
                 rows = rows + (_weigh(inputs, row_biases, stride_w, kernel_w),)
                 in_index += in_step
             row_largest = _draw_row(
                 output_ptr, code_ptr, out_index, words[k], rows, one, exists, has_second,
-                stride_w, kernel_w, DEAD, STEP, VECTOR, OUT_UNIT,
+                stride_w, kernel_w, DEAD, step, VECTOR, OUT_UNIT,
             )  # fmt: skip
             # With stride 1 every row lies in one of these windows.
             if stride_h > 1 or k % kernel_h == kernel_h - 2 or k == SAMPLE_ROWS - 1:
@@ -497,12 +506,12 @@ def sample_sliding_kernel(
         for i in tl.static_range(KEPT, kernel_h):
             inputs, row_biases = _load_edge(
                 input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
-                column, width, biases, -padding_w, INSIDE, STEP, VECTOR, IN_UNIT,
+                column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
             )  # fmt: skip
             rows = rows + (_weigh(inputs, row_biases, stride_w, kernel_w),)
         row_largest = _draw_row(
             output_ptr, code_ptr, out_lane + out_row * out_pitch, words[0], rows, one,
-            exists, has_second, stride_w, kernel_w, DEAD, STEP, VECTOR, OUT_UNIT,
+            exists, has_second, stride_w, kernel_w, DEAD, step, VECTOR, OUT_UNIT,
         )  # fmt: skip
         largest = _largest(largest, row_largest)
         rows = rows[stride_h:]
@@ -517,7 +526,7 @@ def sample_sliding_kernel(
             channels, height, width, out_height, out_width, in_pitch, out_pitch,
             pairs + (any_unusual >> 1), lanes, first_row, end_row,
             kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
-            HAS_BIAS, DEAD, STEP, VECTOR, IN_UNIT, OUT_UNIT, BLOCK,
+            HAS_BIAS, DEAD, step, VECTOR, IN_UNIT, OUT_UNIT, BLOCK,
         )  # fmt: skip
 
 
@@ -552,7 +561,7 @@ def _moments(inputs, biases, stride_w: tl.constexpr, kernel_w: tl.constexpr):
 @triton.jit
 def _expect_row(
     output_ptr, index, rows, largest, smallest, exists, has_second,
-    STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Store the lane's two expectations; the largest sum so far, or NaN, and the smallest one that
     is not 0, as its bits minus 1."""
@@ -569,7 +578,7 @@ def _expect_row(
         largest = _largest(largest, total)
         if ELEMENT != tl.float16:
             smallest = tl.minimum(smallest, total.to(tl.uint32, bitcast=True) - 1)
-    _store(output_ptr, index, expectations, exists, has_second, STEP, VECTOR, UNIT)
+    _store(output_ptr, index, expectations, exists, has_second, step, VECTOR, UNIT)
     return largest, smallest
 
 
@@ -581,16 +590,16 @@ def _expect_strip_again(
     kernel_h: tl.constexpr, kernel_w: tl.constexpr,
     stride_h: tl.constexpr, stride_w: tl.constexpr,
     padding_h: tl.constexpr, padding_w: tl.constexpr,
-    HAS_BIAS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, step, VECTOR: tl.constexpr,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The expectations of a strip window by window, as `_sample_strip_again` draws it."""
-    _, exists, image, channel, pair = _lanes(channels, pairs, lanes, STEP, VECTOR, BLOCK)
-    lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, STEP, OUT_UNIT)
+    _, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
+    lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, step, OUT_UNIT)
     origin_ptr = _origin(
-        input_ptr, image, channel, channels, height, in_pitch, STEP, VECTOR, IN_UNIT
+        input_ptr, image, channel, channels, height, in_pitch, step, VECTOR, IN_UNIT
     )
-    bias = _bias(bias_ptr, channel, HAS_BIAS, STEP, VECTOR)
+    bias = _bias(bias_ptr, channel, HAS_BIAS, step, VECTOR)
     for strip_row in range(end_row - first_row):
         out_row = first_row + strip_row
         index = lane + out_row * out_pitch
@@ -600,42 +609,46 @@ def _expect_strip_again(
             expectation, _total, infinite, scale = expect(
                 origin_ptr, bias,
                 0, out_row * stride_h - padding_h, out_column * stride_w - padding_w, mask,
-                1, height, width, 0, in_pitch * IN_UNIT, STEP if STEP > 0 else 1,
+                1, height, width, 0, in_pitch * IN_UNIT, 1 if step is None else step * VECTOR,
                 1, kernel_h, kernel_w, 1, 1, 1, tl.float32,
             )  # fmt: skip
             expectation = unscaled(expectation, infinite, scale, tl.float32)
-            to = _elements(output_ptr, index, x, STEP, VECTOR, OUT_UNIT)
+            to = _elements(output_ptr, index, x, step, VECTOR, OUT_UNIT)
             tl.store(to, expectation.to(output_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def expectation_sliding_kernel(
     input_ptr, bias_ptr, output_ptr,
     # as in sample_sliding_kernel
-    channels, height, width, out_height, out_width, in_pitch, out_pitch,
+    channels, height, width, out_height, out_width, in_pitch, out_pitch, step,
     pairs, lanes, strip_rows, inner_rows,
     kernel_h: tl.constexpr, kernel_w: tl.constexpr,
     stride_h: tl.constexpr, stride_w: tl.constexpr,
     padding_h: tl.constexpr, padding_w: tl.constexpr,
     HAS_BIAS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, INSIDE: tl.constexpr, SAME: tl.constexpr,
-    BLOCK: tl.constexpr,
+    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     OWN: tl.constexpr = 2 * stride_w
     KEPT: tl.constexpr = kernel_h - stride_h
+    # The output has the input's size: one index serves both.
+    SAME: tl.constexpr = (
+        stride_h * stride_w == 1 and kernel_h == 2 * padding_h + 1 and kernel_w == 2 * padding_w + 1
+    )
     MASK_LEFT: tl.constexpr = KEPT - padding_h < 1
-    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, STEP, VECTOR, BLOCK)
+    step = step if STEP is None else STEP  # one of them, or none in contiguous tensors
+    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
     has_second = exists & (pair * 2 + 1 < out_width)
     column = pair * OWN
-    out_lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, STEP, OUT_UNIT)
+    out_lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, step, OUT_UNIT)
     if SAME:
         in_pitch = out_pitch
         in_lane = out_lane
     else:
-        in_lane = _lane_index(image, channel, channels, pair, height, in_pitch, OWN, STEP, IN_UNIT)
+        in_lane = _lane_index(image, channel, channels, pair, height, in_pitch, OWN, step, IN_UNIT)
     biases = _biases(
         bias_ptr, channel, column, width, -padding_w, stride_w + kernel_w,
-        INSIDE, HAS_BIAS, STEP, VECTOR,
+        INSIDE, HAS_BIAS, step, VECTOR,
     )  # fmt: skip
     first_row = tl.program_id(1) * strip_rows
     end_row = tl.minimum(first_row + strip_rows, out_height)
@@ -645,7 +658,7 @@ def expectation_sliding_kernel(
     for i in tl.static_range(KEPT):
         inputs, row_biases = _load_edge(
             input_ptr, in_lane, first_row * stride_h - padding_h + i, height, in_pitch,
-            column, width, biases, -padding_w, INSIDE, STEP, VECTOR, IN_UNIT,
+            column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
         )  # fmt: skip
         rows = rows + (_moments(inputs, row_biases, stride_w, kernel_w),)
 
@@ -665,19 +678,19 @@ def expectation_sliding_kernel(
                     out_row = first_row + group * EXPECTATION_ROWS + k
                     inputs, row_biases = _load_edge(
                         input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
-                        column, width, biases, -padding_w, INSIDE, STEP, VECTOR, IN_UNIT,
+                        column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
                     )  # fmt: skip
                 else:
                     row_biases = biases
                     inputs = _load_columns(
                         input_ptr, in_index, column, width, -padding_w, len(biases),
-                        INSIDE, MASK_LEFT, False, STEP, VECTOR, IN_UNIT,
+                        INSIDE, MASK_LEFT, False, step, VECTOR, IN_UNIT,
                     )  # fmt: skip
                 rows = rows + (_moments(inputs, row_biases, stride_w, kernel_w),)
                 in_index += in_step
             largest, smallest = _expect_row(
                 output_ptr, out_index, rows, largest, smallest, exists, has_second,
-                STEP, VECTOR, OUT_UNIT,
+                step, VECTOR, OUT_UNIT,
             )  # fmt: skip
             out_index += out_step
             rows = rows[stride_h:]
@@ -688,12 +701,12 @@ def expectation_sliding_kernel(
         for i in tl.static_range(KEPT, kernel_h):
             inputs, row_biases = _load_edge(
                 input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
-                column, width, biases, -padding_w, INSIDE, STEP, VECTOR, IN_UNIT,
+                column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
             )  # fmt: skip
             rows = rows + (_moments(inputs, row_biases, stride_w, kernel_w),)
         largest, smallest = _expect_row(
             output_ptr, out_lane + out_row * out_pitch, rows, largest, smallest,
-            exists, has_second, STEP, VECTOR, OUT_UNIT,
+            exists, has_second, step, VECTOR, OUT_UNIT,
         )  # fmt: skip
         rows = rows[stride_h:]
 
@@ -707,7 +720,7 @@ def expectation_sliding_kernel(
             channels, height, width, out_height, out_width, in_pitch, out_pitch,
             pairs + (any_unusual >> 1), lanes, first_row, end_row,
             kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
-            HAS_BIAS, STEP, VECTOR, IN_UNIT, OUT_UNIT, BLOCK,
+            HAS_BIAS, step, VECTOR, IN_UNIT, OUT_UNIT, BLOCK,
         )  # fmt: skip
 
 
@@ -717,7 +730,7 @@ def _gather_row(
     kernel_w: tl.constexpr, stride_w: tl.constexpr, padding_w: tl.constexpr,
     DEAD: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, INSIDE: tl.constexpr,
     MASK: tl.constexpr, MASK_LEFT: tl.constexpr,
-    STEP: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of a row of outputs to the cells that they drew.
 
@@ -726,11 +739,11 @@ def _gather_row(
     """
     grads = _load_columns(
         grad_ptr, index, column, width, FIRST, COLUMNS, INSIDE, MASK or MASK_LEFT, MASK,
-        STEP, VECTOR, UNIT,
+        step, VECTOR, UNIT,
     )  # fmt: skip
     codes = _load_columns(
         code_ptr, index, column, width, FIRST, COLUMNS, INSIDE, MASK or MASK_LEFT, MASK,
-        STEP, VECTOR, UNIT,
+        step, VECTOR, UNIT,
     )  # fmt: skip
     for c in tl.static_range(COLUMNS):
         grad = grads[c].to(tl.float32)
@@ -757,11 +770,11 @@ def _gather_row(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def gather_sliding_kernel(
     grad_output_ptr, code_ptr, grad_input_ptr, partial_bias_ptr,
-    # sizes, of input and output; a pitch is the length of a row in units
-    channels, height, width, out_height, out_width, in_pitch, out_pitch,
+    # sizes, of input and output
+    channels, height, width, out_height, out_width, in_pitch, out_pitch, step,
     # division of the work over rows of outputs; rows from inner_rows on are edge rows
     pairs, lanes, strip_rows, inner_rows, start_row, stop_row,
     # window
@@ -770,24 +783,28 @@ def gather_sliding_kernel(
     padding_h: tl.constexpr, padding_w: tl.constexpr,
     # variant
     DEAD: tl.constexpr, BIAS_GRADIENT: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, INSIDE: tl.constexpr, SAME: tl.constexpr,
-    BLOCK: tl.constexpr,
+    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # The outputs whose windows reach the lane's columns, counted from the output `column`.
     OWN: tl.constexpr = 2 // stride_w
     FIRST: tl.constexpr = -((kernel_w - 1 - padding_w) // stride_w)
     COLUMNS: tl.constexpr = (1 + padding_w) // stride_w - FIRST + 1
     PRIOR: tl.constexpr = (kernel_h - 1) // stride_h
-    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, STEP, VECTOR, BLOCK)
+    # The output has the input's size: one index serves both.
+    SAME: tl.constexpr = (
+        stride_h * stride_w == 1 and kernel_h == 2 * padding_h + 1 and kernel_w == 2 * padding_w + 1
+    )
+    step = step if STEP is None else STEP  # one of them, or none in contiguous tensors
+    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
     has_second = exists & (pair * 2 + 1 < width)
     column = pair * OWN
-    in_lane = _lane_index(image, channel, channels, pair, height, in_pitch, 2, STEP, IN_UNIT)
+    in_lane = _lane_index(image, channel, channels, pair, height, in_pitch, 2, step, IN_UNIT)
     if SAME:
         out_pitch = in_pitch
         out_lane = in_lane
     else:
         out_lane = _lane_index(
-            image, channel, channels, pair, out_height, out_pitch, OWN, STEP, OUT_UNIT
+            image, channel, channels, pair, out_height, out_pitch, OWN, step, OUT_UNIT
         )
     first_row = start_row + tl.program_id(1) * strip_rows
     end_row = tl.minimum(first_row + strip_rows, stop_row)
@@ -804,7 +821,7 @@ def gather_sliding_kernel(
         sums = _gather_row(
             grad_output_ptr, code_ptr, index, present, column, out_width, sums,
             kernel_w, stride_w, padding_w, DEAD, FIRST, COLUMNS, INSIDE, True, True,
-            STEP, VECTOR, OUT_UNIT,
+            step, VECTOR, OUT_UNIT,
         )  # fmt: skip
         sums = sums[stride_h:] + fresh
 
@@ -821,7 +838,7 @@ def gather_sliding_kernel(
             sums = _gather_row(
                 grad_output_ptr, code_ptr, out_index, True, column, out_width, sums,
                 kernel_w, stride_w, padding_w, DEAD, FIRST, COLUMNS, INSIDE, False,
-                padding_h < stride_h, STEP, VECTOR, OUT_UNIT,
+                padding_h < stride_h, step, VECTOR, OUT_UNIT,
             )  # fmt: skip
             out_index += out_step
             for i in tl.static_range(stride_h):
@@ -832,12 +849,12 @@ def gather_sliding_kernel(
                     _store(
                         grad_input_ptr, in_index, sums[i],
                         masked(inside, exists), masked(inside, has_second),
-                        STEP, VECTOR, IN_UNIT,
+                        step, VECTOR, IN_UNIT,
                     )  # fmt: skip
                 else:
                     _store(
                         grad_input_ptr, in_index, sums[i], exists, has_second,
-                        STEP, VECTOR, IN_UNIT,
+                        step, VECTOR, IN_UNIT,
                     )  # fmt: skip
                 in_index += in_step
             sums = sums[stride_h:] + fresh
@@ -849,7 +866,7 @@ def gather_sliding_kernel(
         sums = _gather_row(
             grad_output_ptr, code_ptr, index, out_row < out_height, column, out_width, sums,
             kernel_w, stride_w, padding_w, DEAD, FIRST, COLUMNS, INSIDE, True, True,
-            STEP, VECTOR, OUT_UNIT,
+            step, VECTOR, OUT_UNIT,
         )  # fmt: skip
         for i in tl.static_range(stride_h):
             if BIAS_GRADIENT:
@@ -859,7 +876,7 @@ def gather_sliding_kernel(
             _store(
                 grad_input_ptr, in_lane + row * in_pitch, sums[i],
                 masked(inside, exists), masked(inside, has_second),
-                STEP, VECTOR, IN_UNIT,
+                step, VECTOR, IN_UNIT,
             )  # fmt: skip
         sums = sums[stride_h:] + fresh
 
