@@ -261,10 +261,13 @@ def _turns(
     text = ", ".join(ast.unparse(argument) for argument in call.args)
     if text in averages:
         return averages[text]
-    numbers = {key: value for key, value in arguments.items() if isinstance(value, int)}
+    # Integers, and what a kernel is compiled for.
+    numbers = {key: value for key, value in arguments.items() if isinstance(value, (int, str))}
     try:
         bounds = [
-            eval(compile(ast.Expression(argument), file, "eval"), {"__builtins__": {}}, numbers)
+            int(
+                eval(compile(ast.Expression(argument), file, "eval"), {"__builtins__": {}}, numbers)
+            )
             for argument in call.args
         ]
         return len(range(*bounds))

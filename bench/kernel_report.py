@@ -35,7 +35,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from stochastic_pooling.gpu import launch as backend
-from stochastic_pooling.gpu import sliding
 from stochastic_pooling.window import Window
 
 TARGETS = {
@@ -85,11 +84,7 @@ def averages(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
     def average(groups: list[int]) -> float:
         return sum(groups) / len(strips)
 
-    group = {
-        "sample_sliding_kernel": sliding.SAMPLE_GROUP,
-        "expectation_sliding_kernel": sliding.EXPECTATION_GROUP,
-        "gather_sliding_kernel": sliding.GATHER_GROUP,
-    }[kernel]
+    group = int(arguments["v"].rows)
     groups = [max(min(last, inner) - first, 0) // group for first, last in strips]
     edges = [last - first - group * n for (first, last), n in zip(strips, groups, strict=True)]
     again = [max(rows - 1, 0) // group for rows in edges]
@@ -97,7 +92,7 @@ def averages(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
         "groups": average(groups),
         "end_row - edge_row": average(edges),
         "end_row - first_row": 0,  # rare, which not every Triton's line numbers tell
-        "(edge > 0) & (out_row % SAMPLE_ROWS == 0)": sum(again) / max(sum(edges), 1),
+        "(edge > 0) & (out_row % 4 == 0)": sum(again) / max(sum(edges), 1),
     }
 
 

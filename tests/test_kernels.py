@@ -215,8 +215,8 @@ def laid_out(like: torch.Tensor, how: str) -> torch.Tensor:
     ],
 )  # fmt: skip
 def test_sliding_kernels_serve_every_layout(sliding, how, layout, device, monkeypatch):
-    """A tensor in another layout is copied, not read by the general kernels."""
-    monkeypatch.setattr(sliding, "_tiling_plan", None)
+    """A tensor in another layout is read through its strides, not by the general kernels."""
+    monkeypatch.setattr(sliding, "_tile", None)
     shape, window = (2, 4, 9, 8), CASES["overlapping, stride 2"][1]
     seed = torch.tensor(SEED, device=device)
     x = laid_out(torch.empty(shape, device=device), how)
@@ -241,7 +241,7 @@ def test_sliding_kernels_serve_every_layout(sliding, how, layout, device, monkey
 def test_a_launch_is_planned_once(sliding, layout, device):
     """What depends on shapes alone takes tens of microseconds, so it is remembered."""
     seed = torch.tensor(SEED, device=device)
-    planners = (sliding._slides, sliding._output_size, sliding._strips, sliding._tiles)
+    planners = (sliding._planned, sliding._output_size)
     for window in (CASES["overlapping, padded"][1], CASES["dilated, not square"][1]):
         x = torch.randn(1, 2, 7, 8, device=device).contiguous(memory_format=layout)
         for repeated in (False, True):

@@ -1,21 +1,29 @@
-"""Stochastic pooling in Triton, the sliding kernels: small windows that overlap or touch.
+"""Stochastic pooling in Triton, the sliding kernels: windows of up to 3 cells a side, by 1 or 2.
 
-A lane owns two neighbouring output columns (in channels_last, of `VECTOR` channels) and slides
-down a strip of rows. It keeps the rows that the next window shares in registers, with their sums,
-so each input is loaded, rectified and summed once for the three rows of windows it lies in. One
-call of Philox serves two columns and four rows.
+A lane owns two neighbouring columns of what is written (in channels_last, of `v.vector` channels)
+and slides down a strip of rows. It keeps the rows that the next window shares in registers, with
+their sums, so each input is loaded, rectified and summed once for the three rows of windows it lies
+in. One call of Philox serves two columns and four rows.
 
-    sample_sliding_kernel        draws the row of the window first, then the cell in it
-    expectation_sliding_kernel   the sum of squares over the sum
-    gather_sliding_kernel        the backward of sampling; a lane owns two input columns and adds up
-                                 three rows of them while it slides down the outputs
+    forward_sliding_kernel   training: draws the row of the window first, then the cell in it;
+                             evaluation: the sum of squares over the sum
+    gather_sliding_kernel    the backward of sampling; a lane owns two input columns and adds up the
+                             rows of them that a window reaches while it slides down the outputs
 
-The rows of a strip come in two kinds. Inner rows are unrolled and read without a mask: the halo to
-the left of the first column is the end of the row above, which is there, and a bias of minus
-infinity keeps it out. The first and last rows of a plane go through masks, one at a time.
+What is written is dense, in the format that decides which lanes are neighbours; what is read may
+have any strides. Where a batch has one row a plane, as in 1-d pooling, its images are the rows.
+
+The rows of a strip come in two kinds. Inner rows are unrolled and, where a row lies behind the one
+above it in memory, read without a mask: the halo to the left of the first column is then memory
+that is there, and a bias of minus infinity keeps it out. The first and last rows of a plane go
+through masks, one at a time.
 
 Windows with a NaN, an infinity or a sum that could overflow are noticed, not handled: a program
 that meets one repeats its strip with the device functions of `general.py`.
+
+`v` and `t` hold the numbers that a kernel is compiled for, of the launch and of a tensor: see
+`launch.py`. A tensor's strides are in units of `t.unit` elements, of which a step leads to the next
+column; those of a batch and a channel are `n` and `c`, that of a row is its pitch.
 """
 
 from __future__ import annotations
@@ -25,16 +33,11 @@ import triton.language as tl
 
 from .general import draw_cells, expect, masked, philox4x32, rectified, uniform, unscaled
 
-# Inner rows are unrolled by these, and a strip is a multiple of them. Four rows share a Philox
-# call; after six the three rows in registers are back where they began.
-SAMPLE_GROUP = 4
-EXPECTATION_GROUP = GATHER_GROUP = 6
-SAMPLE_ROWS = tl.constexpr(SAMPLE_GROUP)
-EXPECTATION_ROWS = tl.constexpr(EXPECTATION_GROUP)
-GATHER_ROWS = tl.constexpr(GATHER_GROUP)
 # Arguments that Triton would compile for anew where they become 1 or a multiple of 16.
 NUMBERS = (
-    "channels", "height", "width", "out_height", "out_width", "in_pitch", "out_pitch", "step",
+    "channels", "height", "width", "out_height", "out_width",
+    "in_n", "in_c", "in_pitch", "in_step", "out_n", "out_c", "out_pitch", "out_step",
+    "grad_n", "grad_c", "grad_pitch", "grad_step",
     "pairs", "lanes", "strip_rows", "inner_rows", "start_row", "stop_row", "one",
 )  # fmt: skip
 # Sums beyond this may overflow, or hide an infinity.
@@ -46,47 +49,47 @@ SMALLEST_SQUARED = tl.constexpr((127 - 58) << 23)
 FUSED_MULTIPLY_ADD = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
-# ---------------------------------------------------------------- device functions
+# ---------------------------------------------------------------- lanes and memory
 
 
 @triton.jit
-def _lanes(
-    channels, pairs, lanes, step, VECTOR: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Number, existence, image, channel and pair of columns of each lane, [BLOCK, 1].
+def _lanes(channels, pairs, lanes, v: tl.constexpr):
+    """Number, existence, image, channel and pair of columns of each lane, [block, 1].
 
-    The channel is the first of the lane's `VECTOR`. Lanes beyond the last repeat it.
+    The channel is the first of the lane's `v.vector`. Lanes beyond the last repeat it.
     """
-    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    number = tl.program_id(0) * v.block + tl.arange(0, v.block)[:, None]
     exists = number < lanes
     number = tl.minimum(number, lanes - 1)
     # Unsigned division is the shorter one. An argument that is 1 comes as a constant, without `to`.
     rest = number.to(tl.uint32)
     pairs = tl.cast(pairs, tl.uint32)
-    if step is not None:  # channels_last
-        channel = rest % tl.cast(step, tl.uint32) * VECTOR
-        rest = rest // tl.cast(step, tl.uint32)
+    groups = tl.cast(channels // v.vector, tl.uint32)
+    if v.channels_last:
+        group = rest % groups
+        rest = rest // groups
         pair = rest % pairs
         image = rest // pairs
     else:
         pair = rest % pairs
         rest = rest // pairs
-        channel = rest % tl.cast(channels, tl.uint32)
-        image = rest // tl.cast(channels, tl.uint32)
-    return number, exists, image.to(tl.int32), channel.to(tl.int32), pair.to(tl.int32)
+        group = rest % groups
+        image = rest // groups
+    return number, exists, image.to(tl.int32), (group * v.vector).to(tl.int32), pair.to(tl.int32)
 
 
 @triton.jit
 def _lane_index(
-    image, channel, channels, pair, height, pitch,
-    COLUMNS: tl.constexpr, step, UNIT: tl.constexpr,
+    image, channel, column, n, c, step, t: tl.constexpr, v: tl.constexpr
 ):  # fmt: skip
-    """Index of the first of each lane's own `COLUMNS` columns in the first row, in units of `UNIT`
-    elements; `pitch` is the length of a row in units."""
-    if step is not None:
-        return image * (height * pitch) + pair * (COLUMNS * step) + channel // UNIT
+    """Index of each lane's `column` in the first row, in units of `t.unit` elements."""
+    if v.channels_last:
+        if t.unit == 1:
+            return image * n + channel * c + column * step
+        else:
+            return image * n + channel // t.unit + column * step
     else:
-        return (image * channels + channel) * (height * pitch) + pair * COLUMNS // UNIT
+        return image * n + channel * c + column * step // t.unit
 
 
 @triton.jit
@@ -104,31 +107,31 @@ def _units(pointer, index, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _elements(
-    pointer, index, at, step, VECTOR: tl.constexpr, UNIT: tl.constexpr
-):  # fmt: skip
-    """Pointers to the numbers `at` columns from the unit `index`, [BLOCK, VECTOR]."""
-    pointer = _units(pointer, index, UNIT).to(pointer.dtype)
-    if step is not None:
-        return pointer + (at * step * VECTOR + tl.arange(0, VECTOR)[None, :])
+def _elements(pointer, index, at, c, step, t: tl.constexpr, v: tl.constexpr):
+    """Pointers to the numbers `at` columns from the unit `index`, [block, vector]."""
+    pointer = _units(pointer, index, t.unit).to(pointer.dtype)
+    if v.vector == 1:
+        return pointer + at * step
+    elif t.unit == 1:
+        return pointer + (at * step + tl.arange(0, v.vector)[None, :] * c)
     else:
-        return pointer + at
+        return pointer + (at * step * t.unit + tl.arange(0, v.vector)[None, :])
 
 
 @triton.jit
 def _pair(pointer, index, at):
-    """The same to two neighbouring columns of a contiguous tensor, [BLOCK, 1, 2]."""
+    """The same to two neighbouring columns that are one unit, [block, 1, 2]."""
     pointer = _units(pointer, index, 2).to(pointer.dtype)
     return pointer[:, :, None] + (at + tl.arange(0, 2)[None, None, :])
 
 
 @triton.jit
-def _in_plane(column, at: tl.constexpr, width, INSIDE: tl.constexpr):
+def _in_plane(column, at: tl.constexpr, width, v: tl.constexpr):
     """Whether the column `at` from each lane's first own one lies in the plane; of those that are
     not sure to, see `_load_columns`."""
     if at >= 0:
         return column + at < width
-    elif at < INSIDE:
+    elif at < v.inside:
         return column + at >= 0
     else:
         return (column + at >= 0) & (column + at < width)
@@ -136,31 +139,30 @@ def _in_plane(column, at: tl.constexpr, width, INSIDE: tl.constexpr):
 
 @triton.jit
 def _load_columns(
-    pointer, index, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-    INSIDE: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
-    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    pointer, index, c, step, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
+    MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr, t: tl.constexpr, v: tl.constexpr,
 ):  # fmt: skip
-    """`COLUMNS` neighbouring columns of a row, a tuple of [BLOCK, VECTOR].
+    """`COLUMNS` neighbouring columns of a row, a tuple of [block, vector].
 
     `index` is the unit of the lane's first own column, `column`; the first one loaded is `FIRST`
-    columns from it. Of the last lane in a row, the columns up to the own one `INSIDE` lie in the
+    columns from it. Of the last lane in a row, the columns up to the own one `v.inside` lie in the
     plane: fewer than none where windows begin that far before it. Columns beyond the plane hold
     anything, and only with `MASK_LEFT` and `MASK_RIGHT` is it sure that they are not read.
     """
     columns = ()
     for j in tl.static_range(COLUMNS):
-        here = _elements(pointer, index, j + FIRST, step, VECTOR, UNIT)
+        here = _elements(pointer, index, j + FIRST, c, step, t, v)
         if j + FIRST < 0:
             if MASK_LEFT:
-                inside = _in_plane(column, j + FIRST, width, INSIDE)
+                inside = _in_plane(column, j + FIRST, width, v)
                 columns = columns + (tl.load(here, mask=inside, other=0),)
             else:
                 columns = columns + (tl.load(here),)
-        elif step is None and UNIT == 2 and j + FIRST < INSIDE // 2 * 2:
+        elif (not v.channels_last) and t.unit == 2 and j + FIRST < v.inside // 2 * 2:
             if (j + FIRST) % 2 == 0:
                 columns = columns + tl.split(tl.load(_pair(pointer, index, j + FIRST)))
-        elif j + FIRST >= INSIDE and MASK_RIGHT:
-            inside = _in_plane(column, j + FIRST, width, INSIDE)
+        elif j + FIRST >= v.inside and MASK_RIGHT:
+            inside = _in_plane(column, j + FIRST, width, v)
             columns = columns + (tl.load(here, mask=inside, other=0),)
         else:
             columns = columns + (tl.load(here),)
@@ -168,89 +170,109 @@ def _load_columns(
 
 
 @triton.jit
-def _weigh(inputs, biases, stride_w: tl.constexpr, kernel_w: tl.constexpr):
-    """A row: the weights of its columns, and their sum in each of the lane's two windows."""
-    weights = ()
-    for j in tl.static_range(len(inputs)):
-        weights = weights + (rectified(inputs[j], biases[j], tl.float32),)
-    sums = ()
-    for x in tl.static_range(2):
-        row_sum = weights[x * stride_w]
-        for j in tl.static_range(1, kernel_w):
-            row_sum = row_sum + weights[x * stride_w + j]
-        sums = sums + (row_sum,)
-    return weights, sums
-
-
-@triton.jit
-def _origin(
-    pointer, image, channel, channels, height, pitch,
-    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Pointer to the first number of each lane's planes, [BLOCK, VECTOR]."""
-    if step is not None:
-        channel = channel + tl.arange(0, VECTOR)[None, :]
-        return pointer + (image.to(tl.int64) * height * pitch * UNIT + channel)
+def _store(pointer, index, two, c, step, exists, has_second, t: tl.constexpr, v: tl.constexpr):
+    """Store the numbers of the lane's two columns."""
+    ELEMENT: tl.constexpr = pointer.dtype.element_ty
+    if (not v.channels_last) and t.unit == 2:
+        both = tl.join(two[0], two[1]).to(ELEMENT)
+        tl.store(_pair(pointer, index, 0), both, mask=exists[:, :, None])
     else:
-        return pointer + (image * channels + channel).to(tl.int64) * height * pitch * UNIT
+        here = _elements(pointer, index, 0, c, step, t, v)
+        tl.store(here, two[0].to(ELEMENT), mask=exists)
+        here = _elements(pointer, index, 1, c, step, t, v)
+        tl.store(here, two[1].to(ELEMENT), mask=has_second)
+
+
+# ---------------------------------------------------------------- rows of weights
 
 
 @triton.jit
-def _bias(bias_ptr, channel, HAS_BIAS: tl.constexpr, step, VECTOR: tl.constexpr):
-    """The bias of each lane's channels, [BLOCK, VECTOR]; 0 without one."""
-    if step is not None:
-        channel = channel + tl.arange(0, VECTOR)[None, :]
-    if HAS_BIAS:
+def _bias(bias_ptr, channel, v: tl.constexpr):
+    """The bias of each lane's channels, [block, vector]; 0 without one."""
+    channel = channel + tl.arange(0, v.vector)[None, :]
+    if v.has_bias:
         return tl.load(bias_ptr + channel).to(tl.float32)
     else:
         return tl.zeros(channel.shape, tl.float32)
 
 
 @triton.jit
-def _biases(
-    bias_ptr, channel, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-    INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, step, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """The bias of each column, a tuple of [BLOCK, VECTOR]; minus infinity beyond the plane."""
-    bias = _bias(bias_ptr, channel, HAS_BIAS, step, VECTOR)
+def _biases(bias_ptr, channel, column, width, v: tl.constexpr):
+    """The bias of each column, a tuple of [block, vector]; minus infinity beyond the plane."""
+    bias = _bias(bias_ptr, channel, v)
     biases = ()
-    for j in tl.static_range(COLUMNS):
-        if j + FIRST >= 0 and j + FIRST < INSIDE:
+    for j in tl.static_range(v.stride_w + v.kernel_w):
+        if j >= v.padding_w and j - v.padding_w < v.inside:
             biases = biases + (bias,)
         else:
-            inside = _in_plane(column, j + FIRST, width, INSIDE)
+            inside = _in_plane(column, j - v.padding_w, width, v)
             biases = biases + (tl.where(inside, bias, float("-inf")),)
     return biases
 
 
 @triton.jit
-def _store(
-    pointer, index, two, exists, has_second,
-    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Store the numbers of the lane's two columns."""
-    ELEMENT: tl.constexpr = pointer.dtype.element_ty
-    if step is None and UNIT == 2:
-        both = tl.join(two[0], two[1]).to(ELEMENT)
-        tl.store(_pair(pointer, index, 0), both, mask=exists[:, :, None])
+def _weigh(inputs, biases, v: tl.constexpr):
+    """A row for a draw: the weights of its columns, and their sum in each of the lane's two
+    windows."""
+    weights = ()
+    for j in tl.static_range(len(inputs)):
+        weights = weights + (rectified(inputs[j], biases[j], tl.float32),)
+    sums = ()
+    for x in tl.static_range(2):
+        row_sum = weights[x * v.stride_w]
+        for j in tl.static_range(1, v.kernel_w):
+            row_sum = row_sum + weights[x * v.stride_w + j]
+        sums = sums + (row_sum,)
+    return weights, sums
+
+
+@triton.jit
+def _moments(inputs, biases, v: tl.constexpr):
+    """A row for an expectation: the sums of its weights in the lane's two windows, and those of
+    their squares."""
+    weights = ()
+    for j in tl.static_range(len(inputs)):
+        weights = weights + (rectified(inputs[j], biases[j], tl.float32),)
+    # What both windows hold is added up once.
+    both = weights[v.stride_w] * 0.0
+    both_squared = both
+    for j in tl.static_range(v.stride_w, v.kernel_w):
+        both = weights[j] if j == v.stride_w else both + weights[j]
+        both_squared = (
+            weights[j] * weights[j] if j == v.stride_w else both_squared + weights[j] * weights[j]
+        )
+    sums = ()
+    squares = ()
+    for x in tl.static_range(2):
+        row_sum = both
+        row_squared = both_squared
+        for j in tl.static_range(v.stride_w):
+            w = weights[j + x * v.kernel_w]
+            row_sum = w if v.stride_w == v.kernel_w and j == 0 else row_sum + w
+            row_squared = w * w if v.stride_w == v.kernel_w and j == 0 else row_squared + w * w
+        sums = sums + (row_sum,)
+        squares = squares + (row_squared,)
+    return sums, squares
+
+
+@triton.jit
+def _row(inputs, biases, v: tl.constexpr):
+    if v.draws:
+        return _weigh(inputs, biases, v)
     else:
-        here = _elements(pointer, index, 0, step, VECTOR, UNIT)
-        tl.store(here, two[0].to(ELEMENT), mask=exists)
-        here = _elements(pointer, index, 1, step, VECTOR, UNIT)
-        tl.store(here, two[1].to(ELEMENT), mask=has_second)
+        return _moments(inputs, biases, v)
 
 
 @triton.jit
 def _load_edge(
-    pointer, lane, row, height, pitch, column, width, biases,
-    FIRST: tl.constexpr, INSIDE: tl.constexpr,
-    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    pointer, lane, row, height, c, pitch, step, column, width, biases, v: tl.constexpr
 ):  # fmt: skip
-    """The columns of any row and their biases; one beyond the plane has biases that undo it."""
+    """The columns of any row of input and their biases; one beyond the plane has biases that undo
+    it."""
     present = (row >= 0) & (row < height)
     index = lane + tl.minimum(tl.maximum(row, 0), height - 1) * pitch
     inputs = _load_columns(
-        pointer, index, column, width, FIRST, len(biases), INSIDE, True, True, step, VECTOR, UNIT
+        pointer, index, c, step, column, width, -v.padding_w, len(biases), True, True, v.read, v
     )
     shifted = ()
     for j in tl.static_range(len(biases)):
@@ -258,14 +280,25 @@ def _load_edge(
     return inputs, shifted
 
 
+# ---------------------------------------------------------------- draws and expectations
+
+
 @triton.jit
-def _words(pair, quad, plane, key, VECTOR: tl.constexpr):
-    """The random words of four rows, four of [BLOCK, VECTOR]; `plane` is the lane's first one."""
-    words = philox4x32(pair, quad, plane, 0, key)
-    if VECTOR == 2:
+def _words(pair, row, image, channels, channel, key, v: tl.constexpr):
+    """The random words of four rows from `row`, four of [block, vector]; of one image where images
+    are rows."""
+    if v.folded:
+        plane = row * channels + channel
+        quad = 0
+    else:
+        plane = image * channels + channel
+        quad = (row // 4).to(tl.uint32)
+    plane = plane.to(tl.uint32)
+    words = philox4x32(pair.to(tl.uint32), quad, plane, 0, key)
+    if v.vector == 2:
         # Joined, the two lie in one thread, as the inputs do. With a tensor of planes the compiler
         # would spread them over two threads and exchange the words through shared memory.
-        second = philox4x32(pair, quad, plane + 1, 0, key)
+        second = philox4x32(pair.to(tl.uint32), quad, plane + 1, 0, key)
         both = ()
         for i in tl.static_range(4):
             joined = tl.join(words[i], second[i])
@@ -292,10 +325,7 @@ def _threshold(word, total, one, HIGH: tl.constexpr):
 
 
 @triton.jit
-def _draw(
-    word, rows, one, x: tl.constexpr, stride_w: tl.constexpr, kernel_w: tl.constexpr,
-    DEAD: tl.constexpr, CODE_SCALE: tl.constexpr,
-):  # fmt: skip
+def _draw(word, rows, one, x: tl.constexpr, CODE_SCALE: tl.constexpr, v: tl.constexpr):
     """Value, code and sum of the lane's window `x`; the code comes in two parts to add up, each
     times `CODE_SCALE`."""
     total = rows[0][1][x]
@@ -304,7 +334,8 @@ def _draw(
     threshold = _threshold(word, total, one, x == 1)
 
     # The row: the last one before which the running sum is at most the threshold.
-    cells = rows[0][0][x * stride_w : x * stride_w + kernel_w]
+    FIRST: tl.constexpr = x * v.stride_w
+    cells = rows[0][0][FIRST : FIRST + v.kernel_w]
     before = 0.0
     row_code = 0
     running = rows[0][1][x]
@@ -312,19 +343,19 @@ def _draw(
         passed = running <= threshold
         before = tl.where(passed, running, before)
         chosen = ()
-        for j in tl.static_range(kernel_w):
-            chosen = chosen + (tl.where(passed, rows[i][0][x * stride_w + j], cells[j]),)
+        for j in tl.static_range(v.kernel_w):
+            chosen = chosen + (tl.where(passed, rows[i][0][FIRST + j], cells[j]),)
         cells = chosen
-        row_code = tl.where(passed, i * kernel_w * CODE_SCALE, row_code)
+        row_code = tl.where(passed, i * v.kernel_w * CODE_SCALE, row_code)
         running = running + rows[i][1][x]
     # In a dead window every comparison holds, so the column's part is that of the last column.
-    row_code = tl.where(total <= threshold, (DEAD - (kernel_w - 1)) * CODE_SCALE, row_code)
+    row_code = tl.where(total <= threshold, (v.dead - (v.kernel_w - 1)) * CODE_SCALE, row_code)
 
     # The cell in it, likewise.
     value = cells[0]
     column_code = 0
     within = cells[0]
-    for j in tl.static_range(1, kernel_w):
+    for j in tl.static_range(1, v.kernel_w):
         passed = before + within <= threshold
         value = tl.where(passed, cells[j], value)
         column_code = tl.where(passed, j * CODE_SCALE, column_code)
@@ -339,233 +370,30 @@ def _largest(largest, total):
 
 @triton.jit
 def _draw_row(
-    output_ptr, code_ptr, index, word, rows, one, exists, has_second,
-    stride_w: tl.constexpr, kernel_w: tl.constexpr, DEAD: tl.constexpr,
-    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    output_ptr, code_ptr, index, c, step, word, rows, one, exists, has_second, v: tl.constexpr
 ):  # fmt: skip
     """Draw and store the lane's two windows; their larger sum, or NaN."""
-    JOINED: tl.constexpr = step is None and UNIT == 2
+    JOINED: tl.constexpr = (not v.channels_last) and v.own.unit == 2
     SCALE: tl.constexpr = 256 if JOINED else 1
-    value0, row0, column0, total0 = _draw(word, rows, one, 0, stride_w, kernel_w, DEAD, 1)
-    value1, row1, column1, total1 = _draw(word, rows, one, 1, stride_w, kernel_w, DEAD, SCALE)
-    _store(output_ptr, index, (value0, value1), exists, has_second, step, VECTOR, UNIT)
+    value0, row0, column0, total0 = _draw(word, rows, one, 0, 1, v)
+    value1, row1, column1, total1 = _draw(word, rows, one, 1, SCALE, v)
+    _store(output_ptr, index, (value0, value1), c, step, exists, has_second, v.own, v)
     if JOINED:
         # One 16-bit number; the code of the second window is scaled by 256 already.
         codes = (row0 + column0) + (row1 + column1)
         tl.store(_units(code_ptr, index, 2), codes.to(tl.uint16), mask=exists)
     else:
         codes = (row0 + column0, row1 + column1)
-        _store(code_ptr, index, codes, exists, has_second, step, VECTOR, UNIT)
+        _store(code_ptr, index, codes, c, step, exists, has_second, v.own, v)
     return _largest(total0, total1)
-
-
-# ---------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _sample_strip_again(
-    input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
-    channels, height, width, out_height, out_width, in_pitch, out_pitch,
-    pairs, lanes, first_row, end_row,
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    stride_h: tl.constexpr, stride_w: tl.constexpr,
-    padding_h: tl.constexpr, padding_w: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DEAD: tl.constexpr, step, VECTOR: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Draw a strip window by window, with what NaN, infinities and overflow ask for."""
-    _, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
-    lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, step, OUT_UNIT)
-    origin_ptr = _origin(
-        input_ptr, image, channel, channels, height, in_pitch, step, VECTOR, IN_UNIT
-    )
-    bias = _bias(bias_ptr, channel, HAS_BIAS, step, VECTOR)
-    plane = (image * channels + channel).to(tl.int64) + tl.arange(0, VECTOR)[None, :]
-    for strip_row in range(end_row - first_row):
-        out_row = first_row + strip_row
-        index = lane + out_row * out_pitch
-        for x in range(2):
-            out_column = pair * 2 + x
-            mask = tl.broadcast_to(exists & (out_column < out_width), [BLOCK, VECTOR])
-            value, code = draw_cells(
-                origin_ptr, bias,
-                0, out_row * stride_h - padding_h, out_column * stride_w - padding_w,
-                mask, uniform(seed_ptr, plane, out_row, out_column, tl.float32),
-                1, height, width, 0, in_pitch * IN_UNIT, 1 if step is None else step * VECTOR,
-                1, kernel_h, kernel_w, 1, 1, 1, DEAD, tl.float32,
-            )  # fmt: skip
-            to = _elements(output_ptr, index, x, step, VECTOR, OUT_UNIT)
-            tl.store(to, value.to(output_ptr.dtype.element_ty), mask=mask)
-            to = _elements(code_ptr, index, x, step, VECTOR, OUT_UNIT)
-            tl.store(to, code.to(tl.uint8), mask=mask)
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def sample_sliding_kernel(
-    input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
-    # sizes; a pitch is the length of a row in units, a step that of a column in channels_last
-    channels, height, width, out_height, out_width, in_pitch, out_pitch, step,
-    # division of the work; rows from inner_rows on are edge rows
-    pairs, lanes, strip_rows, inner_rows,
-    one,  # the bits of 1.0
-    # window
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    stride_h: tl.constexpr, stride_w: tl.constexpr,
-    padding_h: tl.constexpr, padding_w: tl.constexpr,
-    # variant
-    HAS_BIAS: tl.constexpr, DEAD: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    OWN: tl.constexpr = 2 * stride_w
-    KEPT: tl.constexpr = kernel_h - stride_h
-    # The output has the input's size: one index serves both.
-    SAME: tl.constexpr = (
-        stride_h * stride_w == 1 and kernel_h == 2 * padding_h + 1 and kernel_w == 2 * padding_w + 1
-    )
-    # The first row read by the loop is at least KEPT - padding_h: is there one above it?
-    MASK_LEFT: tl.constexpr = KEPT - padding_h < 1
-    step = step if STEP is None else STEP  # one of them, or none in contiguous tensors
-    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
-    has_second = exists & (pair * 2 + 1 < out_width)
-    column = pair * OWN
-    out_lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, step, OUT_UNIT)
-    if SAME:
-        in_pitch = out_pitch
-        in_lane = out_lane
-    else:
-        in_lane = _lane_index(image, channel, channels, pair, height, in_pitch, OWN, step, IN_UNIT)
-    biases = _biases(
-        bias_ptr, channel, column, width, -padding_w, stride_w + kernel_w,
-        INSIDE, HAS_BIAS, step, VECTOR,
-    )  # fmt: skip
-    key = tl.load(seed_ptr)
-    plane = image * channels + channel
-    c0, c2 = pair.to(tl.uint32), plane.to(tl.uint32)
-
-    first_row = tl.program_id(1) * strip_rows
-    end_row = tl.minimum(first_row + strip_rows, out_height)
-    groups = tl.maximum(tl.minimum(end_row, inner_rows) - first_row, 0) // SAMPLE_ROWS
-
-    rows = ()
-    largest = tl.zeros([BLOCK, VECTOR], tl.float32)
-    for i in tl.static_range(KEPT):
-        inputs, row_biases = _load_edge(
-            input_ptr, in_lane, first_row * stride_h - padding_h + i, height, in_pitch,
-            column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
-        )  # fmt: skip
-        row = _weigh(inputs, row_biases, stride_w, kernel_w)
-        rows = rows + (row,)
-        largest = _largest(largest, _largest(row[1][0], row[1][1]))
-
-    # Zero that the compiler cannot see through. With it these numbers stay in a register of each
-    # lane: `one` would be a second constant to its instruction, and the indices of the unrolled
-    # rows would become as many registers instead of one.
-    zero = number >> 31
-    one = zero.to(tl.uint32) + one
-    out_step = out_pitch + zero
-    in_step = out_step if SAME else in_pitch + zero
-    in_index = in_lane + (first_row * stride_h - padding_h + KEPT) * in_pitch
-    out_index = out_lane + first_row * out_pitch
-    for group in range(groups):
-        quad = first_row // SAMPLE_ROWS + group
-        words = _words(c0, quad.to(tl.uint32), c2, key, VECTOR)
-        for k in tl.static_range(SAMPLE_ROWS):
-            if SAME:
-                in_index = out_index + out_step * (KEPT - padding_h)
-            for i in tl.static_range(KEPT, kernel_h):
-                if i < padding_h:  # above the plane, for its first window
-                    out_row = first_row + group * SAMPLE_ROWS + k
-                    inputs, row_biases = _load_edge(
-                        input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
-                        column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
-                    )  # fmt: skip
-                else:
-                    row_biases = biases
-                    inputs = _load_columns(
-                        input_ptr, in_index, column, width, -padding_w, len(biases),
-                        INSIDE, MASK_LEFT, False, step, VECTOR, IN_UNIT,
-                    )  # fmt: skip
-                rows = rows + (_weigh(inputs, row_biases, stride_w, kernel_w),)
-                in_index += in_step
-            row_largest = _draw_row(
-                output_ptr, code_ptr, out_index, words[k], rows, one, exists, has_second,
-                stride_w, kernel_w, DEAD, step, VECTOR, OUT_UNIT,
-            )  # fmt: skip
-            # With stride 1 every row lies in one of these windows.
-            if stride_h > 1 or k % kernel_h == kernel_h - 2 or k == SAMPLE_ROWS - 1:
-                largest = _largest(largest, row_largest)
-            out_index += out_step
-            rows = rows[stride_h:]
-
-    edge_row = first_row + groups * SAMPLE_ROWS
-    words = _words(c0, (edge_row // SAMPLE_ROWS).to(tl.uint32), c2, key, VECTOR)
-    for edge in range(end_row - edge_row):
-        out_row = edge_row + edge
-        if (edge > 0) & (out_row % SAMPLE_ROWS == 0):
-            words = _words(c0, (out_row // SAMPLE_ROWS).to(tl.uint32), c2, key, VECTOR)
-        for i in tl.static_range(KEPT, kernel_h):
-            inputs, row_biases = _load_edge(
-                input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
-                column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
-            )  # fmt: skip
-            rows = rows + (_weigh(inputs, row_biases, stride_w, kernel_w),)
-        row_largest = _draw_row(
-            output_ptr, code_ptr, out_lane + out_row * out_pitch, words[0], rows, one,
-            exists, has_second, stride_w, kernel_w, DEAD, step, VECTOR, OUT_UNIT,
-        )  # fmt: skip
-        largest = _largest(largest, row_largest)
-        rows = rows[stride_h:]
-        words = words[1:] + words[:1]
-
-    unusual = (largest < LARGEST_SUM) == 0
-    any_unusual = tl.max(unusual.to(tl.int32))
-    if any_unusual > 0:  # rare
-        # The added zero keeps the compiler from holding all that is needed here through the loops.
-        _sample_strip_again(
-            input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
-            channels, height, width, out_height, out_width, in_pitch, out_pitch,
-            pairs + (any_unusual >> 1), lanes, first_row, end_row,
-            kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
-            HAS_BIAS, DEAD, step, VECTOR, IN_UNIT, OUT_UNIT, BLOCK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _moments(inputs, biases, stride_w: tl.constexpr, kernel_w: tl.constexpr):
-    """The sums of the weights of a row in the lane's two windows, and those of their squares."""
-    weights = ()
-    for j in tl.static_range(len(inputs)):
-        weights = weights + (rectified(inputs[j], biases[j], tl.float32),)
-    # What both windows hold is added up once.
-    both = weights[stride_w] * 0.0
-    both_squared = both
-    for j in tl.static_range(stride_w, kernel_w):
-        both = weights[j] if j == stride_w else both + weights[j]
-        both_squared = (
-            weights[j] * weights[j] if j == stride_w else both_squared + weights[j] * weights[j]
-        )
-    sums = ()
-    squares = ()
-    for x in tl.static_range(2):
-        row_sum = both
-        row_squared = both_squared
-        for j in tl.static_range(stride_w):
-            w = weights[j + x * kernel_w]
-            row_sum = w if stride_w == kernel_w and j == 0 else row_sum + w
-            row_squared = w * w if stride_w == kernel_w and j == 0 else row_squared + w * w
-        sums = sums + (row_sum,)
-        squares = squares + (row_squared,)
-    return sums, squares
 
 
 @triton.jit
 def _expect_row(
-    output_ptr, index, rows, largest, smallest, exists, has_second,
-    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+    output_ptr, index, c, step, rows, largest, smallest, exists, has_second, v: tl.constexpr
 ):  # fmt: skip
     """Store the lane's two expectations; the largest sum so far, or NaN, and the smallest one that
     is not 0, as its bits minus 1."""
-    ELEMENT: tl.constexpr = output_ptr.dtype.element_ty
     expectations = ()
     for x in tl.static_range(2):
         total = rows[0][0][x]
@@ -576,192 +404,282 @@ def _expect_row(
         # 0 / 2**-126 is the 0 of a dead window.
         expectations = expectations + (squares / tl.maximum(total, 2.0**-126),)
         largest = _largest(largest, total)
-        if ELEMENT != tl.float16:
+        if output_ptr.dtype.element_ty != tl.float16:
             smallest = tl.minimum(smallest, total.to(tl.uint32, bitcast=True) - 1)
-    _store(output_ptr, index, expectations, exists, has_second, step, VECTOR, UNIT)
+    _store(output_ptr, index, expectations, c, step, exists, has_second, v.own, v)
     return largest, smallest
 
 
 @triton.jit
-def _expect_strip_again(
-    input_ptr, bias_ptr, output_ptr,
-    channels, height, width, out_height, out_width, in_pitch, out_pitch,
-    pairs, lanes, first_row, end_row,
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    stride_h: tl.constexpr, stride_w: tl.constexpr,
-    padding_h: tl.constexpr, padding_w: tl.constexpr,
-    HAS_BIAS: tl.constexpr, step, VECTOR: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, BLOCK: tl.constexpr,
+def _strip_again(
+    input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
+    channels, height, width, out_width,
+    in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
+    pairs, lanes, first_row, end_row, v: tl.constexpr,
 ):  # fmt: skip
-    """The expectations of a strip window by window, as `_sample_strip_again` draws it."""
-    _, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
-    lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, step, OUT_UNIT)
-    origin_ptr = _origin(
-        input_ptr, image, channel, channels, height, in_pitch, step, VECTOR, IN_UNIT
-    )
-    bias = _bias(bias_ptr, channel, HAS_BIAS, step, VECTOR)
+    """A strip window by window, with what NaN, infinities and overflow ask for."""
+    _, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
+    origin = _lane_index(image, channel, 0, in_n, in_c, in_step, v.read, v)
+    lane = _lane_index(image, channel, pair * 2, out_n, out_c, out_step, v.own, v)
+    bias = _bias(bias_ptr, channel, v)
     for strip_row in range(end_row - first_row):
         out_row = first_row + strip_row
         index = lane + out_row * out_pitch
+        top = out_row * v.stride_h - v.padding_h
         for x in range(2):
             out_column = pair * 2 + x
-            mask = tl.broadcast_to(exists & (out_column < out_width), [BLOCK, VECTOR])
-            expectation, _total, infinite, scale = expect(
-                origin_ptr, bias,
-                0, out_row * stride_h - padding_h, out_column * stride_w - padding_w, mask,
-                1, height, width, 0, in_pitch * IN_UNIT, 1 if step is None else step * VECTOR,
-                1, kernel_h, kernel_w, 1, 1, 1, tl.float32,
+            mask = tl.broadcast_to(exists & (out_column < out_width), [v.block, v.vector])
+            window = (
+                _elements(input_ptr, origin, 0, in_c, in_step, v.read, v), bias,
+                0, top, out_column * v.stride_w - v.padding_w, mask,
+                1, height, width, 0, in_pitch * v.read.unit,
+                in_step * v.read.unit if v.channels_last else in_step,
             )  # fmt: skip
-            expectation = unscaled(expectation, infinite, scale, tl.float32)
-            to = _elements(output_ptr, index, x, step, VECTOR, OUT_UNIT)
-            tl.store(to, expectation.to(output_ptr.dtype.element_ty), mask=mask)
+            to = _elements(output_ptr, index, x, out_c, out_step, v.own, v)
+            if v.draws:
+                plane = tl.arange(0, v.vector)[None, :] + channel
+                plane += (out_row if v.folded else image) * channels
+                number = uniform(
+                    seed_ptr, plane.to(tl.int64), 0 * out_row if v.folded else out_row, out_column,
+                    tl.float32,
+                )  # fmt: skip
+                value, code = draw_cells(window, number, v, tl.float32)
+                code_to = _elements(code_ptr, index, x, out_c, out_step, v.own, v)
+                tl.store(code_to, code.to(tl.uint8), mask=mask)
+            else:
+                value, _total, infinite, scale = expect(window, v, tl.float32)
+                value = unscaled(value, infinite, scale, tl.float32)
+            tl.store(to, value.to(output_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
-def expectation_sliding_kernel(
-    input_ptr, bias_ptr, output_ptr,
-    # as in sample_sliding_kernel
-    channels, height, width, out_height, out_width, in_pitch, out_pitch, step,
-    pairs, lanes, strip_rows, inner_rows,
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    stride_h: tl.constexpr, stride_w: tl.constexpr,
-    padding_h: tl.constexpr, padding_w: tl.constexpr,
-    HAS_BIAS: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    OWN: tl.constexpr = 2 * stride_w
-    KEPT: tl.constexpr = kernel_h - stride_h
-    # The output has the input's size: one index serves both.
-    SAME: tl.constexpr = (
-        stride_h * stride_w == 1 and kernel_h == 2 * padding_h + 1 and kernel_w == 2 * padding_w + 1
-    )
-    MASK_LEFT: tl.constexpr = KEPT - padding_h < 1
-    step = step if STEP is None else STEP  # one of them, or none in contiguous tensors
-    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
-    has_second = exists & (pair * 2 + 1 < out_width)
-    column = pair * OWN
-    out_lane = _lane_index(image, channel, channels, pair, out_height, out_pitch, 2, step, OUT_UNIT)
-    if SAME:
-        in_pitch = out_pitch
-        in_lane = out_lane
-    else:
-        in_lane = _lane_index(image, channel, channels, pair, height, in_pitch, OWN, step, IN_UNIT)
-    biases = _biases(
-        bias_ptr, channel, column, width, -padding_w, stride_w + kernel_w,
-        INSIDE, HAS_BIAS, step, VECTOR,
-    )  # fmt: skip
-    first_row = tl.program_id(1) * strip_rows
-    end_row = tl.minimum(first_row + strip_rows, out_height)
-    groups = tl.maximum(tl.minimum(end_row, inner_rows) - first_row, 0) // EXPECTATION_ROWS
-
-    rows = ()
-    for i in tl.static_range(KEPT):
-        inputs, row_biases = _load_edge(
-            input_ptr, in_lane, first_row * stride_h - padding_h + i, height, in_pitch,
-            column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
-        )  # fmt: skip
-        rows = rows + (_moments(inputs, row_biases, stride_w, kernel_w),)
-
-    largest = tl.zeros([BLOCK, VECTOR], tl.float32)
-    smallest = tl.full([BLOCK, VECTOR], 0xFFFFFFFF, tl.uint32)
-    zero = number >> 31
-    out_step = out_pitch + zero
-    in_step = out_step if SAME else in_pitch + zero
-    in_index = in_lane + (first_row * stride_h - padding_h + KEPT) * in_pitch
-    out_index = out_lane + first_row * out_pitch
-    for group in range(groups):
-        for k in tl.static_range(EXPECTATION_ROWS):
-            if SAME:
-                in_index = out_index + out_step * (KEPT - padding_h)
-            for i in tl.static_range(KEPT, kernel_h):
-                if i < padding_h:  # above the plane, for its first window
-                    out_row = first_row + group * EXPECTATION_ROWS + k
-                    inputs, row_biases = _load_edge(
-                        input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
-                        column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
-                    )  # fmt: skip
-                else:
-                    row_biases = biases
-                    inputs = _load_columns(
-                        input_ptr, in_index, column, width, -padding_w, len(biases),
-                        INSIDE, MASK_LEFT, False, step, VECTOR, IN_UNIT,
-                    )  # fmt: skip
-                rows = rows + (_moments(inputs, row_biases, stride_w, kernel_w),)
-                in_index += in_step
-            largest, smallest = _expect_row(
-                output_ptr, out_index, rows, largest, smallest, exists, has_second,
-                step, VECTOR, OUT_UNIT,
-            )  # fmt: skip
-            out_index += out_step
-            rows = rows[stride_h:]
-
-    edge_row = first_row + groups * EXPECTATION_ROWS
-    for edge in range(end_row - edge_row):
-        out_row = edge_row + edge
-        for i in tl.static_range(KEPT, kernel_h):
-            inputs, row_biases = _load_edge(
-                input_ptr, in_lane, out_row * stride_h - padding_h + i, height, in_pitch,
-                column, width, biases, -padding_w, INSIDE, step, VECTOR, IN_UNIT,
-            )  # fmt: skip
-            rows = rows + (_moments(inputs, row_biases, stride_w, kernel_w),)
-        largest, smallest = _expect_row(
-            output_ptr, out_lane + out_row * out_pitch, rows, largest, smallest,
-            exists, has_second, step, VECTOR, OUT_UNIT,
-        )  # fmt: skip
-        rows = rows[stride_h:]
-
-    unusual = (largest < LARGEST_SQUARED) == 0
-    if output_ptr.dtype.element_ty != tl.float16:  # where so small an expectation is 0
-        unusual = unusual | (smallest < SMALLEST_SQUARED)
-    any_unusual = tl.max(unusual.to(tl.int32))
-    if any_unusual > 0:  # rare
-        _expect_strip_again(
-            input_ptr, bias_ptr, output_ptr,
-            channels, height, width, out_height, out_width, in_pitch, out_pitch,
-            pairs + (any_unusual >> 1), lanes, first_row, end_row,
-            kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
-            HAS_BIAS, step, VECTOR, IN_UNIT, OUT_UNIT, BLOCK,
-        )  # fmt: skip
+# ---------------------------------------------------------------- forward
 
 
 @triton.jit
-def _gather_row(
-    grad_ptr, code_ptr, index, present, column, width, sums,
-    kernel_w: tl.constexpr, stride_w: tl.constexpr, padding_w: tl.constexpr,
-    DEAD: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, INSIDE: tl.constexpr,
-    MASK: tl.constexpr, MASK_LEFT: tl.constexpr,
-    step, VECTOR: tl.constexpr, UNIT: tl.constexpr,
+def _load_rows(
+    input_ptr, lane, index, out_row, height, c, pitch, in_step, step, column, width, biases,
+    v: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradients of a row of outputs to the cells that they drew.
+    """The rows of input that the windows of an inner row are the first to read, from the unit
+    `index`, each with the biases of its columns."""
+    KEPT: tl.constexpr = v.kernel_h - v.stride_h
+    rows = ()
+    for i in tl.static_range(KEPT, v.kernel_h):
+        if i < v.padding_h:  # above the plane, for its first window
+            row = out_row * v.stride_h - v.padding_h + i
+            edge = _load_edge(
+                input_ptr, lane, row, height, c, pitch, step, column, width, biases, v
+            )
+            rows = rows + (edge,)
+        else:
+            # The first of these rows is at least KEPT - padding_h: is there one above it?
+            inputs = _load_columns(
+                input_ptr, index, c, step, column, width, -v.padding_w, len(biases),
+                KEPT - v.padding_h < 1 or v.read.masked, v.read.masked, v.read, v,
+            )  # fmt: skip
+            rows = rows + ((inputs, biases),)
+        index += in_step
+    return rows
 
-    `sums` are those of the `kernel_h` rows of input that the windows reach, each of the lane's two
-    columns. Without `MASK` the row is there and has one below it.
+
+@triton.jit
+def _finish_row(
+    output_ptr, code_ptr, index, c, step, word, rows, one, largest, smallest, exists, has_second,
+    LOOK: tl.constexpr, v: tl.constexpr,
+):  # fmt: skip
+    if v.draws:
+        row_largest = _draw_row(
+            output_ptr, code_ptr, index, c, step, word, rows, one, exists, has_second, v
+        )
+        if LOOK:
+            largest = _largest(largest, row_largest)
+    else:
+        largest, smallest = _expect_row(
+            output_ptr, index, c, step, rows, largest, smallest, exists, has_second, v
+        )
+    return largest, smallest
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def forward_sliding_kernel(
+    input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
+    channels, height, width, out_height, out_width,
+    # strides; those of a code are its output's
+    in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
+    # division of the work; rows from inner_rows on are edge rows
+    pairs, lanes, strip_rows, inner_rows,
+    one,  # the bits of 1.0
+    v: tl.constexpr,
+):  # fmt: skip
+    KEPT: tl.constexpr = v.kernel_h - v.stride_h
+    channels = channels if v.channels == 0 else v.channels
+    in_step = in_step if v.read.step == 0 else v.read.step
+    out_step = out_step if v.own.step == 0 else v.own.step
+    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
+    has_second = exists & (pair * 2 + 1 < out_width)
+    column = pair * (2 * v.stride_w)
+    out_lane = _lane_index(image, channel, pair * 2, out_n, out_c, out_step, v.own, v)
+    if v.same:  # one index serves both
+        in_pitch = out_pitch
+        in_lane = out_lane
+    else:
+        in_lane = _lane_index(image, channel, column, in_n, in_c, in_step, v.read, v)
+    biases = _biases(bias_ptr, channel, column, width, v)
+    first_row = tl.program_id(1) * strip_rows
+    end_row = tl.minimum(first_row + strip_rows, out_height)
+    groups = tl.maximum(tl.minimum(end_row, inner_rows) - first_row, 0) // v.rows
+
+    rows = ()
+    largest = tl.zeros([v.block, v.vector], tl.float32)
+    smallest = tl.full([v.block, v.vector], 0xFFFFFFFF, tl.uint32)
+    for i in tl.static_range(KEPT):
+        inputs, row_biases = _load_edge(
+            input_ptr, in_lane, first_row * v.stride_h - v.padding_h + i, height,
+            in_c, in_pitch, in_step, column, width, biases, v,
+        )  # fmt: skip
+        row = _row(inputs, row_biases, v)
+        rows = rows + (row,)
+        if v.draws:
+            largest = _largest(largest, _largest(row[1][0], row[1][1]))
+
+    # Zero that the compiler cannot see through. With it these numbers stay in a register of each
+    # lane: `one` would be a second constant to its instruction, and the indices of the unrolled
+    # rows would become as many registers instead of one.
+    zero = number >> 31
+    one = zero.to(tl.uint32) + one
+    out_row_step = out_pitch + zero
+    in_row_step = out_row_step if v.same else in_pitch + zero
+    in_index = in_lane + (first_row * v.stride_h - v.padding_h + KEPT) * in_pitch
+    out_index = out_lane + first_row * out_pitch
+    words = (tl.zeros([v.block, v.vector], tl.uint32),) * 4
+    if v.draws:
+        key = tl.load(seed_ptr)
+    for group in range(groups):
+        group_row = first_row + group * v.rows
+        if v.draws and not v.folded:
+            words = _words(pair, group_row, image, channels, channel, key, v)
+        loaded = ()
+        for k in tl.static_range(v.rows):
+            fresh = loaded
+            # The next row is loaded before this one is worked on and stored: more is in flight.
+            for ahead in tl.static_range(0 if k == 0 else 1, 1 if k == v.rows - 1 else 2):
+                if v.same:
+                    in_index = out_index + out_row_step * (KEPT - v.padding_h + ahead)
+                loaded = _load_rows(
+                    input_ptr, in_lane, in_index, group_row + k + ahead, height, in_c, in_pitch,
+                    in_row_step, in_step, column, width, biases, v,
+                )  # fmt: skip
+                if ahead == 0:
+                    fresh = loaded
+                in_index += in_row_step * v.stride_h
+            for i in tl.static_range(v.stride_h):
+                rows = rows + (_row(fresh[i][0], fresh[i][1], v),)
+            if v.draws and v.folded:
+                words = _words(pair, group_row + k, image, channels, channel, key, v)
+            largest, smallest = _finish_row(
+                output_ptr, code_ptr, out_index, out_c, out_step, words[0 if v.folded else k % 4],
+                rows, one, largest, smallest, exists, has_second,
+                # With stride 1 every row lies in one of these windows.
+                v.stride_h > 1 or v.kernel_h == 1 or k % v.kernel_h == v.kernel_h - 2
+                or k == v.rows - 1,
+                v,
+            )  # fmt: skip
+            out_index += out_row_step
+            rows = rows[v.stride_h :]
+
+    edge_row = first_row + groups * v.rows
+    if v.draws:
+        words = _words(pair, edge_row, image, channels, channel, key, v)
+    for edge in range(end_row - edge_row):
+        out_row = edge_row + edge
+        if v.draws and v.folded:
+            words = _words(pair, out_row, image, channels, channel, key, v)
+        elif v.draws:
+            if (edge > 0) & (out_row % 4 == 0):
+                words = _words(pair, out_row, image, channels, channel, key, v)
+        for i in tl.static_range(KEPT, v.kernel_h):
+            inputs, row_biases = _load_edge(
+                input_ptr, in_lane, out_row * v.stride_h - v.padding_h + i, height,
+                in_c, in_pitch, in_step, column, width, biases, v,
+            )  # fmt: skip
+            rows = rows + (_row(inputs, row_biases, v),)
+        largest, smallest = _finish_row(
+            output_ptr, code_ptr, out_lane + out_row * out_pitch, out_c, out_step, words[0], rows,
+            one, largest, smallest, exists, has_second, True, v,
+        )  # fmt: skip
+        rows = rows[v.stride_h :]
+        words = words[1:] + words[:1]
+
+    if v.draws:
+        unusual = (largest < LARGEST_SUM) == 0
+    else:
+        unusual = (largest < LARGEST_SQUARED) == 0
+        if output_ptr.dtype.element_ty != tl.float16:  # where so small an expectation is 0
+            unusual = unusual | (smallest < SMALLEST_SQUARED)
+    any_unusual = tl.max(unusual.to(tl.int32))
+    if any_unusual > 0:  # rare
+        # The added zero keeps the compiler from holding all that is needed here through the loops.
+        _strip_again(
+            input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
+            channels, height, width, out_width,
+            in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
+            pairs + (any_unusual >> 1), lanes, first_row, end_row, v,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- backward
+
+
+@triton.jit
+def _load_outputs(
+    grad_ptr, code_ptr, grad_index, index, grad_c, grad_step, c, step, column, width,
+    MASK: tl.constexpr, v: tl.constexpr,
+):  # fmt: skip
+    """The gradients and the codes of the outputs in a row whose windows reach the lane's columns.
+
+    Without `MASK` the row has one below it.
     """
+    # Counted from the output `column`.
+    FIRST: tl.constexpr = -((v.kernel_w - 1 - v.padding_w) // v.stride_w)
+    COLUMNS: tl.constexpr = (1 + v.padding_w) // v.stride_w - FIRST + 1
+    LEFT: tl.constexpr = MASK or v.padding_h < v.stride_h  # or it has one above it
     grads = _load_columns(
-        grad_ptr, index, column, width, FIRST, COLUMNS, INSIDE, MASK or MASK_LEFT, MASK,
-        step, VECTOR, UNIT,
+        grad_ptr, grad_index, grad_c, grad_step, column, width, FIRST, COLUMNS,
+        LEFT or v.grad.masked, MASK or v.grad.masked, v.grad, v,
     )  # fmt: skip
     codes = _load_columns(
-        code_ptr, index, column, width, FIRST, COLUMNS, INSIDE, MASK or MASK_LEFT, MASK,
-        step, VECTOR, UNIT,
+        code_ptr, index, c, step, column, width, FIRST, COLUMNS,
+        LEFT or v.read.masked, MASK or v.read.masked, v.read, v,
     )  # fmt: skip
-    for c in tl.static_range(COLUMNS):
+    return grads, codes
+
+
+@triton.jit
+def _gather_row(grads, codes, present, column, width, sums, MASK: tl.constexpr, v: tl.constexpr):
+    """Add the gradients of a row of outputs to the cells that they drew; with `MASK`, if it is
+    `present`.
+
+    `sums` are those of the `kernel_h` rows of input that the windows reach, each of the lane's two
+    columns.
+    """
+    FIRST: tl.constexpr = -((v.kernel_w - 1 - v.padding_w) // v.stride_w)
+    for c in tl.static_range(len(grads)):
         grad = grads[c].to(tl.float32)
         code = codes[c].to(tl.int32)
-        if c + FIRST < 0 or c + FIRST >= INSIDE:
-            code = tl.where(_in_plane(column, c + FIRST, width, INSIDE), code, DEAD)
+        if c + FIRST < 0 or c + FIRST >= v.inside:
+            code = tl.where(_in_plane(column, c + FIRST, width, v), code, v.dead)
         if MASK:
-            code = tl.where(present, code, DEAD)
+            code = tl.where(present, code, v.dead)
         added = ()
         for i in tl.static_range(len(sums)):
             row = ()
             for x in tl.static_range(2):
                 # The column of the window that the lane's column x is.
                 if (
-                    x + padding_w - stride_w * (c + FIRST) >= 0
-                    and x + padding_w - stride_w * (c + FIRST) < kernel_w
+                    x + v.padding_w - v.stride_w * (c + FIRST) >= 0
+                    and x + v.padding_w - v.stride_w * (c + FIRST) < v.kernel_w
                 ):
-                    drawn = code == i * kernel_w + x + padding_w - stride_w * (c + FIRST)
+                    drawn = code == i * v.kernel_w + x + v.padding_w - v.stride_w * (c + FIRST)
                     row = row + (tl.where(drawn, sums[i][x] + grad, sums[i][x]),)
                 else:
                     row = row + (sums[i][x],)
@@ -773,115 +691,116 @@ def _gather_row(
 @triton.jit(do_not_specialize=NUMBERS)
 def gather_sliding_kernel(
     grad_output_ptr, code_ptr, grad_input_ptr, partial_bias_ptr,
-    # sizes, of input and output
-    channels, height, width, out_height, out_width, in_pitch, out_pitch, step,
+    channels, height, width, out_height, out_width,
+    # strides of grad_input, code and grad_output
+    in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
+    grad_n, grad_c, grad_pitch, grad_step,
     # division of the work over rows of outputs; rows from inner_rows on are edge rows
     pairs, lanes, strip_rows, inner_rows, start_row, stop_row,
-    # window
-    kernel_h: tl.constexpr, kernel_w: tl.constexpr,
-    stride_h: tl.constexpr, stride_w: tl.constexpr,
-    padding_h: tl.constexpr, padding_w: tl.constexpr,
-    # variant
-    DEAD: tl.constexpr, BIAS_GRADIENT: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr,
-    IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr,
+    v: tl.constexpr,
 ):  # fmt: skip
-    # The outputs whose windows reach the lane's columns, counted from the output `column`.
-    OWN: tl.constexpr = 2 // stride_w
-    FIRST: tl.constexpr = -((kernel_w - 1 - padding_w) // stride_w)
-    COLUMNS: tl.constexpr = (1 + padding_w) // stride_w - FIRST + 1
-    PRIOR: tl.constexpr = (kernel_h - 1) // stride_h
-    # The output has the input's size: one index serves both.
-    SAME: tl.constexpr = (
-        stride_h * stride_w == 1 and kernel_h == 2 * padding_h + 1 and kernel_w == 2 * padding_w + 1
-    )
-    step = step if STEP is None else STEP  # one of them, or none in contiguous tensors
-    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, step, VECTOR, BLOCK)
+    PRIOR: tl.constexpr = (v.kernel_h - 1) // v.stride_h
+    channels = channels if v.channels == 0 else v.channels
+    in_step = in_step if v.own.step == 0 else v.own.step
+    out_step = out_step if v.read.step == 0 else v.read.step
+    grad_step = grad_step if v.grad.step == 0 else v.grad.step
+    number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
     has_second = exists & (pair * 2 + 1 < width)
-    column = pair * OWN
-    in_lane = _lane_index(image, channel, channels, pair, height, in_pitch, 2, step, IN_UNIT)
-    if SAME:
+    column = pair * (2 // v.stride_w)
+    in_lane = _lane_index(image, channel, pair * 2, in_n, in_c, in_step, v.own, v)
+    if v.same:  # one index serves both
         out_pitch = in_pitch
         out_lane = in_lane
     else:
-        out_lane = _lane_index(
-            image, channel, channels, pair, out_height, out_pitch, OWN, step, OUT_UNIT
-        )
+        out_lane = _lane_index(image, channel, column, out_n, out_c, out_step, v.read, v)
+    if v.grad_same:
+        grad_pitch = out_pitch
+        grad_lane = out_lane
+    else:
+        grad_lane = _lane_index(image, channel, column, grad_n, grad_c, grad_step, v.grad, v)
     first_row = start_row + tl.program_id(1) * strip_rows
     end_row = tl.minimum(first_row + strip_rows, stop_row)
-    groups = tl.maximum(tl.minimum(end_row, inner_rows) - first_row, 0) // GATHER_ROWS
+    groups = tl.maximum(tl.minimum(end_row, inner_rows) - first_row, 0) // v.rows
 
-    nothing = tl.zeros([BLOCK, VECTOR], tl.float32)
-    fresh = ((nothing, nothing),) * stride_h
-    sums = ((nothing, nothing),) * kernel_h
+    nothing = tl.zeros([v.block, v.vector], tl.float32)
+    empty = ((nothing, nothing),) * v.stride_h
+    sums = ((nothing, nothing),) * v.kernel_h
     bias_sum = nothing
     for prior in tl.static_range(PRIOR):
         out_row = first_row - PRIOR + prior
         present = (out_row >= 0) & (out_row < out_height)
-        index = out_lane + tl.minimum(tl.maximum(out_row, 0), out_height - 1) * out_pitch
-        sums = _gather_row(
-            grad_output_ptr, code_ptr, index, present, column, out_width, sums,
-            kernel_w, stride_w, padding_w, DEAD, FIRST, COLUMNS, INSIDE, True, True,
-            step, VECTOR, OUT_UNIT,
+        row = tl.minimum(tl.maximum(out_row, 0), out_height - 1)
+        grads, codes = _load_outputs(
+            grad_output_ptr, code_ptr, grad_lane + row * grad_pitch, out_lane + row * out_pitch,
+            grad_c, grad_step, out_c, out_step, column, out_width, True, v,
         )  # fmt: skip
-        sums = sums[stride_h:] + fresh
+        sums = _gather_row(grads, codes, present, column, out_width, sums, True, v)
+        sums = sums[v.stride_h :] + empty
 
-    # See sample_sliding_kernel.
+    # See forward_sliding_kernel.
     zero = number >> 31
-    in_step = in_pitch + zero
-    out_step = in_step if SAME else out_pitch + zero
-    in_index = in_lane + (first_row * stride_h - padding_h) * in_pitch
+    in_row_step = in_pitch + zero
+    out_row_step = in_row_step if v.same else out_pitch + zero
+    grad_row_step = out_row_step if v.grad_same else grad_pitch + zero
+    in_index = in_lane + (first_row * v.stride_h - v.padding_h) * in_pitch
     out_index = out_lane + first_row * out_pitch
+    grad_index = grad_lane + first_row * grad_pitch
     for group in range(groups):
-        for k in tl.static_range(GATHER_ROWS):
-            if SAME:
-                out_index = in_index + in_step * padding_h
-            sums = _gather_row(
-                grad_output_ptr, code_ptr, out_index, True, column, out_width, sums,
-                kernel_w, stride_w, padding_w, DEAD, FIRST, COLUMNS, INSIDE, False,
-                padding_h < stride_h, step, VECTOR, OUT_UNIT,
-            )  # fmt: skip
-            out_index += out_step
-            for i in tl.static_range(stride_h):
-                if BIAS_GRADIENT:
+        loaded = ()
+        for k in tl.static_range(v.rows):
+            fresh = loaded
+            for ahead in tl.static_range(0 if k == 0 else 1, 1 if k == v.rows - 1 else 2):
+                if v.same:
+                    out_index = in_index + in_row_step * (v.padding_h + ahead)
+                if v.grad_same:
+                    grad_index = out_index
+                loaded = _load_outputs(
+                    grad_output_ptr, code_ptr, grad_index, out_index,
+                    grad_c, grad_step, out_c, out_step, column, out_width, False, v,
+                )  # fmt: skip
+                if ahead == 0:
+                    fresh = loaded
+                out_index += out_row_step
+                grad_index += grad_row_step
+            sums = _gather_row(fresh[0], fresh[1], True, column, out_width, sums, False, v)
+            for i in tl.static_range(v.stride_h):
+                if v.bias_gradient:
                     bias_sum += sums[i][0] + sums[i][1]
-                if i < padding_h and stride_h > 1:
-                    inside = (first_row + group * GATHER_ROWS + k) * stride_h - padding_h + i >= 0
-                    _store(
-                        grad_input_ptr, in_index, sums[i],
-                        masked(inside, exists), masked(inside, has_second),
-                        step, VECTOR, IN_UNIT,
-                    )  # fmt: skip
-                else:
-                    _store(
-                        grad_input_ptr, in_index, sums[i], exists, has_second,
-                        step, VECTOR, IN_UNIT,
-                    )  # fmt: skip
-                in_index += in_step
-            sums = sums[stride_h:] + fresh
+                row_exists = exists
+                row_has_second = has_second
+                if i < v.padding_h and v.stride_h > 1:
+                    inside = (first_row + group * v.rows + k) * v.stride_h - v.padding_h + i >= 0
+                    row_exists = masked(inside, exists)
+                    row_has_second = masked(inside, has_second)
+                _store(
+                    grad_input_ptr, in_index, sums[i], in_c, in_step, row_exists, row_has_second,
+                    v.own, v,
+                )  # fmt: skip
+                in_index += in_row_step
+            sums = sums[v.stride_h :] + empty
 
-    edge_row = first_row + groups * GATHER_ROWS
+    edge_row = first_row + groups * v.rows
     for edge in range(end_row - edge_row):
         out_row = edge_row + edge
-        index = out_lane + tl.minimum(out_row, out_height - 1) * out_pitch
-        sums = _gather_row(
-            grad_output_ptr, code_ptr, index, out_row < out_height, column, out_width, sums,
-            kernel_w, stride_w, padding_w, DEAD, FIRST, COLUMNS, INSIDE, True, True,
-            step, VECTOR, OUT_UNIT,
+        row = tl.minimum(out_row, out_height - 1)
+        grads, codes = _load_outputs(
+            grad_output_ptr, code_ptr, grad_lane + row * grad_pitch, out_lane + row * out_pitch,
+            grad_c, grad_step, out_c, out_step, column, out_width, True, v,
         )  # fmt: skip
-        for i in tl.static_range(stride_h):
-            if BIAS_GRADIENT:
+        sums = _gather_row(grads, codes, out_row < out_height, column, out_width, sums, True, v)
+        for i in tl.static_range(v.stride_h):
+            if v.bias_gradient:
                 bias_sum += sums[i][0] + sums[i][1]
-            row = out_row * stride_h - padding_h + i
+            row = out_row * v.stride_h - v.padding_h + i
             inside = (row >= 0) & (row < height)
             _store(
-                grad_input_ptr, in_lane + row * in_pitch, sums[i],
-                masked(inside, exists), masked(inside, has_second),
-                step, VECTOR, IN_UNIT,
+                grad_input_ptr, in_lane + row * in_pitch, sums[i], in_c, in_step,
+                masked(inside, exists), masked(inside, has_second), v.own, v,
             )  # fmt: skip
-        sums = sums[stride_h:] + fresh
+        sums = sums[v.stride_h :] + empty
 
-    if BIAS_GRADIENT:
-        # [strips, lanes, VECTOR]
-        partial = (tl.program_id(1).to(tl.int64) * lanes + number) * VECTOR
-        partial += tl.arange(0, VECTOR)[None, :]
+    if v.bias_gradient:
+        # [strips, lanes, vector]
+        partial = (tl.program_id(1).to(tl.int64) * lanes + number) * v.vector
+        partial += tl.arange(0, v.vector)[None, :]
         tl.store(partial_bias_ptr + partial, bias_sum, mask=exists)
