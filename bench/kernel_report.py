@@ -85,12 +85,19 @@ def averages(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
         return sum(groups) / len(strips)
 
     group = int(arguments["v"].rows)
-    groups = [max(min(last, inner) - first, 0) // group for first, last in strips]
-    edges = [last - first - group * n for (first, last), n in zip(strips, groups, strict=True)]
+    # The gradient's strips begin with an edge row, and with some of the strip before.
+    ahead = int(kernel == "gradient_sliding_kernel")
+    prior = (arguments["v"].kernel_h - 1) // arguments["v"].stride_h
+    groups = [max(min(last, inner) - first - ahead, 0) // group for first, last in strips]
+    edges = [
+        last - first - ahead - group * n for (first, last), n in zip(strips, groups, strict=True)
+    ]
     again = [max(rows - 1, 0) // group for rows in edges]
     return {
         "groups": average(groups),
         "end_row - edge_row": average(edges),
+        "edge_row, end_row": average(edges),
+        "prior_row, inner_row": int(prior) + ahead,
         "end_row - first_row": 0,  # rare, which not every Triton's line numbers tell
         "(edge > 0) & (out_row % 4 == 0)": sum(again) / max(sum(edges), 1),
     }

@@ -20,6 +20,7 @@ import triton.language as tl
 from .. import reference
 from ..window import Window, memory_format
 from .general import expectation_kernel, gather_kernel, sample_kernel
+from .gradient import gradient_sliding_kernel
 from .sliding import forward_sliding_kernel, gather_sliding_kernel
 
 # Bytes of the accumulation dtype in a tile: two fp32 or one fp64 for each thread of 4 warps. More
@@ -31,14 +32,16 @@ SLIDING_BLOCK = 128
 # strips until there are as many.
 FILLING_THREADS = 2**17
 # Inner rows of a sliding kernel are unrolled by these, and a strip is a multiple of them. Four rows
-# share a Philox call; after six the three rows in registers are back where they began.
-_ROWS = {"sample": 4, "expectation": 6, "gather": 6}
+# share a Philox call; after three, or six, the three rows in registers are back where they began.
+_ROWS = {"sample": 4, "expectation": 6, "gather": 6, "gradient": 3}
+_SLIDING = {"gather": gather_sliding_kernel, "gradient": gradient_sliding_kernel}
 # Registers of a thread, by the channels of its lane and the window's horizontal stride: so few that
 # the assembler tries hard, so many that it spills none on any target of the kernel report.
 _REGISTERS = {
     "sample": {(1, 1): 64, (1, 2): 72, (2, 1): 96, (2, 2): 120},
     "expectation": {(1, 1): 64, (1, 2): 80, (2, 1): 96, (2, 2): 112},
     "gather": {(1, 1): 56, (1, 2): 80, (2, 1): 96, (2, 2): 112},
+    "gradient": {(1, 1): 80, (1, 2): 80, (2, 1): 168, (2, 2): 160},
 }
 
 _INTERPRETED = triton.knobs.runtime.interpret
@@ -119,18 +122,19 @@ def expectation_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.expectation_backward`."""
     layout = memory_format(input)
-    slope = _empty_output(input, window, layout, reference.accumulation_dtype(input.dtype))
-    offset = torch.empty_like(slope)
-    tensors = {"input_ptr": input, "bias_ptr": bias, "slope_ptr": slope, "offset_ptr": offset}
-    has_bias = bias is not None
-    plan = _plan("coefficients", window, layout, input, slope, grad_output, has_bias=has_bias)
-    _launch(plan, input.device, grad_output_ptr=grad_output, **tensors)
     grad_input = torch.empty(
         input.shape, dtype=grad_output.dtype, device=input.device, memory_format=layout
     )
-    plan = _plan(
-        "distribute", window, layout, input, slope, has_bias=has_bias, bias_gradient=with_bias
-    )
+    flags: Any = {"has_bias": bias is not None, "bias_gradient": with_bias}
+    tensors = {"input_ptr": input, "bias_ptr": bias}
+    plan = _plan("gradient", window, layout, input, grad_output, grad_output, **flags)
+    if plan is not None:
+        return _gather(plan, grad_input, with_bias, grad_output_ptr=grad_output, **tensors)
+    slope = _empty_output(input, window, layout, reference.accumulation_dtype(input.dtype))
+    tensors |= {"slope_ptr": slope, "offset_ptr": torch.empty_like(slope)}
+    plan = _plan("coefficients", window, layout, input, slope, grad_output, **flags)
+    _launch(plan, input.device, grad_output_ptr=grad_output, **tensors)
+    plan = _plan("distribute", window, layout, input, slope, **flags)
     return _gather(plan, grad_input, with_bias, **tensors)
 
 
@@ -179,10 +183,11 @@ def _plan(
     output: torch.Tensor,
     grad: torch.Tensor | None = None,
     **flags: bool,
-) -> Plan:
-    """The launch of a call over tensors of the input's size, the output's, and a gradient."""
+) -> Any:
+    """The launch of a call over tensors of the input's size and of the output's, and a gradient of
+    the latter; None for a gradient of the expectation that does not slide."""
     return _planned(
-        call, window, layout != torch.contiguous_format, input.shape, input.stride(),
+        call, window, layout, input.shape, input.stride(),
         output.shape, output.stride(), None if grad is None else grad.stride(), input.dtype,
         _target(input.device), SLIDING_BLOCK, FILLING_THREADS, **flags,
     )  # fmt: skip
@@ -192,7 +197,7 @@ def _plan(
 def _planned(
     call: str,
     window: Window,
-    channels_last: bool,
+    layout: torch.memory_format,
     in_shape: torch.Size,
     in_strides: Ints,
     out_shape: torch.Size,
@@ -204,7 +209,7 @@ def _planned(
     filling_threads: int,
     has_bias: bool = False,
     bias_gradient: bool = False,
-) -> Plan:
+) -> Plan | None:
     # What all kernels of a call are compiled for.
     constants = {name: number for name, number in asdict(window).items() if name != "ceil_mode"}
     constants.update(dead=window.dead_code, has_bias=has_bias, bias_gradient=bias_gradient)
@@ -214,6 +219,7 @@ def _planned(
         call in _ROWS
         and len(in_shape) == 4
         and max(window.kernel_h, window.kernel_w) <= 3
+        and min(window.kernel_h, window.kernel_w) >= (2 if call == "gradient" else 1)
         and window.stride_h <= min(window.kernel_h, 2)
         and window.stride_w <= min(window.kernel_w, 2)
         and (window.dilation_h, window.dilation_w) == (1, 1)
@@ -222,18 +228,28 @@ def _planned(
         and fits
     ):
         return _slide(
-            call, window, channels_last, in_shape, in_strides, out_shape, out_strides,
+            call, window, layout, in_shape, in_strides, out_shape, out_strides,
             grad_strides, target, block, filling_threads, constants,
         )  # fmt: skip
+    if call == "gradient":
+        return None
     return _tile(
-        call, channels_last, in_shape, in_strides, out_shape, grad_strides, dtype, target, constants
+        call,
+        layout != torch.contiguous_format,
+        in_shape,
+        in_strides,
+        out_shape,
+        grad_strides,
+        dtype,
+        target,
+        constants,
     )
 
 
 def _slide(
     call: str,
     window: Window,
-    channels_last: bool,
+    layout: torch.memory_format,
     in_shape: torch.Size,
     in_strides: Ints,
     out_shape: torch.Size,
@@ -244,13 +260,14 @@ def _slide(
     filling_threads: int,
     constants: dict[str, Any],
 ) -> Plan:
+    channels_last = layout == torch.channels_last
     batch, channels, height, width = in_shape
     out_height, out_width = out_shape[2:]
     # Where planes have one row, and windows, images are the rows.
     folded = height == out_height == window.kernel_h == 1
     if folded:
         batch, height, out_height = 1, batch, batch
-    gathers = call == "gather"
+    gathers = call in ("gather", "gradient")
     # A lane owns two columns of what is written, so `own` of what is read.
     own = 2 // window.stride_w if gathers else 2 * window.stride_w
     owned_width, read_width = (width, out_width) if gathers else (out_width, width)
@@ -264,7 +281,7 @@ def _slide(
         n, c, h, w = (s if size > 1 else 0 for size, s in zip(shape, strides, strict=True))
         if folded:
             n, h = 0, n
-        nearest, others = (c, (n, h, w)) if channels_last else (w, (n, c, h))
+        nearest, others = (c, (n, h, w)) if channels_last else (w, (n, c, h, shape[3]))
         unit = vector if channels_last else 2 - columns % 2
         if nearest != 1 or any(stride % unit for stride in others):
             unit = 1
@@ -280,21 +297,25 @@ def _slide(
     input = view(in_shape, in_strides, 2 if gathers else own)
     output = view(out_shape, out_strides, own if gathers else 2)
     grad = output if grad_strides is None else view(out_shape, grad_strides, own)
-    owned, read = (input, output) if gathers else (output, input)
+    if call == "gradient":
+        strides = torch.empty(in_shape, device="meta", memory_format=layout).stride()
+        read, owned = input, view(in_shape, strides, 2)
+    else:
+        read, owned = (output, input) if gathers else (input, output)
 
+    # The windows of inner rows end above the last row of the input.
+    inner = (height - 1 + window.padding_h - window.kernel_h) // window.stride_h + 1
+    start, stop = 0, out_height
     if gathers:
         # The first row of outputs that completes a row of the input, and the one after the last.
         start = max(0, triton.cdiv(window.padding_h - window.stride_h + 1, window.stride_h))
         stop = triton.cdiv(height + window.padding_h, window.stride_h)
-        rows = {"start_row": start, "stop_row": stop, "inner_rows": out_height - 1}
-    else:
-        # The windows of inner rows end above the last row of the input.
-        inner = (height - 1 + window.padding_h - window.kernel_h) // window.stride_h + 1
-        start, stop = 0, out_height
-        rows = {"inner_rows": inner, "one": 0x3F800000}
+        inner = out_height - 1 if call == "gather" else min(inner, out_height - 1)
     # Few strips, but enough to fill a GPU; a grid's limit is 2**16 - 1.
     wanted = min(triton.cdiv(filling_threads, lanes), 2**15)
     strip_rows = _ROWS[call] * max(1, triton.cdiv(stop - start, _ROWS[call] * wanted))
+    if call == "gradient":
+        strip_rows += 1  # whose first row belongs to no group
     strips = triton.cdiv(stop - start, strip_rows)
 
     constants.update(
@@ -304,19 +325,23 @@ def _slide(
         # How many of the columns it reads every lane has, the last one of a row included; in a
         # backward without padding that lane may begin beyond the last output.
         inside=min(own, read_width - (pairs - 1) * own),
+        in_inside=2 - width % 2,
         # Whether one index serves two tensors.
-        same=own == 2 and window.stride_h == 1 and input == output, grad_same=grad == output,
+        same=read == owned and (call == "gradient" or (own == 2 and window.stride_h == 1)),
+        grad_same=grad == output if call == "gather" else grad == owned and own == 2,
         own=owned[0], read=read[0], grad=grad[0],
     )  # fmt: skip
     registers = _REGISTERS[call][vector, window.stride_w]
     if channels_last and channels % 8:
         registers += 8  # for more addresses
-    kernel = gather_sliding_kernel if gathers else forward_sliding_kernel
+    kernel = _SLIDING.get(call, forward_sliding_kernel)
     numbers = dict(
-        **rows, strip_rows=strip_rows, pairs=pairs, lanes=lanes,
+        start_row=start, stop_row=stop, inner_rows=inner, strip_rows=strip_rows, one=0x3F800000,
+        pairs=pairs, lanes=lanes,
         channels=channels, height=height, width=width, out_height=out_height, out_width=out_width,
         **{f"in_{name}": number for name, number in input[1].items()},
         **{f"out_{name}": number for name, number in output[1].items()},
+        **{f"own_{name}": number for name, number in owned[1].items()},
         **{f"grad_{name}": number for name, number in grad[1].items()},
         v=Constants(**constants), **_compiler_options(target, call, registers, block),
     )  # fmt: skip

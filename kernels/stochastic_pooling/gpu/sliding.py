@@ -10,6 +10,8 @@ in. One call of Philox serves two columns and four rows.
     gather_sliding_kernel    the backward of sampling; a lane owns two input columns and adds up the
                              rows of them that a window reaches while it slides down the outputs
 
+The gradient of the expectation has a kernel of its own, in `gradient.py`.
+
 What is written is dense, in the format that decides which lanes are neighbours; what is read may
 have any strides. Where a batch has one row a plane, as in 1-d pooling, its images are the rows.
 
@@ -37,7 +39,7 @@ from .general import draw_cells, expect, masked, philox4x32, rectified, uniform,
 NUMBERS = (
     "channels", "height", "width", "out_height", "out_width",
     "in_n", "in_c", "in_pitch", "in_step", "out_n", "out_c", "out_pitch", "out_step",
-    "grad_n", "grad_c", "grad_pitch", "grad_step",
+    "own_n", "own_c", "own_pitch", "own_step", "grad_n", "grad_c", "grad_pitch", "grad_step",
     "pairs", "lanes", "strip_rows", "inner_rows", "start_row", "stop_row", "one",
 )  # fmt: skip
 # Sums beyond this may overflow, or hide an infinity.
@@ -126,12 +128,12 @@ def _pair(pointer, index, at):
 
 
 @triton.jit
-def _in_plane(column, at: tl.constexpr, width, v: tl.constexpr):
+def _in_plane(column, at: tl.constexpr, width, INSIDE: tl.constexpr):
     """Whether the column `at` from each lane's first own one lies in the plane; of those that are
     not sure to, see `_load_columns`."""
     if at >= 0:
         return column + at < width
-    elif at < v.inside:
+    elif at < INSIDE:
         return column + at >= 0
     else:
         return (column + at >= 0) & (column + at < width)
@@ -140,12 +142,13 @@ def _in_plane(column, at: tl.constexpr, width, v: tl.constexpr):
 @triton.jit
 def _load_columns(
     pointer, index, c, step, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-    MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr, t: tl.constexpr, v: tl.constexpr,
+    INSIDE: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
+    t: tl.constexpr, v: tl.constexpr,
 ):  # fmt: skip
     """`COLUMNS` neighbouring columns of a row, a tuple of [block, vector].
 
     `index` is the unit of the lane's first own column, `column`; the first one loaded is `FIRST`
-    columns from it. Of the last lane in a row, the columns up to the own one `v.inside` lie in the
+    columns from it. Of the last lane in a row, the columns up to the own one `INSIDE` lie in the
     plane: fewer than none where windows begin that far before it. Columns beyond the plane hold
     anything, and only with `MASK_LEFT` and `MASK_RIGHT` is it sure that they are not read.
     """
@@ -154,15 +157,15 @@ def _load_columns(
         here = _elements(pointer, index, j + FIRST, c, step, t, v)
         if j + FIRST < 0:
             if MASK_LEFT:
-                inside = _in_plane(column, j + FIRST, width, v)
+                inside = _in_plane(column, j + FIRST, width, INSIDE)
                 columns = columns + (tl.load(here, mask=inside, other=0),)
             else:
                 columns = columns + (tl.load(here),)
-        elif (not v.channels_last) and t.unit == 2 and j + FIRST < v.inside // 2 * 2:
+        elif (not v.channels_last) and t.unit == 2 and j + FIRST < INSIDE // 2 * 2:
             if (j + FIRST) % 2 == 0:
                 columns = columns + tl.split(tl.load(_pair(pointer, index, j + FIRST)))
-        elif j + FIRST >= v.inside and MASK_RIGHT:
-            inside = _in_plane(column, j + FIRST, width, v)
+        elif j + FIRST >= INSIDE and MASK_RIGHT:
+            inside = _in_plane(column, j + FIRST, width, INSIDE)
             columns = columns + (tl.load(here, mask=inside, other=0),)
         else:
             columns = columns + (tl.load(here),)
@@ -205,7 +208,7 @@ def _biases(bias_ptr, channel, column, width, v: tl.constexpr):
         if j >= v.padding_w and j - v.padding_w < v.inside:
             biases = biases + (bias,)
         else:
-            inside = _in_plane(column, j - v.padding_w, width, v)
+            inside = _in_plane(column, j - v.padding_w, width, v.inside)
             biases = biases + (tl.where(inside, bias, float("-inf")),)
     return biases
 
@@ -272,7 +275,19 @@ def _load_edge(
     present = (row >= 0) & (row < height)
     index = lane + tl.minimum(tl.maximum(row, 0), height - 1) * pitch
     inputs = _load_columns(
-        pointer, index, c, step, column, width, -v.padding_w, len(biases), True, True, v.read, v
+        pointer,
+        index,
+        c,
+        step,
+        column,
+        width,
+        -v.padding_w,
+        len(biases),
+        v.inside,
+        True,
+        True,
+        v.read,
+        v,
     )
     shifted = ()
     for j in tl.static_range(len(biases)):
@@ -474,7 +489,7 @@ def _load_rows(
         else:
             # The first of these rows is at least KEPT - padding_h: is there one above it?
             inputs = _load_columns(
-                input_ptr, index, c, step, column, width, -v.padding_w, len(biases),
+                input_ptr, index, c, step, column, width, -v.padding_w, len(biases), v.inside,
                 KEPT - v.padding_h < 1 or v.read.masked, v.read.masked, v.read, v,
             )  # fmt: skip
             rows = rows + ((inputs, biases),)
@@ -644,11 +659,11 @@ def _load_outputs(
     COLUMNS: tl.constexpr = (1 + v.padding_w) // v.stride_w - FIRST + 1
     LEFT: tl.constexpr = MASK or v.padding_h < v.stride_h  # or it has one above it
     grads = _load_columns(
-        grad_ptr, grad_index, grad_c, grad_step, column, width, FIRST, COLUMNS,
+        grad_ptr, grad_index, grad_c, grad_step, column, width, FIRST, COLUMNS, v.inside,
         LEFT or v.grad.masked, MASK or v.grad.masked, v.grad, v,
     )  # fmt: skip
     codes = _load_columns(
-        code_ptr, index, c, step, column, width, FIRST, COLUMNS,
+        code_ptr, index, c, step, column, width, FIRST, COLUMNS, v.inside,
         LEFT or v.read.masked, MASK or v.read.masked, v.read, v,
     )  # fmt: skip
     return grads, codes
@@ -667,7 +682,7 @@ def _gather_row(grads, codes, present, column, width, sums, MASK: tl.constexpr, 
         grad = grads[c].to(tl.float32)
         code = codes[c].to(tl.int32)
         if c + FIRST < 0 or c + FIRST >= v.inside:
-            code = tl.where(_in_plane(column, c + FIRST, width, v), code, v.dead)
+            code = tl.where(_in_plane(column, c + FIRST, width, v.inside), code, v.dead)
         if MASK:
             code = tl.where(present, code, v.dead)
         added = ()
