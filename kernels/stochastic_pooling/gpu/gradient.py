@@ -182,22 +182,18 @@ def _row(
     slopes = _to_columns(slopes, START, v)
     offsets = _to_columns(offsets, START, v)
     sums = _to_rows(carried, (slopes, offsets), v)
-    has_second = exists & (pair * 2 + 1 < width)
     for i in tl.static_range(v.stride_h):
+        first_mask = exists
+        if EDGE:
+            inside = (out_row >= first_row) & (top + i >= 0) & (top + i < height)
+            first_mask = masked(inside, exists)
+        second_mask = first_mask & (pair * 2 + 1 < width)
         two = ()
         for x in tl.static_range(2):
             w = rows[i][2][x]
             grad = tl.where(w > 0, (w + w) * sums[i][0][x] - sums[i][1][x], 0.0)
-            if EDGE:
-                inside = (out_row >= first_row) & (top + i >= 0) & (top + i < height)
-                grad = tl.where(inside, grad, 0.0)
-            bias_sum += grad
             two = two + (grad,)
-        first_mask = exists
-        second_mask = has_second
-        if EDGE:
-            first_mask = masked(inside, exists)
-            second_mask = masked(inside, has_second)
+            bias_sum += tl.where(inside, grad, 0.0) if EDGE else grad
         _store(
             grad_input_ptr, own_lane + (top + i) * own_pitch, two, own_c, own_step,
             first_mask, second_mask, v.own, v,
@@ -353,7 +349,7 @@ def gradient_sliding_kernel(
             in_c, in_pitch, in_step, own_c, own_pitch, own_step, grad_c, grad_pitch, grad_step,
             pair, exists, biases, True, True, v,
         )  # fmt: skip
-    # See forward_sliding_kernel.
+    # See `_forward`.
     own_row = own_pitch + (number >> 31)
     in_row = own_row if v.same else in_pitch + (number >> 31)
     grad_row = own_row if v.grad_same else grad_pitch + (number >> 31)

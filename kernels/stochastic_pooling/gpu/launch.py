@@ -21,7 +21,11 @@ from .. import reference
 from ..window import Window, memory_format
 from .general import expectation_kernel, gather_kernel, sample_kernel
 from .gradient import gradient_sliding_kernel
-from .sliding import forward_sliding_kernel, gather_sliding_kernel
+from .sliding import (
+    expectation_sliding_kernel,
+    gather_sliding_kernel,
+    sample_sliding_kernel,
+)
 
 # Bytes of the accumulation dtype in a tile: two fp32 or one fp64 for each thread of 4 warps. More
 # would have the fp64 kernels spill registers.
@@ -34,7 +38,12 @@ FILLING_THREADS = 2**17
 # Inner rows of a sliding kernel are unrolled by these, and a strip is a multiple of them. Four rows
 # share a Philox call; after three, or six, the three rows in registers are back where they began.
 _ROWS = {"sample": 4, "expectation": 6, "gather": 6, "gradient": 3}
-_SLIDING = {"gather": gather_sliding_kernel, "gradient": gradient_sliding_kernel}
+_SLIDING = {
+    "sample": sample_sliding_kernel,
+    "expectation": expectation_sliding_kernel,
+    "gather": gather_sliding_kernel,
+    "gradient": gradient_sliding_kernel,
+}
 # Registers of a thread, by the channels of its lane and the window's horizontal stride: so few that
 # the assembler tries hard, so many that it spills none on any target of the kernel report.
 _REGISTERS = {
@@ -216,7 +225,7 @@ def _planned(
     tensors = (in_shape, in_strides), (out_shape, out_strides), (out_shape, grad_strides or ())
     fits = all(_extent(*tensor) < 2**31 for tensor in tensors)  # 32-bit indices
     if (
-        call in _ROWS
+        call in _SLIDING
         and len(in_shape) == 4
         and max(window.kernel_h, window.kernel_w) <= 3
         and min(window.kernel_h, window.kernel_w) >= (2 if call == "gradient" else 1)
@@ -334,7 +343,7 @@ def _slide(
     registers = _REGISTERS[call][vector, window.stride_w]
     if channels_last and channels % 8:
         registers += 8  # for more addresses
-    kernel = _SLIDING.get(call, forward_sliding_kernel)
+    kernel = _SLIDING[call]
     numbers = dict(
         start_row=start, stop_row=stop, inner_rows=inner, strip_rows=strip_rows, one=0x3F800000,
         pairs=pairs, lanes=lanes,

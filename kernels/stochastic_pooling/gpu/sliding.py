@@ -5,10 +5,11 @@ and slides down a strip of rows. It keeps the rows that the next window shares i
 their sums, so each input is loaded, rectified and summed once for the three rows of windows it lies
 in. One call of Philox serves two columns and four rows.
 
-    forward_sliding_kernel   training: draws the row of the window first, then the cell in it;
-                             evaluation: the sum of squares over the sum
-    gather_sliding_kernel    the backward of sampling; a lane owns two input columns and adds up the
-                             rows of them that a window reaches while it slides down the outputs
+    sample_sliding_kernel        draws the row of the window first, then the cell in it
+    expectation_sliding_kernel   the sum of squares over the sum
+    gather_sliding_kernel        the backward of sampling; a lane owns two input columns and adds up
+                                 the rows of them that a window reaches while it slides down the
+                                 outputs
 
 The gradient of the expectation has a kernel of its own, in `gradient.py`.
 
@@ -515,17 +516,15 @@ def _finish_row(
     return largest, smallest
 
 
-@triton.jit(do_not_specialize=NUMBERS)
-def forward_sliding_kernel(
+@triton.jit
+def _forward(
     input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
     channels, height, width, out_height, out_width,
-    # strides; those of a code are its output's
     in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
-    # division of the work; rows from inner_rows on are edge rows
-    pairs, lanes, strip_rows, inner_rows,
-    one,  # the bits of 1.0
+    pairs, lanes, strip_rows, inner_rows, one,
     v: tl.constexpr,
 ):  # fmt: skip
+    """Draws, or expectations, of this program's lanes in its strip."""
     KEPT: tl.constexpr = v.kernel_h - v.stride_h
     channels = channels if v.channels == 0 else v.channels
     in_step = in_step if v.read.step == 0 else v.read.step
@@ -642,6 +641,41 @@ def forward_sliding_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=NUMBERS)
+def sample_sliding_kernel(
+    input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
+    channels, height, width, out_height, out_width,
+    # strides; those of a code are its output's
+    in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
+    # division of the work; rows from inner_rows on are edge rows
+    pairs, lanes, strip_rows, inner_rows,
+    one,  # the bits of 1.0
+    v: tl.constexpr,
+):  # fmt: skip
+    _forward(
+        input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
+        channels, height, width, out_height, out_width,
+        in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
+        pairs, lanes, strip_rows, inner_rows, one, v,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def expectation_sliding_kernel(
+    input_ptr, bias_ptr, output_ptr,
+    channels, height, width, out_height, out_width,
+    in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
+    pairs, lanes, strip_rows, inner_rows,
+    v: tl.constexpr,
+):  # fmt: skip
+    _forward(
+        input_ptr, bias_ptr, None, output_ptr, None,
+        channels, height, width, out_height, out_width,
+        in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
+        pairs, lanes, strip_rows, inner_rows, 0, v,
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------- backward
 
 
@@ -752,7 +786,7 @@ def gather_sliding_kernel(
         sums = _gather_row(grads, codes, present, column, out_width, sums, True, v)
         sums = sums[v.stride_h :] + empty
 
-    # See forward_sliding_kernel.
+    # See `_forward`.
     zero = number >> 31
     in_row_step = in_pitch + zero
     out_row_step = in_row_step if v.same else out_pitch + zero
