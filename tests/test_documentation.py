@@ -76,7 +76,7 @@ def test_anchors_are_github_s(tmp_path):
 def test_the_recipe_for_a_variant_names_what_there_is():
     """Functions, classes and constants that stand in the code, but for those it tells to write."""
     text = (ROOT / "docs" / "variants.md").read_text("utf-8")
-    sources = [*ROOT.glob("kernels/stochastic_pooling/*.py"), *ROOT.glob("tests/*.py")]
+    sources = [*ROOT.glob("kernels/stochastic_pooling/**/*.py"), *ROOT.glob("tests/*.py")]
     trees = [ast.parse(path.read_text("utf-8")) for path in [*sources, *ROOT.glob("bench/*.py")]]
     defined = {
         node.name if isinstance(node, DEFINITIONS) else node.id

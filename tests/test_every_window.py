@@ -93,8 +93,10 @@ def test_every_window(window, size, layout, filling, dtype, special, device, mon
         equal_nan=True,
         **TOLERANCE[dtype],
     )
-    if special:  # the general kernels, with the sliding ones' special windows
-        got = kernels.expectation_backward(grad, x, bias, window, True)
-        want = reference.expectation_backward(grad, x, bias, window, True)
-        torch.testing.assert_close(got[0], want[0], equal_nan=True, **TOLERANCE[dtype])
-        torch.testing.assert_close(got[1], want[1], equal_nan=True, rtol=1e-4, atol=1e-3)
+    got = kernels.expectation_backward(grad, x, bias, window, True)
+    want = reference.expectation_backward(grad, x, bias, window, True)
+    # Of numbers about 8 that cancel each other, in each of the windows that hold the cell.
+    atol = {"atol": 8 * TOLERANCE[dtype]["atol"] if dtype != torch.bfloat16 else 1e-5}
+    torch.testing.assert_close(got[0], want[0], equal_nan=True, **{**TOLERANCE[dtype], **atol})
+    torch.testing.assert_close(got[1], want[1], equal_nan=True, rtol=1e-4, atol=1e-3)
+    assert got[0].is_contiguous(memory_format=layout)

@@ -313,8 +313,8 @@ def test_kernels_compile_for_every_target_and_none_got_worse(tmp_path):
     rows = json.loads(rows_file.read_text())
     assert {row["target"] for row in rows} == set(wanted)
     assert {row["kernel"] for row in rows} == {
-        "expectation_kernel", "gather_kernel",
-        "sample_sliding_kernel", "expectation_sliding_kernel", "gather_sliding_kernel",
+        "sample_sliding_kernel", "expectation_sliding_kernel",
+        "gather_sliding_kernel", "gradient_sliding_kernel",
     }  # fmt: skip
 
 
@@ -335,6 +335,7 @@ for call in (
     lambda: backend.sample(x, None, seed, window),
     lambda: backend.sample_backward(x, code, (1, 8), window, True),
     lambda: backend.expectation(x, None, window),
+    lambda: backend.expectation_backward(x, x, None, window, True),
 ):
     [launch] = kernel_report.compiled(call, kernel_report.TARGETS["sm_86"])
     print(launch.name)
@@ -346,6 +347,7 @@ for call in (
     )  # fmt: skip
     assert run.stdout.split() == [
         "sample_sliding_kernel", "gather_sliding_kernel", "expectation_sliding_kernel",
+        "gradient_sliding_kernel",
     ], run.stderr  # fmt: skip
 
 
@@ -382,23 +384,23 @@ def variants(shapes, window, layout=torch.contiguous_format):
 """
 
 
-# Sliding draws, backwards and expectations, gradients of an expectation (two kernels).
+# Sliding draws, backwards, expectations and gradients of these; or the general kernels.
 SWEEPS = {
-    "sizes": ("[(2, 4, n, n) for n in range(20, 257, 3)], window(3, 2, 1)", (4, 2, 4, 2, 2)),
+    "sizes": ("[(2, 4, n, n) for n in range(20, 257, 3)], window(3, 2, 1)", (4, 2, 4, 2)),
     "sizes, channels_last": (
         "[(2, 8, n, n) for n in range(20, 257, 3)], window(3, 2, 1), torch.channels_last",
-        (4, 1, 4, 2, 3),
+        (4, 1, 4, 2),
     ),
     "VGG-16": (
         "[(2, c, n, n) for c, n in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))],"
         " window(2, 2, 0)",
-        (2, 1, 2, 2, 1),
+        (2, 1, 2, 1),
     ),
-    "batches": ("[(n, 4, 30, 30) for n in range(1, 65)], window(3, 1, 1)", (1, 1, 1, 1, 1)),
-    "channels": ("[(2, c, 28, 28) for c in range(8, 129)], window(3, 1, 1)", (1, 1, 1, 1, 1)),
+    "batches": ("[(n, 4, 30, 30) for n in range(1, 65)], window(3, 1, 1)", (1, 1, 1, 1)),
+    "channels": ("[(2, c, 28, 28) for c in range(8, 129)], window(3, 1, 1)", (1, 1, 1, 1)),
     "channels, channels_last": (
         "[(2, c, 28, 28) for c in range(8, 129)], window(3, 1, 1), torch.channels_last",
-        (18, 18, 18, 4, 4),  # sixteen multiples of 8, the other even numbers, the odd ones
+        (18, 18, 18, 18),  # sixteen multiples of 8, the other even numbers, the odd ones
     ),
     "general": ("[(2, 4, n, n) for n in range(20, 257, 3)], window(5, 2, 2)", (2, 2, 4)),
 }
@@ -419,8 +421,8 @@ def test_few_variants_are_compiled():
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     for sweep, found in json.loads(run.stdout).items():
-        kernels = [f"{call}_sliding_kernel" for call in ("sample", "gather", "expectation")]
-        kernels += ["expectation_kernel", "gather_kernel"]
+        calls = ("sample", "gather", "expectation", "gradient")
+        kernels = [f"{call}_sliding_kernel" for call in calls]
         if sweep == "general":
             kernels = ["sample_kernel", "gather_kernel", "expectation_kernel"]
         assert set(found) == set(kernels)

@@ -334,7 +334,7 @@ def _slide(
         # How many of the columns it reads every lane has, the last one of a row included; in a
         # backward without padding that lane may begin beyond the last output.
         inside=min(own, read_width - (pairs - 1) * own),
-        in_inside=2 - width % 2,
+        in_inside=2 - width % 2 if call == "gradient" else 0,
         # Whether one index serves two tensors.
         same=read == owned and (call == "gradient" or (own == 2 and window.stride_h == 1)),
         grad_same=grad == output if call == "gather" else grad == owned and own == 2,
