@@ -33,9 +33,10 @@ _PLAN = (
     "kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w", "line", "grad_line",
 )  # fmt: skip
 PLAN = np.dtype([(name, np.int64) for name in _PLAN])
-# What it is told of a call: which of how many parts to do (of 0: the thread's in its team), and
-# whether there is a bias. What it tells: whether there are numbers that only the reference takes.
-PART, PARTS, WITH_BIAS, UNUSUAL = range(4)
+# It is called with an array: its own address; which of how many parts to do (of 0: the thread's in
+# its team); what it tells, whether there are numbers that only the reference takes; whether there
+# is a bias; the addresses of the plan and the tensors.
+_, PART, PARTS, UNUSUAL, WITH_BIAS = range(5)
 
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
@@ -162,11 +163,11 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
     """
 
     def forward(pointers):
-        call, plan = carray(pointers[0], 4, np.int64), carray(pointers[1], 1, PLAN)[0]
+        call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
         outputs = plan.planes * plan.out_height * plan.out_width
-        x = carray(pointers[2], plan.planes * plan.height * plan.width, number)
-        bias = carray(pointers[3], plan.channels, np.float32)
-        output, code = carray(pointers[4], outputs, number), carray(pointers[5], outputs, np.uint8)
+        x = carray(pointers[6], plan.planes * plan.height * plan.width, number)
+        bias = carray(pointers[7], plan.channels, np.float32)
+        output, code = carray(pointers[8], outputs, number), carray(pointers[9], outputs, np.uint8)
         size = plan.out_height, plan.out_width
         step, width = _lanes(plan.step), _lanes(plan.out_width)
         stride = _lanes(plan.stride_w * plan.step)
@@ -190,7 +191,7 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
                 _turn_to(sheet, ring, bias, plan)
             row = unit % groups * GROUP
             if training:
-                seed = carray(pointers[6], 1, np.int64)[0]
+                seed = carray(pointers[10], 1, np.int64)[0]
                 rows.random_words(words, pair_of, lane_of, sheet * plan.step, row // GROUP, seed)
                 rows.deal(halves, words, _lanes(GROUP * pairs), step)
             for oh in range(row, min(row + GROUP, plan.out_height)):
@@ -227,14 +228,14 @@ def backward(
     other, nothing = (np.uint8, rows.DEAD) if training else (np.float32, np.float32(0))
 
     def backward(pointers):
-        call, plan = carray(pointers[0], 4, np.int64), carray(pointers[1], 1, PLAN)[0]
+        call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
         inputs = plan.planes * plan.height * plan.width
         outputs = plan.planes * plan.out_height * plan.out_width
-        grad, grad_input = carray(pointers[2], outputs, number), carray(pointers[3], inputs, number)
+        grad, grad_input = carray(pointers[6], outputs, number), carray(pointers[7], inputs, number)
         groups = (plan.height + GROUP - 1) // GROUP
-        grad_bias = carray(pointers[4], plan.sheets * groups * plan.step, np.float32)
-        code, x = carray(pointers[5], outputs, np.uint8), carray(pointers[5], inputs, number)
-        bias = carray(pointers[6], plan.channels, np.float32)
+        grad_bias = carray(pointers[8], plan.sheets * groups * plan.step, np.float32)
+        code, x = carray(pointers[9], outputs, np.uint8), carray(pointers[9], inputs, number)
+        bias = carray(pointers[10], plan.channels, np.float32)
         size, out_size = (plan.height, plan.width), (plan.out_height, plan.out_width)
         step, out_width = _lanes(plan.step), _lanes(plan.out_width)
         ring = _new_ring(not training, x, call[WITH_BIAS], plan)
