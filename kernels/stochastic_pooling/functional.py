@@ -300,18 +300,18 @@ def _adaptive_windows(
     return cells, positions.clamp(max=length - 1).flatten(), (positions >= ends).flatten()
 
 
-def _remembered(function: Callable[P, R]) -> Callable[P, R]:
+def _remembered(function: Callable[..., R]) -> Callable[..., R]:
     """Keep what was made of plain numbers, for the next call; symbols are of one trace alone."""
     kept = functools.lru_cache(maxsize=1024)(function)
 
     @functools.wraps(function)
-    def remember(*arguments: P.args, **keywords: P.kwargs) -> R:
+    def remember(*arguments: Any) -> R:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return function(*arguments, **keywords)
+            return function(*arguments)
         try:
-            return kept(*arguments, **keywords)
+            return kept(*arguments)
         except TypeError:  # a symbol has no hash
-            return function(*arguments, **keywords)
+            return function(*arguments)
 
     return remember
 
@@ -366,11 +366,10 @@ def _window(
     ceil_mode: bool = False,
 ) -> Window:
     """The window of arguments with `dims` numbers or one, for pools over `dims` dimensions."""
-    kernel = _numbers(kernel_size, dims, "kernel_size")
-    empty = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
+    empty = isinstance(stride, Sequence) and len(stride) == 0
     return _checked(
-        kernel,
-        kernel if empty else _numbers(stride, dims, "stride"),
+        _numbers(kernel_size, dims, "kernel_size"),
+        _numbers(kernel_size if stride is None or empty else stride, dims, "stride"),
         _numbers(padding, dims, "padding"),
         _numbers(dilation, dims, "dilation"),
         bool(ceil_mode),
@@ -388,7 +387,7 @@ def _checked(*arguments: Any) -> Window:
     return window
 
 
-def _numbers(value: int | Sequence[int] | None, dims: int, name: str) -> tuple[int, ...]:
+def _numbers(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:
     if type(value) is int:
         return (value,) * dims
     try:
