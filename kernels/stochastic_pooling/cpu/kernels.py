@@ -80,8 +80,10 @@ def _new_ring(needed, x, with_bias, plan):
 @inlined
 def _turn_to(sheet, ring, bias, plan):
     _fill(ring.held, -1)
-    for k in range(ring.bias.size):
-        ring.bias[k] = bias[(sheet * plan.step + k % plan.step) % plan.channels]
+    for k in range(min(plan.step, ring.bias.size)):
+        ring.bias[k] = bias[(sheet * plan.step + k) % plan.channels]
+    for k in range(plan.step, ring.bias.size):
+        ring.bias[k] = ring.bias[k - plan.step]
 
 
 @inlined
