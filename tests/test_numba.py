@@ -123,8 +123,8 @@ def test_expectations(window, special, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_every_16_bit_float(dtype):
-    """Each is a weight, alone and rounded with a bias; each passes as a gradient, and the sum of
-    two is rounded as torch rounds."""
+    """Each is a weight, alone and rounded with a bias; each passes as a gradient, of one window
+    alone in its own bits, and the sum of two is rounded as torch rounds."""
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     weights = patterns[patterns.abs() < 2.0**119].reshape(1, 1, 4, -1)
     for bias in (None, torch.tensor([0.3])):
@@ -132,6 +132,11 @@ def test_every_16_bit_float(dtype):
         expected, expected_code = reference.sample(weights, bias, SEED, STRIDED)
         assert torch.equal(code, expected_code)
         assert same(output, expected)
+    code = torch.zeros(1, 1, 1, 2**16, dtype=torch.uint8)
+    alone, _ = cpu.sample_backward(patterns.view(code.shape), code, (2, 2**17), STRIDED, False)
+    assert torch.equal(alone[..., 0, ::2].view(torch.int16), patterns.view(torch.int16)[None, None])
+    assert not alone[..., 1, :].any()
+    assert not alone[..., 1::2].any()
     # Two rows of windows over three rows of inputs; both drew from the row that they share.
     window = Window(2, 2, 1, 2, 0, 0, 1, 1, False)
     grad = torch.stack([patterns, patterns[torch.randperm(2**16)]]).reshape(1, 1, 2, -1)

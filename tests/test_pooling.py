@@ -100,6 +100,10 @@ def test_bad_arguments_raise_what_max_pool2d_raises(arguments):
         (lambda x: stochastic_pool2d(x, 3, bias=1.0), TypeError, "'bias' must be a tensor, not fl"),
         (lambda x: stochastic_pool2d(kernel_size=3), TypeError, "stochastic_pool2d.*'input'"),
         (lambda x: stochastic_pool1d(x[0], (2, 2)), RuntimeError, "a tuple of one int"),
+        # Equal to the numbers of a window that is remembered.
+        (lambda x: [stochastic_pool2d(x, n) for n in (2, 2.0)], TypeError, "'kernel_size'.*2.0"),
+        (lambda x: [stochastic_pool2d(x, (n, 2)) for n in (2, 2.0)], TypeError, "'kernel_size'"),
+        (lambda x: [stochastic_pool2d(y, 5) for y in (x, x[..., 1:])], RuntimeError, "2x5x4"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

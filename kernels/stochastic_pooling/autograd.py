@@ -233,35 +233,28 @@ def sample(
     input: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.sample`, differentiable by whatever transform runs it."""
-    arguments = window.arguments(input.dim() - 2)
-    if not torch.compiler.is_compiling():
-        if not ops.wants_ops(input, bias, seed):
-            return _EagerSample.apply(input, bias, seed, window)
-        if not _nested_forward_mode():
-            return StochasticSample.apply(input, bias, seed, window)
-    elif not _transforming():
-        if torch.compiler.is_exporting():
-            return ops.sample(input, bias, seed, *arguments)
-        return _CompilableSample.apply(input, bias, seed, window)
+    if torch.compiler.is_compiling():
+        if not _transforming():
+            return ops.sample(input, bias, seed, *window.arguments(input.dim() - 2))
+    elif not ops.wants_ops(input, bias):
+        return _EagerSample.apply(input, bias, seed, window)
+    elif not _nested_forward_mode():
+        return StochasticSample.apply(input, bias, seed, window)
     still = None if bias is None else bias.detach()
-    _, code = ops.sample(input.detach(), still, seed, *arguments)
+    _, code = ops.sample(input.detach(), still, seed, *window.arguments(input.dim() - 2))
     w = reference.rectify(input, bias)
     return _pick(w, None, code, input.shape[2:], window).to(input.dtype), code
 
 
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """`ops.expectation`, differentiable by whatever transform runs it."""
-    if torch.onnx.is_in_onnx_export():
-        return _composed_expectation(input, bias, window)
-    if not torch.compiler.is_compiling():
-        if not ops.wants_ops(input, bias):
-            return _EagerExpectation.apply(input, bias, window)
-        if not _nested_forward_mode():
-            return StochasticExpectation.apply(input, bias, window)
-    elif not _transforming():
-        if torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
+        if not _transforming() and not torch.onnx.is_in_onnx_export():
             return ops.expectation(input, bias, *window.arguments(input.dim() - 2))
-        return _CompilableExpectation.apply(input, bias, window)
+    elif not ops.wants_ops(input, bias):
+        return _EagerExpectation.apply(input, bias, window)
+    elif not _nested_forward_mode() and not torch.onnx.is_in_onnx_export():
+        return StochasticExpectation.apply(input, bias, window)
     return _composed_expectation(input, bias, window)
 
 
@@ -275,18 +268,6 @@ def _nested_forward_mode() -> bool:
     """Whether forward mode runs inside forward mode: PyTorch differentiates the `jvp` of a Function
     no further, and takes its outer tangents for zeros."""
     return eager_transforms.JVP_NESTING > 1
-
-
-class _CompilableSample(StochasticSample):
-    """For `torch.compile`, which takes no Function with a forward mode."""
-
-    jvp = Function.jvp  # type: ignore[assignment]
-
-
-class _CompilableExpectation(StochasticExpectation):
-    """For `torch.compile`, which takes no Function with a forward mode."""
-
-    jvp = Function.jvp  # type: ignore[assignment]
 
 
 class _EagerSample(StochasticSample):
@@ -317,7 +298,7 @@ class _EagerExpectation(StochasticExpectation):
         return output
 
 
-# An exported program calls the ops themselves; it can be trained because they know their gradients.
+# A program that is compiled or exported calls the ops themselves, which know their gradients.
 
 
 def _setup_sample(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeAlias, TypeVar
@@ -251,8 +252,8 @@ def _pool(
     if dims == 1:  # a plane of one row
         input = input.unsqueeze(-2)
     batched = input if input.dim() == max(dims, 2) + 2 else input.unsqueeze(0)
-    _check(batched, bias, window)
-    window = window.bounded(*batched.shape[2:])
+    _check(batched, bias)
+    window = _fitted(window, *batched.shape[1:])
     if return_indices and not training:
         raise RuntimeError(
             "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
@@ -299,19 +300,25 @@ def _adaptive_windows(
     return cells, positions.clamp(max=length - 1).flatten(), (positions >= ends).flatten()
 
 
-def _check_tensors(input: object, bias: object) -> None:
-    for name, value in (("input", input), ("bias", bias)):
-        if not isinstance(value, torch.Tensor) and not (name == "bias" and value is None):
-            raise TypeError(f"argument '{name}' must be a tensor, not {type(value).__name__}")
+def _remembered(function: Callable[..., R]) -> Callable[..., R]:
+    """Keep what was made of plain numbers, for the next call; symbols are of one trace alone."""
+    kept = functools.lru_cache(maxsize=1024)(function)
+
+    @functools.wraps(function)
+    def remember(*arguments: Any) -> R:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return function(*arguments)
+        try:
+            return kept(*arguments)
+        except TypeError:  # a symbol has no hash
+            return function(*arguments)
+
+    return remember
 
 
-def _check(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> None:
-    if input.dtype not in _DTYPES:
-        raise NotImplementedError(
-            f"stochastic pooling is not implemented for {input.dtype}: "
-            "it takes float16, bfloat16, float32 and float64"
-        )
-    channels, *size = input.shape[1:]
+@_remembered
+def _fitted(window: Window, channels: int, *size: int) -> Window:
+    """The window for planes or volumes of this size, which has room for one."""
     output_size = window.output_size(*size)
     if min(output_size) < 1:
         given, calculated = ("x".join(map(str, (channels, *s))) for s in (size, output_size))
@@ -319,8 +326,24 @@ def _check(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> No
             f"Given input size: ({given}). Calculated output size: ({calculated}). "
             "Output size is too small"
         )
+    return window.bounded(*size)
+
+
+def _check_tensors(input: object, bias: object) -> None:
+    for name, value in (("input", input), ("bias", bias)):
+        if not isinstance(value, torch.Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"argument '{name}' must be a tensor, not {type(value).__name__}")
+
+
+def _check(input: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if input.dtype not in _DTYPES:
+        raise NotImplementedError(
+            f"stochastic pooling is not implemented for {input.dtype}: "
+            "it takes float16, bfloat16, float32 and float64"
+        )
     if bias is None:
         return
+    channels = input.shape[1]
     if bias.shape != (channels,):
         raise RuntimeError(
             f"bias: expected one value per channel, shape ({channels},), "
@@ -343,24 +366,30 @@ def _window(
     ceil_mode: bool = False,
 ) -> Window:
     """The window of arguments with `dims` numbers or one, for pools over `dims` dimensions."""
-    arguments = (
+    empty = isinstance(stride, Sequence) and len(stride) == 0
+    return _checked(
         _numbers(kernel_size, dims, "kernel_size"),
-        _numbers(kernel_size if stride is None or _empty(stride) else stride, dims, "stride"),
+        _numbers(kernel_size if stride is None or empty else stride, dims, "stride"),
         _numbers(padding, dims, "padding"),
         _numbers(dilation, dims, "dilation"),
+        bool(ceil_mode),
     )
-    if dims > 1 and any(known(number >= 2**31) for numbers in arguments for number in numbers):
+
+
+@_remembered
+def _checked(*arguments: Any) -> Window:
+    """`Window.of` what is right."""
+    dims = len(arguments[0])
+    if dims > 1 and any(known(n >= 2**31) for numbers in arguments[:4] for n in numbers):
         raise RuntimeError("value cannot be converted to type int without overflow")
-    window = Window.of(*arguments, bool(ceil_mode))
+    window = Window.of(*arguments)
     window.check()
     return window
 
 
-def _empty(value: int | Sequence[int]) -> bool:
-    return isinstance(value, Sequence) and len(value) == 0
-
-
 def _numbers(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:
+    if type(value) is int:
+        return (value,) * dims
     try:
         numbers = tuple(
             # What counts as an int: numpy's, and tensors of one. `index` would fix a symbol.

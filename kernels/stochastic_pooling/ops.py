@@ -20,6 +20,8 @@ from .window import Window, memory_format
 
 _MODULES = {"torch": "reference", "triton": "gpu.launch", "numba": "cpu"}
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 _observers: ContextVar[tuple[list[None], ...]] = ContextVar("observers", default=())
 
 
@@ -80,6 +82,7 @@ def backend_for(device: torch.device, volumes: bool = False) -> ModuleType:
         ) from error
 
 
+@functools.cache
 def _default_backend(device_type: str, volumes: bool) -> ModuleType:
     # Triton's drivers: CUDA and ROCm both call themselves "cuda", Intel GPUs "xpu".
     preferred = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device_type)
@@ -91,7 +94,6 @@ def _default_backend(device_type: str, volumes: bool) -> ModuleType:
         return reference
 
 
-@functools.cache
 def _load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{_MODULES[name]}")
 
@@ -100,23 +102,20 @@ def wants_ops(*tensors: torch.Tensor | None) -> bool:
     """Whether, in code that is not being compiled, something may want to see the ops rather than
     what a backend does for these tensors: a transform, a mode, a subclass.
 
-    Eager code on plain CPU tensors calls the backend itself, for a small pool takes no longer than
-    the dispatch of an op that is written in Python.
+    Eager code on plain tensors calls the backend itself, for a small pool takes no longer than the
+    dispatch of an op that is written in Python.
     """
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()
-        or not all(tensor is None or _is_plain(tensor) for tensor in tensors)
+        or any(map(_is_special, tensors))
     )
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and tensor.is_cpu
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
+def _is_special(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and (
+        type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor()
     )
 
 

@@ -31,6 +31,8 @@ _NUMBERS = {torch.float32: np.float32, torch.float16: np.uint16, torch.bfloat16:
 _MOST_PLANES = 32
 # Below this many numbers a second thread costs more than it saves.
 _SMALL = 16_384
+_CPU = torch.device("cpu")  # whatever the default is
+_NOTHING = torch.zeros(0, dtype=torch.float32, device=_CPU)
 
 
 class _Plan(NamedTuple):
@@ -39,9 +41,10 @@ class _Plan(NamedTuple):
     numbers: Any  # of kernels.PLAN
     address: int  # of the numbers
     layout: torch.memory_format
-    output_size: tuple[int, int]
+    input: tuple[tuple[int, ...], torch.memory_format]
+    output: tuple[tuple[int, ...], torch.memory_format]
     partial_size: tuple[int, int, int]  # sheets, groups of rows, lanes of a column
-    no_bias: torch.Tensor
+    sides: tuple[int, int, int, int]
     most_threads: int
 
 
@@ -50,12 +53,10 @@ def _plan(
     shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, window: Window
 ) -> _Plan | None:
     """None if the reference serves."""
-    kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, *dilation = (
-        window.kernel_h, window.kernel_w, window.stride_h, window.stride_w,
-        window.padding_h, window.padding_w, window.dilation_h, window.dilation_w,
-    )  # fmt: skip
-    slides = {kernel_h, kernel_w} <= {2, 3} and {stride_h, stride_w} <= {1, 2}
-    if len(shape) != 4 or 0 in shape or dtype not in _NUMBERS or not slides or max(dilation) > 1:
+    sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
+    slides = {*sides[:2]} <= {2, 3} and {*sides[2:]} <= {1, 2}
+    dilated = max(window.dilation_h, window.dilation_w) > 1
+    if len(shape) != 4 or 0 in shape or dtype not in _NUMBERS or not slides or dilated:
         return None
     batch, channels, height, width = shape
     out_height, out_width = window.output_size(height, width)
@@ -65,22 +66,27 @@ def _plan(
     step = -(-planes // sheets)
     # Columns of a row: of weights, those that windows look at; of gradients, those that a gather
     # looks at, which are windows or beside them.
-    columns = max((out_width - 1) * stride_w + kernel_w, width + padding_w)
-    last = (width - 1 + padding_w) // stride_w
-    grad_columns = max(out_width, last + 1) + -(-kernel_w // stride_w) - 1
+    columns = max((out_width - 1) * window.stride_w + window.kernel_w, width + window.padding_w)
+    last = (width - 1 + window.padding_w) // window.stride_w
+    grad_columns = max(out_width, last + 1) + -(-window.kernel_w // window.stride_w) - 1
     numbers = np.array(
         [(
-            planar, channels, planes, step, sheets, height, width, out_height, out_width,
-            kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
-            columns * step, grad_columns * step,
+            planar, channels, planes, step, sheets, height, width, out_height, out_width, *sides,
+            window.padding_h, window.padding_w, columns * step, grad_columns * step,
         )],
         PLAN,
     )  # fmt: skip
     groups = -(-height // GROUP)
     size = planes * max(height * width, out_height * out_width)
+
+    def tensor(height: int, width: int) -> tuple[tuple[int, ...], torch.memory_format]:
+        # What is dense in both formats has the strides of the first, as from `contiguous`.
+        dense = torch.contiguous_format if height == width == 1 else layout
+        return (batch, channels, height, width), dense
+
     return _Plan(
-        numbers, numbers.ctypes.data, layout, (out_height, out_width), (sheets, groups, step),
-        _zeros(channels), sheets * groups if size > _SMALL else 1,
+        numbers, numbers.ctypes.data, layout, tensor(height, width), tensor(out_height, out_width),
+        (sheets, groups, step), sides, sheets * groups if size > _SMALL else 1,
     )  # fmt: skip
 
 
@@ -90,10 +96,9 @@ def sample(
     """See `reference.sample`."""
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
-        output = _empty(input, plan, plan.output_size)
-        code = torch.empty_like(output, dtype=torch.uint8)
-        tensors = _dense(input, plan), _bias(bias, plan), output, code, seed
-        if _run(forward, True, window, plan, bias is not None, *tensors):
+        output, code = _empty(plan.output, input.dtype), _empty(plan.output, torch.uint8)
+        tensors = _dense(input, plan), _bias(bias), output, code, seed
+        if _run(forward, True, plan, bias is not None, *tensors):
             return output, code
     return reference.sample(input, bias, seed, window)
 
@@ -106,24 +111,23 @@ def sample_backward(
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sample_backward`."""
-    shape = torch.Size((*grad_output.shape[:2], *size))
+    shape = (*grad_output.shape[:2], *size)
     plan = _plan(shape, grad_output.dtype, memory_format(code), window)
     if plan is None:
         return reference.sample_backward(grad_output, code, size, window, with_bias)
-    grad_input = _empty(grad_output, plan, size)
-    partial = _zeros(*plan.partial_size) if with_bias else _zeros(0)
+    grad_input, partial = _empty(plan.input, grad_output.dtype), _partial(plan, with_bias)
     tensors = _dense(grad_output, plan), grad_input, partial, _dense(code, plan)
-    _run(backward, True, window, plan, with_bias, *tensors)
-    return grad_input, _grad_bias(partial, plan, with_bias)
+    _run(backward, True, plan, with_bias, *tensors)
+    return grad_input, _grad_bias(partial, shape, with_bias)
 
 
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """See `reference.expectation`."""
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
-        output = _empty(input, plan, plan.output_size)
-        tensors = _dense(input, plan), _bias(bias, plan), output
-        if _run(forward, False, window, plan, bias is not None, *tensors):
+        output = _empty(plan.output, input.dtype)
+        tensors = _dense(input, plan), _bias(bias), output
+        if _run(forward, False, plan, bias is not None, *tensors):
             return output
     return reference.expectation(input, bias, window)
 
@@ -137,59 +141,57 @@ def expectation_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.expectation_backward`."""
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
-    if plan is not None and grad_output.dtype == input.dtype:
-        with_sums = with_bias or bias is not None
-        grad_input = _empty(input, plan, input.shape[2:])
-        partial = _zeros(*plan.partial_size) if with_sums else _zeros(0)
-        tensors = _dense(grad_output, plan), grad_input, partial, _dense(input, plan)
-        if _run(backward, False, window, plan, with_sums, *tensors, _bias(bias, plan)):
-            return grad_input, _grad_bias(partial, plan, with_bias)
+    served = grad_output.dtype == input.dtype and (bias is not None or not with_bias)
+    if plan is not None and served:
+        grad_input, partial = _empty(plan.input, input.dtype), _partial(plan, bias is not None)
+        tensors = _dense(grad_output, plan), grad_input, partial, _dense(input, plan), _bias(bias)
+        if _run(backward, False, plan, bias is not None, *tensors):
+            return grad_input, _grad_bias(partial, input.shape, with_bias)
     return reference.expectation_backward(grad_output, input, bias, window, with_bias)
 
 
 def _run(
-    make: Callable[..., Any], training: bool, window: Window, plan: _Plan, with_bias: bool,
-    *tensors: torch.Tensor,
-) -> bool:  # fmt: skip
+    make: Callable[..., Any], training: bool, plan: _Plan, with_bias: bool, *tensors: torch.Tensor
+) -> bool:
     """Run a pass; False if there are numbers that only the reference takes."""
-    sizes = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
-    body = _compiled(make, tensors[0].dtype, training, *sizes[: 4 if make is backward else 2])
-    addresses = plan.address, *(tensor.data_ptr() for tensor in tensors)
-    return threads.run(body, with_bias, addresses, min(torch.get_num_threads(), plan.most_threads))
+    sides = plan.sides if make is backward else plan.sides[:2]
+    body = _compiled(make, tensors[0].dtype, training, *sides)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    parts = min(torch.get_num_threads(), plan.most_threads)
+    return threads.run(body, parts, with_bias, plan.address, *addresses)
 
 
 @functools.cache
 def _compiled(
-    make: Callable[..., Any], dtype: torch.dtype, training: bool, *sizes: int
+    make: Callable[..., Any], dtype: torch.dtype, training: bool, *sides: int
 ) -> Callable[[int], None]:
     what = f"{make.__name__} in {'training' if training else 'evaluation'}"
-    what = f"{what}, {sizes[0]} x {sizes[1]} cells, {str(dtype).removeprefix('torch.')},"
-    return compiled_for_c(make(_NUMBERS[dtype], training, *sizes), what)
+    what = f"{what}, {sides[0]} x {sides[1]} cells, {str(dtype).removeprefix('torch.')},"
+    return compiled_for_c(make(_NUMBERS[dtype], training, *sides), what)
 
 
-def _zeros(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
+def _empty(tensor: tuple[tuple[int, ...], torch.memory_format], dtype: torch.dtype) -> torch.Tensor:
+    shape, layout = tensor
+    return torch.empty(shape, dtype=dtype, device=_CPU, memory_format=layout)
 
 
 def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    return tensor.detach().resolve_neg().contiguous(memory_format=plan.layout)
+    return tensor.resolve_neg().contiguous(memory_format=plan.layout)
 
 
-def _empty(like: torch.Tensor, plan: _Plan, size: Sequence[int]) -> torch.Tensor:
-    # What is dense in both formats has the strides of the first, as from `contiguous`.
-    layout = torch.contiguous_format if size[0] == size[1] == 1 else plan.layout
-    shape = (*like.shape[:2], *size)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+def _bias(bias: torch.Tensor | None) -> torch.Tensor:
+    return _NOTHING if bias is None else bias.float().resolve_neg().contiguous()
 
 
-def _bias(bias: torch.Tensor | None, plan: _Plan) -> torch.Tensor:
-    return plan.no_bias if bias is None else bias.detach().to(torch.float32).contiguous()
+def _partial(plan: _Plan, with_bias: bool) -> torch.Tensor:
+    """For the sums of the gradient of the bias."""
+    return _NOTHING.new_zeros(plan.partial_size) if with_bias else _NOTHING
 
 
-def _grad_bias(partial: torch.Tensor, plan: _Plan, with_bias: bool) -> torch.Tensor:
+def _grad_bias(partial: torch.Tensor, shape: Sequence[int], with_bias: bool) -> torch.Tensor:
     if not with_bias:
-        return _zeros(0)
+        return _NOTHING
     # numpy, unlike torch, adds in an order that does not depend on a number of threads.
-    sums = partial.numpy().sum(1, dtype=np.float64).reshape(-1)
-    sums = sums[: int(plan.numbers["planes"][0])].reshape(-1, plan.no_bias.numel())
-    return torch.from_numpy(sums.sum(0)).float()
+    sums = np.add.reduce(partial.numpy(), 1, np.float64).reshape(-1)
+    sums = sums[: shape[0] * shape[1]].reshape(shape[:2])
+    return torch.from_numpy(np.add.reduce(sums, 0).astype(np.float32))

@@ -33,9 +33,10 @@ _PLAN = (
     "kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w", "line", "grad_line",
 )  # fmt: skip
 PLAN = np.dtype([(name, np.int64) for name in _PLAN])
-# What it is told of a call: which of how many parts to do (of 0: the thread's in its team), and
-# whether there is a bias. What it tells: whether there are numbers that only the reference takes.
-PART, PARTS, WITH_BIAS, UNUSUAL = range(4)
+# It is called with an array: its own address; which of how many parts to do (of 0: the thread's in
+# its team); what it tells, whether there are numbers that only the reference takes; whether there
+# is a bias; the addresses of the plan and the tensors.
+_, PART, PARTS, UNUSUAL, WITH_BIAS = range(5)
 
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
@@ -79,8 +80,10 @@ def _new_ring(needed, x, with_bias, plan):
 @inlined
 def _turn_to(sheet, ring, bias, plan):
     _fill(ring.held, -1)
-    for k in range(ring.bias.size):
-        ring.bias[k] = bias[(sheet * plan.step + k % plan.step) % plan.channels]
+    for k in range(min(plan.step, ring.bias.size)):
+        ring.bias[k] = bias[(sheet * plan.step + k) % plan.channels]
+    for k in range(plan.step, ring.bias.size):
+        ring.bias[k] = ring.bias[k - plan.step]
 
 
 @inlined
@@ -103,23 +106,29 @@ def _place(sheet, row, size, plan):
 
 @inlined
 def _fetch(fetched, numbers, sheet, row, size, plan):
-    """The lanes of a row, and where they start."""
+    """The lanes of a row, those of contiguous planes transposed, and where they start."""
     start, planes, plane = _place(sheet, row, size, plan)
-    if plan.planar:
-        rows.fetch(fetched, numbers, start, _lanes(size[1]), planes, plane, _lanes(plan.step))
-        return fetched, _START
-    return numbers, start
+    for p in range(_lanes(plan.planar) * planes):
+        for column in range(_lanes(size[1])):
+            fetched[column * _lanes(plan.step) + p] = numbers[start + p * plane + column]
+    return (fetched, _START) if plan.planar else (numbers, start)
 
 
 @inlined
-def _store(numbers, lanes, columns, column, stride, sheet, row, size, plan):
-    """Store lanes as every `stride`-th column of a row, from `column` on."""
+def _target(staged, numbers, sheet, row, column, size, plan):
+    """Where to put the lanes of a row from `column` on: contiguous planes wait for `_store`."""
+    start, _, _ = _place(sheet, row, size, plan)
+    return (staged, _START) if plan.planar else (numbers, start + _lanes(column * plan.step))
+
+
+@inlined
+def _store(numbers, staged, columns, column, stride, sheet, row, size, plan):
+    """Store what waits as every `stride`-th column of a row of contiguous planes."""
     start, planes, plane = _place(sheet, row, size, plan)
-    step, by = _lanes(plan.step), _lanes(stride)
-    if plan.planar:
-        rows.store(numbers, start + _lanes(column), by, lanes, columns, planes, plane, step)
-    else:
-        rows.place(numbers, start + _lanes(column) * step, by, lanes, columns, step)
+    for p in range(_lanes(plan.planar) * planes):
+        for k in range(columns):
+            to = start + p * plane + _lanes(column) + k * _lanes(stride)
+            numbers[to] = staged[k * _lanes(plan.step) + p]
 
 
 @inlined
@@ -135,8 +144,7 @@ def _hold(oh, sheet, ring, x, plan):
             to = ring.starts[i] + _lanes(plan.padding_w * plan.step)
             size = plan.height, plan.width
             numbers, start = _fetch(ring.fetched, x, sheet, row, size, plan)
-            rows.rectify(ring.weights, to, numbers, start, ring.bias, count)
-            rows.note_extremes(ring.bits, ring.weights, to, count)
+            rows.rectify(ring.weights, to, numbers, start, ring.bias, ring.bits, count)
 
 
 @inlined
@@ -162,11 +170,11 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
     """
 
     def forward(pointers):
-        call, plan = carray(pointers[0], 4, np.int64), carray(pointers[1], 1, PLAN)[0]
+        call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
         outputs = plan.planes * plan.out_height * plan.out_width
-        x = carray(pointers[2], plan.planes * plan.height * plan.width, number)
-        bias = carray(pointers[3], plan.channels, np.float32)
-        output, code = carray(pointers[4], outputs, number), carray(pointers[5], outputs, np.uint8)
+        x = carray(pointers[6], plan.planes * plan.height * plan.width, number)
+        bias = carray(pointers[7], plan.channels, np.float32)
+        output, code = carray(pointers[8], outputs, number), carray(pointers[9], outputs, np.uint8)
         size = plan.out_height, plan.out_width
         step, width = _lanes(plan.step), _lanes(plan.out_width)
         stride = _lanes(plan.stride_w * plan.step)
@@ -190,16 +198,15 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
                 _turn_to(sheet, ring, bias, plan)
             row = unit % groups * GROUP
             if training:
-                seed = carray(pointers[6], 1, np.int64)[0]
+                seed = carray(pointers[10], 1, np.int64)[0]
                 rows.random_words(words, pair_of, lane_of, sheet * plan.step, row // GROUP, seed)
                 rows.deal(halves, words, _lanes(GROUP * pairs), step)
             for oh in range(row, min(row + GROUP, plan.out_height)):
                 _hold(oh, sheet, ring, x, plan)
                 cells = to_fixed_tuple(ring.starts, kernel_h)
-                start, _, _ = _place(sheet, oh, size, plan)
-                target, to = (staged, _START) if plan.planar else (output, start)
+                target, to = _target(staged, output, sheet, oh, 0, size, plan)
                 if training:
-                    target_code = staged_code if plan.planar else code
+                    target_code, to = _target(staged_code, code, sheet, oh, 0, size, plan)
                     half = _lanes((oh - row) * PAIR * pairs * plan.step)
                     rows.draw(
                         target, target_code, to, ring.weights, cells, columns, stride,
@@ -207,9 +214,8 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
                     )  # fmt: skip
                 else:
                     rows.expect(target, to, ring.weights, cells, columns, stride, runs, run)
-                if plan.planar:
-                    _store(output, staged, width, 0, 1, sheet, oh, size, plan)
-                if plan.planar and training:
+                _store(output, staged, width, 0, 1, sheet, oh, size, plan)
+                if training:
                     _store(code, staged_code, width, 0, 1, sheet, oh, size, plan)
         if ring.bits[0] >= rows.TOO_LARGE or (not training and ring.bits[1] < rows.TOO_SMALL):
             call[UNUSUAL] = 1
@@ -224,17 +230,18 @@ def backward(
     and lane of a column; then code, or input and bias."""
     # So many windows hold an input, each way.
     taps_h, taps_w = -(-kernel_h // stride_h), -(-kernel_w // stride_w)
-    other, nothing = (np.uint8, rows.DEAD) if training else (np.float32, np.float32(0))
+    # A lone gradient stays as it is stored.
+    held_number = number if training and taps_h * taps_w == 1 else np.float32
 
     def backward(pointers):
-        call, plan = carray(pointers[0], 4, np.int64), carray(pointers[1], 1, PLAN)[0]
+        call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
         inputs = plan.planes * plan.height * plan.width
         outputs = plan.planes * plan.out_height * plan.out_width
-        grad, grad_input = carray(pointers[2], outputs, number), carray(pointers[3], inputs, number)
+        grad, grad_input = carray(pointers[6], outputs, number), carray(pointers[7], inputs, number)
         groups = (plan.height + GROUP - 1) // GROUP
-        grad_bias = carray(pointers[4], plan.sheets * groups * plan.step, np.float32)
-        code, x = carray(pointers[5], outputs, np.uint8), carray(pointers[5], inputs, number)
-        bias = carray(pointers[6], plan.channels, np.float32)
+        grad_bias = carray(pointers[8], plan.sheets * groups * plan.step, np.float32)
+        code, x = carray(pointers[9], outputs, np.uint8), carray(pointers[9], inputs, number)
+        bias = carray(pointers[10], plan.channels, np.float32)
         size, out_size = (plan.height, plan.width), (plan.out_height, plan.out_width)
         step, out_width = _lanes(plan.step), _lanes(plan.out_width)
         ring = _new_ring(not training, x, call[WITH_BIAS], plan)
@@ -242,14 +249,18 @@ def backward(
         fetched = np.empty(plan.planar * plan.out_width * plan.step, number)
         fetched_code = np.empty(fetched.size, np.uint8)
         # Output row r is in slot r mod taps_h; slot taps_h is a row of no windows.
-        grads = np.zeros((taps_h + 1) * plan.grad_line, np.float32)
-        others = np.empty(grads.size, other)  # codes, or what is taken off
-        _fill(others, nothing)
+        grads = np.zeros((taps_h + 1) * plan.grad_line, held_number)
+        codes = np.zeros(grads.size, np.uint8)  # in evaluation all alike, as all cells count
+        _fill(codes, rows.DEAD if training else 0)
+        offsets = np.zeros((not training) * grads.size, np.float32)  # what is taken off
+        slopes_sum = np.empty((not training) * plan.width * plan.step, np.float32)
+        offsets_sum = np.empty(slopes_sum.size, np.float32)
         held, starts = np.empty(taps_h, np.int64), np.empty(taps_h, np.uint64)
         columns = np.empty(taps_w, np.uint64)
         row_cells, column_cells = np.zeros(taps_h, np.uint8), np.empty(taps_w, np.uint8)
         gathered = np.empty(plan.width * plan.step, number)
         totals = np.zeros(call[WITH_BIAS] * plan.width * plan.step, np.float32)
+        no_totals = np.zeros(0, np.float32)
         first, end = _share(call, plan.sheets * groups)
         sheet = -1
         for unit in range(first, end):
@@ -266,7 +277,7 @@ def backward(
                     oh = (row + plan.padding_h) // stride_h - t
                     inside = i < kernel_h and 0 <= oh < plan.out_height
                     slot = oh % taps_h if inside else taps_h
-                    starts[t], row_cells[t] = slot * plan.grad_line, i * kernel_w
+                    starts[t], row_cells[t] = slot * plan.grad_line, training * i * kernel_w
                     if not inside or held[slot] == oh:
                         continue
                     held[slot] = oh
@@ -275,17 +286,16 @@ def backward(
                     if training:
                         rows.convert(grads, to, numbers, start, out_width * step)
                         drawn, start = _fetch(fetched_code, code, sheet, oh, out_size, plan)
-                        rows.convert(others, to, drawn, start, out_width * step)
+                        rows.convert(codes, to, drawn, start, out_width * step)
                     else:
                         _hold(oh, sheet, ring, x, plan)
                         runs, run = _runs(out_width, plan)
                         rows.differentiate(
-                            grads, others, to, numbers, start, ring.weights,
+                            grads, offsets, to, numbers, start, ring.weights,
                             to_fixed_tuple(ring.starts, kernel_h), cells,
                             _lanes(stride_w) * step, runs, run,
                         )  # fmt: skip
                 places = to_fixed_tuple(starts, taps_h)
-                start, _, _ = _place(sheet, row, size, plan)
                 for phase in range(stride_w):
                     # Input columns that are `phase` modulo the stride, counted from the padding's.
                     low = (plan.padding_w - phase + stride_w - 1) // stride_w
@@ -294,29 +304,32 @@ def backward(
                     for t in range(taps_w):
                         j = phase + t * stride_w
                         columns[t] = (low + taps_w - 1 - t) * plan.step
-                        column_cells[t] = j if j < kernel_w else NO_CELL
+                        column_cells[t] = training * j if j < kernel_w else NO_CELL
                     taps = places, to_fixed_tuple(columns, taps_w)
                     tap_rows = to_fixed_tuple(row_cells, taps_h)
                     which = tap_rows, to_fixed_tuple(column_cells, taps_w)
                     wide = _lanes(max(width, 0))
-                    direct = stride_w == 1 and not plan.planar
-                    target, to = (grad_input, start) if direct else (gathered, _START)
+                    target, to = _target(gathered, grad_input, sheet, row, column, size, plan)
+                    runs, run = _runs(wide, plan)
+                    pitch = step if plan.planar else _lanes(stride_w) * step
                     if training:
-                        rows.gather(target, to, totals, grads, others, taps, which, wide * step)
+                        rows.gather(target, to, pitch, totals, grads, codes, taps, which, runs, run)
                     else:
+                        flat = taps, which, _ONE, wide * step
+                        rows.gather(slopes_sum, _START, _START, no_totals, grads, codes, *flat)
+                        rows.gather(offsets_sum, _START, _START, no_totals, offsets, codes, *flat)
                         # The last window that holds the row left it in the ring; or none does.
                         slot = row % kernel_h
                         slot = slot if ring.held[slot] == row else kernel_h
                         weight = slot * plan.line + (column + plan.padding_w) * plan.step
-                        runs, run = _runs(wide, plan)
-                        rows.gather_means(
-                            target, to, totals, grads, others, taps, which,
+                        rows.weigh(
+                            target, to, pitch, totals, slopes_sum, offsets_sum,
                             ring.weights, _lanes(weight), _lanes(stride_w) * step, runs, run,
                         )  # fmt: skip
-                    if not direct:
-                        _store(grad_input, gathered, wide, column, stride_w, sheet, row, size, plan)
-            if totals.size > 0:
-                rows.add_columns(grad_bias, _lanes(unit) * step, totals, _lanes(plan.width), step)
+                    _store(grad_input, gathered, wide, column, stride_w, sheet, row, size, plan)
+            for column in range(_lanes(totals.size) // step):
+                for k in range(step):
+                    grad_bias[_lanes(unit) * step + k] += totals[column * step + k]
         if not training and (ring.bits[0] >= rows.TOO_LARGE or ring.bits[1] < rows.TOO_SMALL):
             call[UNUSUAL] = 1
 

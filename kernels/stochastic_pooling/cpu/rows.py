@@ -29,56 +29,24 @@ TOO_SMALL = int(np.float32(reference.SMALLEST_SUM).view(np.uint32))
 
 
 @inlined
-def fetch(lanes, numbers, start, columns, planes, plane, step):
-    """Transpose a row of contiguous planes, `plane` numbers apart, into lanes."""
-    for p in range(planes):
-        for column in range(columns):
-            lanes[column * step + p] = numbers[start + p * plane + column]
-
-
-@inlined
-def store(numbers, start, stride, lanes, columns, planes, plane, step):
-    """Transpose lanes into every `stride`-th column of a row of contiguous planes."""
-    for p in range(planes):
-        for column in range(columns):
-            numbers[start + p * plane + column * stride] = lanes[column * step + p]
-
-
-@inlined
-def place(numbers, start, stride, lanes, columns, step):
-    """Copy lanes into every `stride`-th column of a row in channels_last."""
-    for column in range(columns):
-        for k in range(step):
-            numbers[start + column * stride * step + k] = lanes[column * step + k]
-
-
-@inlined
 def convert(lanes, to, numbers, start, count):
-    """Copy lanes, floats as fp32."""
+    """Copy lanes, as fp32 if the others are."""
     for k in range(count):
-        lanes[to + k] = widen(numbers[start + k])
+        lanes[to + k] = widen(numbers[start + k], lanes)
 
 
 @inlined
-def rectify(weights, to, numbers, start, bias, count):
-    """max(x + bias, 0); NaN stays NaN, and no zero is negative."""
+def rectify(weights, to, numbers, start, bias, bits, count):
+    """max(x + bias, 0); NaN stays NaN, and no zero is negative. Keep the largest bits of weights,
+    and the smallest of those above 0, less one."""
     zero = np.float32(0)
-    if bias.size == 0:
-        for k in range(count):
-            w = widen(numbers[start + k])
-            weights[to + k] = zero if w <= zero else w
-    else:
-        for k in range(count):
-            w = widen(numbers[start + k]) + bias[k]
-            weights[to + k] = zero if w <= zero else w
-
-
-@inlined
-def note_extremes(bits, weights, start, count):
-    """Keep the largest bits of weights, and the smallest of those above 0, less one."""
     top, low = bits[0], bits[1]
     for k in range(count):
-        number = np.float32(weights[start + k]).view(np.uint32)
+        w = widen(numbers[start + k], weights)
+        w = w + bias[k] if bias.size > 0 else w
+        w = zero if w <= zero else w
+        weights[to + k] = w
+        number = np.float32(w).view(np.uint32)
         top = number if number > top else top
         below = np.uint32(number - np.uint32(1))
         low = below if below < low else low
@@ -189,56 +157,44 @@ def differentiate(slopes, offsets, to, grad, start, weights, rows, columns, stri
     for m in range(runs):
         for k in range(run):
             inverse, mean = _expectation(weights, rows, columns, m * stride + k)
-            slope = widen(grad[start + m * run + k]) * inverse
+            slope = widen(grad[start + m * run + k], slopes) * inverse
             slope = np.float32(0) if inverse == np.float32(0) else slope
             slopes[to + m * run + k] = slope
             offsets[to + m * run + k] = slope * mean
 
 
 @inlined
-def gather(grad_input, to, totals, grad, code, taps, cells, count):
+def gather(grad_input, to, pitch, totals, grad, code, taps, cells, runs, run):
     """Sum for each lane the gradients of the windows that drew it, and add that to `totals`.
     `taps` are the places of the windows, `cells` the numbers of their cells, by row and column."""
     rows, columns = taps
-    for k in range(count):
-        total = np.float32(0)
-        for i in range(len(rows)):
-            for j in range(len(columns)):
-                place = rows[i] + columns[j] + k
-                g = grad[place]
-                drew = code[place] == np.uint8(cells[0][i] + cells[1][j])
-                total += g if drew else np.float32(0)
-        if totals.size > 0:
-            totals[k] += total
-        grad_input[to + k] = narrow(total, grad_input)
-
-
-@inlined
-def gather_means(
-    grad_input, to, totals, slopes, offsets, taps, cells, weights, start, stride, runs, run
-):
-    """Sum for each lane the gradients of the expectations of the windows that hold it likewise."""
-    rows, columns = taps
-    zero = np.float32(0)
+    lone = len(rows) * len(columns) == 1  # a gradient as it is stored
     for m in range(runs):
         for k in range(run):
-            slope, offset = zero, zero
+            total = np.float32(0)
             for i in range(len(rows)):
                 for j in range(len(columns)):
                     place = rows[i] + columns[j] + m * run + k
-                    slope += slopes[place] if cells[1][j] < NO_CELL else zero
-                    offset += offsets[place] if cells[1][j] < NO_CELL else zero
-            w = weights[start + m * stride + k]
-            g = w * (slope + slope) - offset
-            g = zero if w == zero else g
+                    drew = code[place] == np.uint8(cells[0][i] + cells[1][j])
+                    g = grad[place] if drew else np.uint8(0)
+                    total += widen(g, totals)
             if totals.size > 0:
-                totals[m * run + k] += g
-            grad_input[to + m * run + k] = narrow(g, grad_input)
+                totals[m * run + k] += total
+            if lone:
+                grad_input[to + m * pitch + k] = narrow(g, grad_input)
+            else:
+                grad_input[to + m * pitch + k] = narrow(total, grad_input)
 
 
 @inlined
-def add_columns(sums, to, totals, columns, step):
-    """Add columns up."""
-    for column in range(columns):
-        for k in range(step):
-            sums[to + k] += totals[column * step + k]
+def weigh(grad_input, to, pitch, totals, slopes, offsets, weights, start, stride, runs, run):
+    """Likewise the gradients of the expectations, of the sums over the windows that hold a lane."""
+    zero = np.float32(0)
+    for m in range(runs):
+        for k in range(run):
+            w, slope = weights[start + m * stride + k], slopes[m * run + k]
+            g = w * (slope + slope) - offsets[m * run + k]
+            g = zero if w == zero else g
+            if totals.size > 0:
+                totals[m * run + k] += g
+            grad_input[to + m * pitch + k] = narrow(g, grad_input)

@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from llvmlite import binding
@@ -40,7 +41,7 @@ def _team() -> Callable[..., None] | None:
 
 _parallel = _team()
 # See kernels.py; longer than any call needs.
-_Call, _Pointers = ctypes.c_int64 * 4, ctypes.c_void_p * 8
+_Call = ctypes.c_int64 * 12
 
 
 def _after_fork() -> None:
@@ -53,25 +54,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def run(
-    body: Callable[[int], None], with_bias: bool, addresses: tuple[int, ...], threads: int
-) -> bool:
-    """Run a pass of kernels.py; `addresses` are those of the plan and the tensors.
+def run(body: Callable[[Any], None], threads: int, *arguments: int) -> bool:
+    """Run a pass of kernels.py.
+
+    Args:
+        arguments: whether there is a bias, the addresses of the plan and of the tensors.
 
     Returns:
         whether all numbers are such as the pass takes.
     """
 
-    def do(part: int, parts: int, start: Callable[[int], object] = body) -> bool:
-        call = _Call(part, parts, with_bias)
-        pointers = _Pointers(ctypes.addressof(call), *addresses)
-        start(ctypes.addressof(pointers))
+    def do(part: int, parts: int, start: Callable[[Any], object] = body) -> bool:
+        call = _Call(0, part, parts, 0, *arguments)
+        call[0] = ctypes.addressof(call)
+        start(call)
         return call[3] == 0
 
     if threads == 1:
         return do(0, 1)
     if (parallel := _parallel) is not None:
-        return do(0, 0, lambda pointers: parallel(body, pointers, threads, 0))
+        return do(0, 0, lambda call: parallel(body, call, threads, 0))
     # Threads for this call alone: there is nothing that a fork or other threads could break.
     with ThreadPoolExecutor(threads) as pool:
         return all(pool.map(do, range(threads), [threads] * threads))
