@@ -22,15 +22,15 @@ from pathlib import Path
 
 import torch
 
-from cnnsp.augment import PAPER_VARIANTS
-from cnnsp.batches import ImageBank
-from cnnsp.data import ImageSet, load_folder
-from cnnsp.devices import keep_freed_memory
-from cnnsp.distributed import Team
-from cnnsp.learner import Learner
+from cnnsp.data.augment import PAPER_VARIANTS
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.decoding import ImageSet, load_folder
 from cnnsp.network import POOLINGS
-from cnnsp.recipe import TrainOptions
-from cnnsp.training import Trainer
+from cnnsp.training.devices import keep_freed_memory
+from cnnsp.training.processes import Team
+from cnnsp.training.recipe import TrainOptions
+from cnnsp.training.run import Trainer
+from cnnsp.training.step import Learner
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnnsp import checkpoint, figures, files, synthetic
-from cnnsp.batches import ImageBank
+from cnnsp import files
 from cnnsp.cli import ArgumentParser, align, exit_status, number
-from cnnsp.data import Images, load_folder
-from cnnsp.devices import choose_device
-from cnnsp.evaluation import confusion_rows, evaluate
-from cnnsp.inference import load_network
+from cnnsp.data import synthetic
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.decoding import Images, load_folder
+from cnnsp.results import pictures as figures
+from cnnsp.results.evaluation import confusion_rows, evaluate
+from cnnsp.results.inference import load_network
+from cnnsp.training import checkpoint
+from cnnsp.training.devices import choose_device
 
 PROG = "evaluate.py"
 SPLITS = ("train_data", "test_data")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnnsp.cli import ArgumentParser, exit_status
-from cnnsp.export import export_onnx, export_program
-from cnnsp.inference import load_network
+from cnnsp.results.export import export_onnx, export_program
+from cnnsp.results.inference import load_network
 
 PROG = "export.py"
 FORMATS = {"torch_export": (export_program, ".pt2"), "onnx": (export_onnx, ".onnx")}

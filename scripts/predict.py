@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from cnnsp import UserError
 from cnnsp.cli import ArgumentParser, align, exit_status, number, printable
-from cnnsp.devices import choose_device
-from cnnsp.inference import Prediction, find_images, load_network, predict
+from cnnsp.results.inference import Prediction, find_images, load_network, predict
+from cnnsp.training.devices import choose_device
 
 PROG = "predict.py"
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from cnnsp.cli import ArgumentParser, exit_status, number
-from cnnsp.prepare import prepare_flowers
+from cnnsp.data.prepare import prepare_flowers
 
 PROG = "prepare_flowers.py"
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnnsp.cli import ArgumentParser, exit_status, number
-from cnnsp.devices import choose_device
 from cnnsp.network import POOLINGS
-from cnnsp.recipe import RECIPES
-from cnnsp.study import Study, cases, machine_name
+from cnnsp.results.study import Study, cases, machine_name
+from cnnsp.training.devices import choose_device
+from cnnsp.training.recipe import RECIPES
 
 PROG = "study.py"
 

@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 
-from cnnsp import UserError, checkpoint, distributed, memory, synthetic
-from cnnsp.augment import AS_IS, PAPER_VARIANTS, RandomAugment, Variant
-from cnnsp.batches import GPU_BUDGET, ImageBank
+from cnnsp import UserError
 from cnnsp.cli import ArgumentParser, exit_status, number
-from cnnsp.data import Images, load_folder
-from cnnsp.devices import choose_amp_dtype, choose_device, keep_freed_memory
-from cnnsp.interruption import Interrupted
+from cnnsp.data import synthetic
+from cnnsp.data.augment import AS_IS, PAPER_VARIANTS, RandomAugment, Variant
+from cnnsp.data.batches import GPU_BUDGET, ImageBank
+from cnnsp.data.decoding import Images, load_folder
 from cnnsp.network import POOLINGS
-from cnnsp.recipe import AUGMENTATIONS, OPTIMIZERS, RECIPES, SCHEDULES, TrainOptions
-from cnnsp.training import Trainer, check_output
+from cnnsp.training import checkpoint, memory
+from cnnsp.training import processes as distributed
+from cnnsp.training.devices import choose_amp_dtype, choose_device, keep_freed_memory
+from cnnsp.training.interruption import Interrupted
+from cnnsp.training.recipe import AUGMENTATIONS, OPTIMIZERS, RECIPES, SCHEDULES, TrainOptions
+from cnnsp.training.run import Trainer, check_output
 
 PROG = "train.py"
 SYNTHETIC = "synthetic"

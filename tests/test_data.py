@@ -12,10 +12,10 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
 from cnnsp import UserError
-from cnnsp.augment import PAPER_VARIANTS
-from cnnsp.batches import ImageBank, epoch_batches
-from cnnsp.data import ImageFiles, ImageSet, decode, load_folder
-from cnnsp.synthetic import CLASSES, synthetic_flowers
+from cnnsp.data.augment import PAPER_VARIANTS
+from cnnsp.data.batches import ImageBank, epoch_batches
+from cnnsp.data.decoding import ImageFiles, ImageSet, decode, load_folder
+from cnnsp.data.synthetic import CLASSES, synthetic_flowers
 
 
 @pytest.fixture

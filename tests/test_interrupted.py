@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnnsp import checkpoint
 from cnnsp.errors import UserError
-from cnnsp.learner import Learner
+from cnnsp.training import checkpoint
+from cnnsp.training.step import Learner
 
 from .scripts import load_script
 from .test_train import assert_equal, load, make_photographs

@@ -13,12 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
-from cnnsp import CNN_SP, figures, report
-from cnnsp.batches import ImageBank
+from cnnsp import CNN_SP
 from cnnsp.cli import align
-from cnnsp.data import ImageSet
-from cnnsp.evaluation import Evaluation
-from cnnsp.history import EpochResult
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.decoding import ImageSet
+from cnnsp.results import board as report
+from cnnsp.results import pictures as figures
+from cnnsp.results.evaluation import Evaluation
+from cnnsp.results.history import EpochResult
 
 
 def random_evaluation(classes: int, images: int) -> Evaluation:

@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cnnsp import CNN_SP, devices, synthetic
-from cnnsp.batches import ImageBank
-from cnnsp.data import ImageSet
-from cnnsp.evaluation import evaluate
+from cnnsp import CNN_SP
+from cnnsp.data import synthetic
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.decoding import ImageSet
+from cnnsp.results.evaluation import evaluate
+from cnnsp.training import devices
 
 from .scripts import load_script
 

@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from cnnsp import CNN_SP, UserError, checkpoint, synthetic
-from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD
-from cnnsp.batches import ImageBank
-from cnnsp.data import ImageSet, decode
-from cnnsp.evaluation import Evaluation, log_probabilities
-from cnnsp.inference import load_network
+from cnnsp import CNN_SP, UserError
+from cnnsp.data import synthetic
+from cnnsp.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.decoding import ImageSet, decode
+from cnnsp.results.evaluation import Evaluation, log_probabilities
+from cnnsp.results.inference import load_network
+from cnnsp.training import checkpoint
 from stochastic_pooling import StochasticPool
 
 from .scripts import load_script

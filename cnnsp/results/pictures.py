@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from . import files
+from .. import files
 from .evaluation import Evaluation
 from .history import EpochResult
 

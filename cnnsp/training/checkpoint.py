@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from . import files
-from .errors import UserError
+from .. import files
+from ..errors import UserError
 
 FORMAT = 2
 _KEYS = {

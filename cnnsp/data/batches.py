@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
+from ..errors import UserError
 from . import augment
 from .augment import (
     AS_IS,
@@ -23,8 +24,7 @@ from .augment import (
     level_table,
     rotation_map,
 )
-from .data import ImageFiles, ImageSet
-from .errors import UserError
+from .decoding import ImageFiles, ImageSet
 
 # Bytes of images that are kept on a GPU: 10,922 photographs.
 GPU_BUDGET = 2 * 1024**3

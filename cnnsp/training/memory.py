@@ -32,13 +32,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .cli import ArgumentParser, number
+from ..cli import ArgumentParser, number
+from ..errors import UserError
+from ..network import CNN_SP, IMAGE_SIZE, POOLINGS
 from .devices import autocast
-from .errors import UserError
-from .network import CNN_SP, IMAGE_SIZE, POOLINGS
 from .recipe import OPTIMIZERS, TrainOptions, make_optimizer
 
-PROG = "python -m cnnsp.memory"
+PROG = "python -m cnnsp.training.memory"
 LIBRARY_WORKSPACE = 128 * 2**20
 CONTEXT = 600_000_000
 FRAGMENTATION = 0.1

@@ -14,15 +14,17 @@ from typing import NamedTuple
 
 import torch
 
-from . import checkpoint, files, study_report
-from .batches import ImageBank
-from .data import load_folder
-from .errors import UserError
+from .. import files
+from ..data.batches import ImageBank
+from ..data.decoding import load_folder
+from ..errors import UserError
+from ..training import checkpoint
+from ..training.interruption import Interrupted, Requests
+from ..training.recipe import TrainOptions
+from . import study_report
 from .evaluation import evaluate
 from .history import EpochResult, read_summary
 from .inference import load_network
-from .interruption import Interrupted, Requests
-from .recipe import TrainOptions
 from .study_report import Result
 
 # Flags of train.py that the study itself gives.

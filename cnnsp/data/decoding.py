@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError
-from .network import IMAGE_SIZE
+from ..errors import UserError
+from ..network import IMAGE_SIZE
 
 # Bytes of a split that are decoded into memory.
 HOST_BUDGET = 4 * 1024**3

@@ -21,9 +21,9 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from . import figures
-from .augment import IMAGENET_MEAN, IMAGENET_STD
-from .batches import ImageBank
+from ..data.augment import IMAGENET_MEAN, IMAGENET_STD
+from ..data.batches import ImageBank
+from . import pictures as figures
 from .evaluation import Evaluation
 from .history import EpochResult
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from . import files
-from .errors import UserError
+from .. import files
+from ..errors import UserError
 
 
 @dataclass(frozen=True)

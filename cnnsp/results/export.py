@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import files
-from .augment import IMAGENET_MEAN, IMAGENET_STD
-from .batches import ImageBank
-from .errors import UserError
+from .. import files
+from ..data.augment import IMAGENET_MEAN, IMAGENET_STD
+from ..data.batches import ImageBank
+from ..data.synthetic import synthetic_flowers
+from ..errors import UserError
+from ..network import IMAGE_SIZE
 from .inference import Network
-from .network import IMAGE_SIZE
-from .synthetic import synthetic_flowers
 
 INPUT, OUTPUT = "images", "log_probabilities"
 # How far a log-probability p may be from the network's: this times max(1, |p|). Other programs add

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .data import DECODE_ERRORS, is_junk
-from .errors import UserError
+from ..errors import UserError
+from .decoding import DECODE_ERRORS, is_junk
 
 # Thumbnails whose correlation exceeds this show the same picture. Among 900 photographs of flowers
 # it was 0.93 at most for two different ones, and 0.99 at least for one of them and its copy at two

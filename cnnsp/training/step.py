@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..network import CNN_SP
 from .devices import autocast
-from .distributed import Team
-from .network import CNN_SP
+from .processes import Team
 from .recipe import TrainOptions, WeightAverage, make_optimizer, smoothed
 
 

@@ -14,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from . import figures, files
-from .errors import UserError
+from .. import files
+from ..errors import UserError
+from ..network import POOLINGS
+from ..training.recipe import RECIPES
+from . import pictures as figures
 from .history import EpochResult
-from .network import POOLINGS
-from .recipe import RECIPES
 
 # Colours that the colour-blind can tell apart (Okabe and Ito).
 _COLOURS = {"stochastic": "#D55E00", "max": "#0072B2", "avg": "#009E73"}

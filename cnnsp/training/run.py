@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, figures, files, report
-from .batches import ImageBank, epoch_batches
-from .distributed import Team
-from .errors import UserError
-from .evaluation import Evaluation, log_probabilities
-from .history import EpochResult, write_summary
+from .. import files
+from ..data.batches import ImageBank, epoch_batches
+from ..errors import UserError
+from ..results import board as report
+from ..results import pictures as figures
+from ..results.evaluation import Evaluation, log_probabilities
+from ..results.history import EpochResult, write_summary
+from . import checkpoint
 from .interruption import Interrupted, Requests
-from .learner import Learner
+from .processes import Team
 from .recipe import TrainOptions, learning_rate
+from .step import Learner
 
 
 @dataclass

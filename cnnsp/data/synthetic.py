@@ -19,9 +19,9 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from ..network import IMAGE_SIZE
 from .augment import Variant
-from .data import ImageSet
-from .network import IMAGE_SIZE
+from .decoding import ImageSet
 
 CLASSES = ("daisy", "dandelion", "rose")
 

@@ -14,11 +14,11 @@ import torch
 
 from stochastic_pooling import average_draws
 
-from . import checkpoint
-from .batches import ImageBank, one_ahead
-from .data import ImageSet, decode, is_junk
-from .errors import UserError
-from .network import CNN_SP
+from ..data.batches import ImageBank, one_ahead
+from ..data.decoding import ImageSet, decode, is_junk
+from ..errors import UserError
+from ..network import CNN_SP
+from ..training import checkpoint
 
 
 class Network(NamedTuple):
