@@ -25,7 +25,7 @@ from torchvision.transforms import functional as tv
 
 from cnnsp.data.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAugment, Variant
 from cnnsp.data.batches import ImageBank
-from cnnsp.data.decoding import ImageSet, load_folder
+from cnnsp.data.images import ImageSet, load_folder
 
 SIZE = 256
 

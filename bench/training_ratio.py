@@ -24,7 +24,7 @@ import torch
 
 from cnnsp.data.augment import PAPER_VARIANTS
 from cnnsp.data.batches import ImageBank
-from cnnsp.data.decoding import ImageSet, load_folder
+from cnnsp.data.images import ImageSet, load_folder
 from cnnsp.network import POOLINGS
 from cnnsp.training.devices import keep_freed_memory
 from cnnsp.training.processes import Team
@@ -50,7 +50,7 @@ def measure(folder: Path, pool: str, steps: int, rounds: int) -> dict[str, float
     bare = Learner(options, len(train.classes), torch.device("cpu"), Team())
     rates: dict[str, list[float]] = {"script": [], "bare": []}
     with tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(options, *banks, train.classes, Path(output))
+        trainer = Trainer(options, *banks, Path(output))
         # The first round is left out: it compiles, and gets memory from the system.
         for _ in range(rounds + 1):
             with contextlib.redirect_stdout(io.StringIO()):

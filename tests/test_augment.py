@@ -15,8 +15,8 @@ from torchvision.transforms import functional as tv
 
 from cnnsp.data import augment, threads
 from cnnsp.data.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAugment, Variant
-from cnnsp.data.batches import GPU_BUDGET, ImageBank, epoch_batches
-from cnnsp.data.decoding import ImageSet
+from cnnsp.data.batches import ImageBank, epoch_batches
+from cnnsp.data.images import GPU_BUDGET, ImageSet
 
 # Of normalised images.
 TOLERANCE = 1e-3

@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 from cnnsp import UserError
 from cnnsp.data.augment import PAPER_VARIANTS
 from cnnsp.data.batches import ImageBank, epoch_batches
-from cnnsp.data.decoding import ImageFiles, ImageSet, decode, load_folder
+from cnnsp.data.decoding import decode
+from cnnsp.data.images import ImageFiles, ImageSet, load_folder
 from cnnsp.data.synthetic import CLASSES, synthetic_flowers
 
 
@@ -64,7 +65,7 @@ def test_images_in_files_make_the_batches_of_those_in_memory(folder: Path, worke
     expected = ImageBank(in_memory, PAPER_VARIANTS[:3])
     bank = ImageBank(in_files, PAPER_VARIANTS[:3], workers=workers)
     assert len(bank) == len(expected) == 24
-    assert "files" in bank.placement
+    assert "files" in bank.images.placement
     # Batches of 4, 4 and 1 items, of which the last leaves a second rank without any.
     order = [*epoch_batches(9, 4, seed=0, epoch=0), torch.empty(0, dtype=torch.int64)]
     state = torch.get_rng_state()

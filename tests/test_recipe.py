@@ -11,14 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cnnsp.training.processes import Team
-from cnnsp.training.recipe import (
-    TrainOptions,
-    WeightAverage,
-    learning_rate,
-    make_optimizer,
-    smoothed,
-)
-from cnnsp.training.step import Learner, seed_draws
+from cnnsp.training.recipe import TrainOptions, learning_rate
+from cnnsp.training.step import Learner, WeightAverage, make_optimizer, seed_draws, smoothed
 
 
 def test_steps_divide_the_learning_rate_by_ten() -> None:

@@ -16,9 +16,9 @@ from torch import nn
 from cnnsp import CNN_SP
 from cnnsp.cli import align
 from cnnsp.data.batches import ImageBank
-from cnnsp.data.decoding import ImageSet
-from cnnsp.results import board as report
-from cnnsp.results import pictures as figures
+from cnnsp.data.images import ImageSet
+from cnnsp.results import board as boards
+from cnnsp.results import pictures
 from cnnsp.results.evaluation import Evaluation
 from cnnsp.results.history import EpochResult
 
@@ -42,7 +42,7 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def test_curves_show_the_test_loss_with_the_training_loss() -> None:
-    losses, accuracy = figures.curves(make_history(3), "title").axes
+    losses, accuracy = pictures.curves(make_history(3), "title").axes
     assert list(accuracy.lines[0].get_ydata()) == [71, 72, 73]
     drawn = {line.get_label(): list(line.get_ydata()) for line in losses.lines}
     assert drawn["test"] == pytest.approx([0.6, 0.7, 0.8])
@@ -61,8 +61,8 @@ def test_curves_show_the_test_loss_with_the_training_loss() -> None:
 def test_confusion_matrix_is_readable(classes: tuple[str, ...]) -> None:
     """Every count stands in its cell, every name in the picture, whatever their number."""
     evaluation = random_evaluation(len(classes), 5000)
-    figure = figures.confusion(evaluation, classes, "a title\n" + "and/a/path" * 8)
-    figures.pixels(figure)  # lays it out
+    figure = pictures.confusion(evaluation, classes, "a title\n" + "and/a/path" * 8)
+    pictures.pixels(figure)  # lays it out
     (axis,) = figure.axes
     counts = evaluation.confusion.tolist()
     shown = {(int(y), int(x)): text for text in axis.texts for x, y in [text.get_position()]}
@@ -93,15 +93,15 @@ def test_class_names_in_chinese(
     installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An installed font draws them; without one, a line says once why there are boxes."""
-    figures._say_once_what_is_missing.cache_clear()
+    pictures._say_once_what_is_missing.cache_clear()
     if not installed:
-        monkeypatch.setattr(figures, "_installed_fonts", lambda: [])
-    elif not any("玫" in figures._characters_of(name) for name in figures._installed_fonts()):
+        monkeypatch.setattr(pictures, "_installed_fonts", lambda: [])
+    elif not any("玫" in pictures._characters_of(name) for name in pictures._installed_fonts()):
         pytest.skip("no Chinese font is installed")
     classes = ("雏菊", "rose", "玫瑰")
     for _ in range(2):
-        figure = figures.confusion(random_evaluation(3, 50), classes, "title")
-        figures.pixels(figure)
+        figure = pictures.confusion(random_evaluation(3, 50), classes, "title")
+        pictures.pixels(figure)
     labels = figure.axes[0].get_xticklabels()
     families = [label.get_fontfamily() for label in labels]
     error = capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_class_names_in_chinese(
 def test_captions_name_true_and_predicted_class() -> None:
     log_probs = torch.tensor([[0.03, 0.97], [0.75, 0.25]]).log()
     images = torch.rand(2, 3, 8, 8)
-    figure = figures.mistakes(images, torch.tensor([0, 1]), log_probs, ("ox", "yak"), "title")
+    figure = pictures.mistakes(images, torch.tensor([0, 1]), log_probs, ("ox", "yak"), "title")
     captions = [axis.get_xlabel() for axis in figure.axes]
     assert captions == ["ox → yak p=0.97", "yak → ox p=0.75"]
     for axis, image in zip(figure.axes, images, strict=True):
@@ -122,10 +122,10 @@ def test_captions_name_true_and_predicted_class() -> None:
 
 
 def test_drawn_files(tmp_path: Path) -> None:
-    figures.write(figures.curves(make_history(1), "title"), tmp_path / "curves.png")
+    pictures.write(pictures.curves(make_history(1), "title"), tmp_path / "curves.png")
     names = ("daisy", "dandelion", "rose")
-    confusion = figures.confusion(random_evaluation(3, 50), names, "title")
-    figures.write(confusion, tmp_path / "confusion.png")
+    confusion = pictures.confusion(random_evaluation(3, 50), names, "title")
+    pictures.write(confusion, tmp_path / "confusion.png")
     for name in ("curves", "confusion"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.format == "PNG"
@@ -140,7 +140,7 @@ def test_board_shows_an_epoch(tmp_path: Path) -> None:
     evaluation = Evaluation.of(
         torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]).log(), bank.labels
     )
-    board = report.Board(tmp_path)
+    board = boards.Board(tmp_path)
     board.train_loss(0.25, 7)
     board.epoch(make_history(1)[0], 7, memory_mib=512.0)
     board.evaluation(evaluation, bank, ("a", "b"), 7)
@@ -176,7 +176,7 @@ def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
     bank = ImageBank(
         ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), ("a",))
     )
-    board = report.Board(tmp_path)
+    board = boards.Board(tmp_path)
     board.evaluation(Evaluation.of(torch.zeros(1, 1), bank.labels), bank, ("a",), 1)
     board.close()
     assert events(tmp_path).Tags()["images"] == ["test/confusion"]
@@ -189,7 +189,7 @@ def test_graph_does_not_disturb_training(tmp_path: Path, pooling: str) -> None:
     model.pool.sample_in_eval = True
     images = torch.randn(2, 3, 256, 256)
     before = torch.get_rng_state()
-    board = report.Board(tmp_path)
+    board = boards.Board(tmp_path)
     board.graph(model, images)
     board.close()
     assert torch.equal(torch.get_rng_state(), before)
@@ -211,7 +211,7 @@ class _Untraceable(nn.Module):
 def test_graph_that_cannot_be_drawn_ends_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    board = report.Board(tmp_path)
+    board = boards.Board(tmp_path)
     board.graph(_Untraceable(), torch.zeros(1, 3))
     board.train_loss(math.pi, 1)
     board.close()
@@ -222,7 +222,7 @@ def test_graph_that_cannot_be_drawn_ends_nothing(
 
 
 def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with report.EpochProgress("epoch 1/2", 5, done=2) as progress:
+    with boards.EpochProgress("epoch 1/2", 5, done=2) as progress:
         for step in range(3):
             progress.advance(8)
             if step != 1:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from cnnsp import CNN_SP
 from cnnsp.data.batches import ImageBank
-from cnnsp.data.decoding import load_folder
+from cnnsp.data.images import load_folder
 from cnnsp.results import study
 from cnnsp.results.history import EpochResult
 from cnnsp.results.study import cases
@@ -328,7 +328,7 @@ def test_sigterm_is_passed_on_to_the_run(tmp_path: Path) -> None:
     killer = subprocess.Popen(
         [sys.executable, "-c", WAIT_AND_KILL, str(ready), str(os.getpid())],
     )
-    with Requests() as requests, killer:
+    with Requests("stopping") as requests, killer:
         assert study.call([sys.executable, "-c", CHILD, str(ready)], requests) == 7
     assert requests.signal == signal.SIGTERM
 

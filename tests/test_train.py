@@ -17,7 +17,7 @@ from PIL import Image
 from cnnsp import CNN_SP
 from cnnsp.data import synthetic
 from cnnsp.data.batches import ImageBank
-from cnnsp.data.decoding import ImageSet
+from cnnsp.data.images import ImageSet
 from cnnsp.results.evaluation import evaluate
 from cnnsp.training import devices
 

@@ -21,7 +21,8 @@ from cnnsp import CNN_SP, UserError
 from cnnsp.data import synthetic
 from cnnsp.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from cnnsp.data.batches import ImageBank
-from cnnsp.data.decoding import ImageSet, decode
+from cnnsp.data.decoding import decode
+from cnnsp.data.images import ImageSet
 from cnnsp.results.evaluation import Evaluation, log_probabilities
 from cnnsp.results.inference import load_network
 from cnnsp.training import checkpoint

@@ -1,36 +1,26 @@
-"""Photographs in ``train_data/<class>`` and ``test_data/<class>``, decoded once into memory.
-
-A photograph takes 192 KiB, 256 × 256 pixels of three bytes. A split above 4 GiB (21,845
-photographs) stays on disk, and its photographs are decoded for each batch by DataLoader workers,
-each as often as the epoch has items of it. So a million photographs, which would take 183 GiB, take
-the memory of their paths and of the batches under way, and as many workers as decode a batch in the
-time of a step.
-"""
+"""One way from a file to pixels, for training, evaluation and prediction alike."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import struct
+import sys
+import threading
+import warnings
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 
+from .. import IMAGE_SIZE
 from ..errors import UserError
-from ..network import IMAGE_SIZE
 
-# Bytes of a split that are decoded into memory.
-HOST_BUDGET = 4 * 1024**3
-# What operating systems leave in folders. Hidden files are ignored too.
-_JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
 # What Pillow raises for a damaged file, beside OSError (truncated, or no image at all).
-DECODE_ERRORS = (
+_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -42,176 +32,125 @@ DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Decoded images of one split.
-
-    Attributes:
-        images: uint8 ``[N, 3, H, W]``, RGB; those of a folder are channels_last in memory.
-        labels: int64 ``[N]``, positions in ``classes``.
-        classes: the class names, in alphabetical order.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Images of one split that are left in their files.
-
-    Attributes:
-        paths: of the images.
-        labels: int64 ``[N]``, positions in ``classes``.
-        classes: the class names, in alphabetical order.
-        size: height and width that they are decoded to.
-    """
-
-    paths: tuple[Path, ...]
-    labels: Tensor
-    classes: tuple[str, ...]
-    size: int = IMAGE_SIZE
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def decoded_bytes(self) -> int:
-        """Memory that all images would take."""
-        return 3 * self.size**2 * len(self.paths)
-
-    def decode(self, numbers: Sequence[int], workers: int = 1, progress: bool = False) -> Tensor:
-        """Images ``numbers``, uint8 ``[B, H*W, 3]``, decoded by ``workers`` threads.
-
-        Raises:
-            UserError: when a file is no image, or damaged.
-        """
-        images = torch.empty(len(numbers), self.size**2, 3, dtype=torch.uint8)
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
-            decoded = pool.map(lambda number: decode(self.paths[number], self.size), numbers)
-            if progress:
-                decoded = tqdm(
-                    decoded, "decoding", len(numbers), unit="image", leave=False, disable=None
-                )
-            for image, pixels in zip(images, decoded, strict=True):
-                image.numpy()[:] = pixels.reshape(-1, 3)
-        return images
-
-
-Images = ImageSet | ImageFiles
-
-
-def is_junk(path: Path) -> bool:
-    """Whether ``path`` is a hidden file or one that an operating system drops in folders."""
-    return path.name.startswith(".") or path.name.lower() in _JUNK
+# By the value of EXIF's tag 274: what stands the picture upright.
+_ORIENTATION, _UPRIGHT = 274, {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+# Formats that Pillow needs a package for, by the bytes that follow "ftyp", and its name.
+_PACKAGES = {
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
+        ("HEIC", "pillow-heif"),
+    ),
+    **dict.fromkeys((b"avif", b"avis"), ("AVIF", "--upgrade pillow")),
+}
 
 
 def decode(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Read one image as torchvision's ``ImageFolder`` and ``Resize((size, size))`` do.
+    """Read one image, resized to uint8 ``[size, size, 3]``; see :func:`read`."""
+    with naming(path):
+        return np.asarray(read(path).resize((size, size), Image.Resampling.BILINEAR))
 
-    The EXIF orientation is ignored, as there. Returns uint8 ``[size, size, 3]``, RGB.
+
+def read(path: Path) -> Image.Image:
+    """An image in RGB, as one sees it.
+
+    It stands upright (EXIF), lies on white where it is transparent, and is the first frame of an
+    animation. Pixels of 16 or 32 bits or floats are scaled: from 0 to 1, if they are floats that
+    never exceed it, or else to 255, 4095 or 65535, the least that none exceeds.
 
     Raises:
-        UserError: when the file is no image, or damaged.
+        UserError: when the file is no image, damaged, or has pixels beyond those scales.
     """
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{path} is not an image") from None
-    except DECODE_ERRORS as error:
+        if not path.is_file():
+            raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+        with _open(path) as image:
+            with contextlib.suppress(*_ERRORS):  # a picture is whole, though its EXIF be damaged
+                orientation = image.getexif().get(_ORIENTATION)
+                if orientation in _UPRIGHT:
+                    image = image.transpose(_UPRIGHT[orientation])
+            if image.mode[0] in "IF":
+                return _scaled(image, path)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image).convert("RGB")
+            return image.convert("RGB")
+    except _ERRORS as error:
         raise UserError(f"cannot decode {path}: {error}") from None
 
 
-def list_split(folder: Path) -> dict[str, list[Path]]:
-    """The files of each class folder in ``folder``, both in alphabetical order.
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except Image.UnidentifiedImageError:
+        with path.open("rb") as file:
+            start = file.read(12)
+    if start[4:8] != b"ftyp" or start[8:] not in _PACKAGES:
+        unpack = "; unpack it, and name the folder" if start[:4] == b"PK\3\4" else ""
+        raise UserError(f"{path} is not an image, or of a format that Pillow lacks{unpack}")
+    name, package = _PACKAGES[start[8:]]
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+        return Image.open(path)
+    except (ImportError, Image.UnidentifiedImageError):
+        raise UserError(f"{path} is {name}: pip install {package}, or convert it to JPEG") from None
 
-    Raises:
-        UserError: when the folder is missing, or holds no class, an empty class or a folder
-            inside a class.
-    """
-    if not folder.is_dir():
+
+def _scaled(image: Image.Image, path: Path) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    tops = (1, 255, 4095, 65535) if image.mode == "F" else (255, 4095, 65535)
+    top = next((top for top in tops if high <= top), None)
+    if not low >= 0 or top is None:  # NaN, too, is refused
         raise UserError(
-            f"{folder} is missing: expected {folder.parent}/train_data/<class>/ and "
-            f"{folder.parent}/test_data/<class>/ (scripts/prepare_flowers.py makes them)"
+            f"{path} has pixels from {low:g} to {high:g}; convert it to 8 bits a channel"
         )
-    files: dict[str, list[Path]] = {}
-    for class_folder in sorted(p for p in folder.iterdir() if p.is_dir() and not is_junk(p)):
-        paths = sorted(p for p in class_folder.iterdir() if not is_junk(p))
-        if not paths:
-            raise UserError(f"{class_folder} holds no images")
-        for path in paths:
-            if not path.is_file():
-                raise UserError(f"{path} is not a file: images lie directly in their class folder")
-        files[class_folder.name] = paths
-    if not files:
-        raise UserError(f"{folder} holds no class folders")
-    return files
+    return Image.fromarray((values * (255 / top)).round().astype(np.uint8)).convert("RGB")
 
 
-def load_folder(
-    data_dir: str | Path,
-    *,
-    workers: int = 2,
-    size: int = IMAGE_SIZE,
-    budget_bytes: int = HOST_BUDGET,
-    validate: int | None = None,
-) -> tuple[Images, Images]:
-    """Decode ``data_dir/train_data`` and ``data_dir/test_data`` with ``workers`` threads.
+_named, _lock = threading.local(), threading.Lock()
+_inside = 0
+_filters: warnings.catch_warnings[None]
 
-    A split that would take more than ``budget_bytes`` of memory is left in its files, where a
-    damaged one shows only when it is used.
 
-    With ``validate``, a number from 0 to 3, the second split is not that of ``test_data`` but this
-    quarter of ``train_data``, which the first then lacks: every fourth image of each class.
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within this context, Pillow's warnings go to stderr in one line with the file's name.
 
-    Raises:
-        UserError: naming the folder or file at fault; see :func:`list_split` and :func:`decode`.
+    Python's own context for warnings is no use to several threads at once, and Pillow's texts name
+    no files, so that one warning would stand for all files that lead to it.
     """
-    data_dir = Path(data_dir)
-    if not data_dir.is_dir():
-        raise UserError(f"data folder {data_dir} does not exist")
-    train, test = list_split(data_dir / "train_data"), list_split(data_dir / "test_data")
-    if train.keys() != test.keys():
-        only = [f"{c!r} is only in train_data" for c in sorted(train.keys() - test.keys())]
-        only += [f"{c!r} is only in test_data" for c in sorted(test.keys() - train.keys())]
-        raise UserError(f"classes of {data_dir} differ between the splits: {', '.join(only)}")
-    if len(train) < 2:
-        raise UserError(f"{data_dir} holds one class, {next(iter(train))!r}; it takes two or more")
+    global _inside, _filters
+    with _lock:
+        if _inside == 0:
+            others = warnings.showwarning
 
-    if validate is not None:
-        train, test = _hold_out(train, validate)
+            def show(message: Warning | str, *details: Any, **more: Any) -> None:
+                name = getattr(_named, "path", None)
+                if name is None:
+                    others(message, *details, **more)
+                else:
+                    print(f"warning: {name}: {' '.join(str(message).split())}", file=sys.stderr)
 
-    def load(split: dict[str, list[Path]]) -> Images:
-        paths = tuple(path for group in split.values() for path in group)
-        labels = torch.tensor([n for n, group in enumerate(split.values()) for _ in group])
-        files = ImageFiles(paths, labels, tuple(split), size)
-        if files.decoded_bytes > budget_bytes:
-            return files
-        pixels = files.decode(range(len(files)), workers, progress=True)
-        images = pixels.unflatten(1, (size, size)).permute(0, 3, 1, 2)
-        return ImageSet(images, labels, files.classes)
-
-    return load(train), load(test)
-
-
-def _hold_out(
-    split: dict[str, list[Path]], quarter: int
-) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    for name, paths in split.items():
-        if len(paths) < 4:
-            raise UserError(f"class {name!r} has {len(paths)} images: too few for quarters")
-    held = {name: paths[quarter::4] for name, paths in split.items()}
-    kept = {
-        name: [path for number, path in enumerate(paths) if number % 4 != quarter]
-        for name, paths in split.items()
-    }
-    return kept, held
+            _filters = warnings.catch_warnings()
+            _filters.__enter__()
+            warnings.showwarning = show
+            warnings.filterwarnings("always", module=r"(PIL|cnnsp)\.")
+        _inside += 1
+    _named.path = path
+    try:
+        yield
+    finally:
+        _named.path = None
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _filters.__exit__(None, None, None)

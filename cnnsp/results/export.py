@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -80,7 +81,9 @@ def export_program(network: Network, path: Path) -> float:
     program = torch.export.export(network.model, (_example(),), dynamic_shapes=(_DYNAMIC_BATCH,))
 
     def save(file: Path) -> None:
-        torch.export.save(program, file, extra_files=metadata(network))
+        content = io.BytesIO()  # for PyTorch has no word for a disk that is full
+        torch.export.save(program, content, extra_files=metadata(network))
+        file.write_bytes(content.getbuffer())
 
     def load(file: Path) -> Callable[[Tensor], Tensor]:
         return torch.export.load(file).module()

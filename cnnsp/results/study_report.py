@@ -18,7 +18,7 @@ from .. import files
 from ..errors import UserError
 from ..network import POOLINGS
 from ..training.recipe import RECIPES
-from . import pictures as figures
+from . import pictures
 from .history import EpochResult
 
 # Colours that the colour-blind can tell apart (Okabe and Ito).
@@ -52,7 +52,7 @@ class Result:
     pool: str
     seed: int
     flags: list[str]
-    epochs: int
+    epochs: float
     train_images: int
     test_images: int
     accuracy: float
@@ -266,7 +266,7 @@ def draw(results: Sequence[Result], histories: Sequence[Sequence[EpochResult]], 
         axis.set_ylim(0, highest * 1.05)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figures.write(figure, path)
+    pictures.write(figure, path)
 
 
 def _draw_accuracies(axis: Axes, groups: Groups, recipes: Sequence[str]) -> None:

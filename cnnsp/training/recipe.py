@@ -1,90 +1,25 @@
-"""What a run is made of: its options, and the optimiser, schedule and averages they stand for."""
+"""What a run is made of: its options, which are train.py's flags, and its learning rates."""
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Iterable
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, get_type_hints
 
-import torch
-from torch import Tensor, nn
+from .. import POOLINGS
+from ..cli import ArgumentParser, number
 
+SYNTHETIC = "synthetic"
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("step", "cosine")
 AUGMENTATIONS = ("paper", "random")
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What a run is made of. The defaults are the recipe of the flower replication.
-
-    Attributes:
-        data_dir: folder of the photographs, or ``"synthetic"``; only recorded here.
-        recipe: name in :data:`RECIPES` that the other options began from, or None; only recorded
-            here.
-        augment: ``"paper"`` (61 variants, each once an epoch) or ``"random"``; only recorded here.
-        repeats: items that random augmentation makes of an image in an epoch; only recorded here.
-        validate: the quarter of the training images that stands in for the test images, 0 to 3,
-            or None; only recorded here.
-        pool: pooling of :class:`cnnsp.CNN_SP`.
-        dropout: probability of dropping one of fc1's outputs.
-        epochs: epochs in all, those before a resumed checkpoint included.
-        batch_size: images in an optimiser step, over all parts and processes.
-        accumulate: parts that a batch is computed in, one after the other, to save memory.
-        opt: ``"sgd"``, ``"adam"`` or ``"adamw"``.
-        lr: learning rate, before ``schedule`` and ``warmup_epochs`` scale it.
-        momentum: of SGD.
-        nesterov: whether SGD's momentum looks ahead.
-        weight_decay: L2 penalty; for ``"adamw"`` decoupled.
-        schedule: ``"step"`` (a tenth every ``lr_step`` epochs) or ``"cosine"`` (to 0 at the end).
-        lr_step: epochs after which the learning rate is divided by 10, again and again.
-        warmup_epochs: epochs over which the learning rate rises to its value, step by step.
-        label_smoothing: share of the target that is spread over all classes.
-        mixup: parameter of the Beta distribution that pairs of images are mixed by; 0 for none.
-        ema: decay of an exponential moving average of the weights, which is then what is
-            evaluated; 0 for none.
-        amp_dtype: autocast type, or None for plain fp32.
-        channels_last: memory format of images and weights.
-        torchcompile: mode of ``torch.compile``, or None for eager.
-        seed: of the weights, the order and augmentation of the images, dropout and the pools.
-        max_steps: optimiser steps after which to evaluate and stop, or None.
-        log_interval: optimiser steps between two reports of the loss.
-        checkpoint_interval: seconds after which a checkpoint is written within an epoch.
-    """
-
-    data_dir: str = "synthetic"
-    recipe: str | None = None
-    augment: str = "paper"
-    repeats: int = 61
-    validate: int | None = None
-    pool: str = "stochastic"
-    dropout: float = 0.1
-    epochs: int = 30
-    batch_size: int = 256
-    accumulate: int = 1
-    opt: str = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    schedule: str = "step"
-    lr_step: int = 10
-    warmup_epochs: float = 0.0
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    ema: float = 0.0
-    amp_dtype: str | None = None
-    channels_last: bool = False
-    torchcompile: str | None = None
-    seed: int = 0
-    max_steps: int | None = None
-    log_interval: int = 10
-    checkpoint_interval: float = 60.0
-
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "off")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 # What `--recipe` names: settings of TrainOptions.
-RECIPES: dict[str, dict[str, object]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     # Chosen on held-out quarters of the 300 training photographs, see docs/study.md.
     "best": {
@@ -103,6 +38,194 @@ RECIPES: dict[str, dict[str, object]] = {
         "dropout": 0.3,
     },
 }
+# That of synthetic flowers, without --recipe: it ends within minutes on two CPU cores.
+SHORT_RECIPE: dict[str, Any] = {
+    "epochs": 4,
+    "batch_size": 32,
+    "opt": "adam",
+    "lr": 1e-3,
+    "lr_step": 3,
+}
+
+
+def option(
+    default: Any,
+    help: str,
+    group: str = "recipe",
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float = math.inf,
+    short: str | None = None,
+    **argument: Any,
+) -> Any:
+    """A field of :class:`TrainOptions` that is a flag, too.
+
+    Args:
+        default: of the field and of the flag.
+        help: of the flag; the field's documentation.
+        group: in ``--help``.
+        least, above, most: bounds of a number.
+        short: another name of the flag.
+        argument: what else ``add_argument`` takes.
+    """
+    bounds = {"least": least if above is None else above, "exclusive": above is not None}
+    flag = {"help": help, "group": group, "short": short, "bounds": {**bounds, "most": most}}
+    return field(default=default, metadata={**flag, "argument": argument})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a run is made of. The defaults are the recipe of the flower replication."""
+
+    data_dir: str = option(
+        SYNTHETIC,
+        "folder with train_data/<class>/ and test_data/<class>/, or 'synthetic'; when not given: "
+        "datasets/, or synthetic flowers if that does not exist",
+        "data and output",
+    )
+    validate: int | None = option(
+        None,
+        "to choose settings without the test images: hold out this quarter (0 to 3) of each "
+        "class's training images, and evaluate on it instead",
+        "data and output",
+        choices=range(4),
+        metavar="QUARTER",
+    )
+    recipe: str | None = option(None, "defaults for the settings below", choices=tuple(RECIPES))
+    pool: str = option("stochastic", "pooling", choices=POOLINGS)
+    augment: str = option(
+        "paper",
+        "the paper's rotations and gamma corrections, each once an epoch, or random crops, "
+        "rotations, flips and colours, always new",
+        choices=AUGMENTATIONS,
+    )
+    repeats: int = option(61, "with --augment random, how often an epoch takes each image", least=1)
+    epochs: int = option(30, "epochs in all, those before a resumed checkpoint included", least=1)
+    batch_size: int = option(
+        256, "images in a step of the optimiser, over all parts and processes", least=1, short="-b"
+    )
+    opt: str = option("sgd", "optimiser", choices=OPTIMIZERS)
+    lr: float = option(
+        0.01, "learning rate, before --schedule and --warmup-epochs scale it", above=0
+    )
+    momentum: float = option(0.9, "momentum of SGD", least=0)
+    nesterov: bool = option(False, "Nesterov's momentum, with SGD")
+    weight_decay: float = option(0.0, "L2 penalty; decoupled with adamw", least=0)
+    schedule: str = option(
+        "step", "of the learning rate: steps down, or a cosine to 0", choices=SCHEDULES
+    )
+    lr_step: int = option(
+        10,
+        "epochs after which the learning rate is divided by 10, again and again",
+        least=1,
+        metavar="EPOCHS",
+    )
+    warmup_epochs: float = option(
+        0.0,
+        "epochs over which the learning rate rises at the start",
+        least=0,
+        metavar="EPOCHS",
+    )
+    label_smoothing: float = option(
+        0.0, "share of the target that is spread over all classes", least=0, most=1
+    )
+    mixup: float = option(
+        0.0,
+        "mix each image with another, by a share from Beta(ALPHA, ALPHA)",
+        least=0,
+        metavar="ALPHA",
+    )
+    ema: float = option(
+        0.0,
+        "evaluate a moving average of the weights, with this decay",
+        least=0,
+        most=1,
+        metavar="DECAY",
+    )
+    dropout: float = option(0.1, "probability, before the last layer", least=0, most=1)
+    seed: int = option(
+        0,
+        "of the weights, the order and augmentation of the images, dropout and the pools",
+        least=0,
+        most=2**32 - 1,
+    )
+    amp_dtype: str | None = option(
+        None, "type for mixed precision", "machine", choices=("float16", "bfloat16")
+    )
+    channels_last: bool | None = option(
+        None,
+        "memory format; when not given: on for CPUs, and for CUDA with mixed precision",
+        "machine",
+    )
+    torchcompile: str | None = option(
+        None,
+        f"compile the network: {', '.join(COMPILE_MODES)}; reduce-overhead uses CUDA graphs",
+        "machine",
+        nargs="?",
+        const="default",
+        choices=COMPILE_MODES,
+        metavar="MODE",
+    )
+    accumulate: int = option(
+        1,
+        "compute a batch in parts, one after the other: less memory for the same recipe",
+        "machine",
+        least=1,
+        metavar="PARTS",
+    )
+    max_steps: int | None = option(
+        None, "stop after N steps and evaluate", "run", least=1, metavar="N"
+    )
+    log_interval: int = option(
+        10, "steps from one report of the loss to the next", "run", least=1, metavar="STEPS"
+    )
+    checkpoint_interval: float = option(
+        60.0,
+        "time from one checkpoint to the next within an epoch",
+        "run",
+        least=0,
+        metavar="SECONDS",
+    )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainOptions:
+        """From the settings among ``values``."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+def add_options(
+    parser: ArgumentParser | argparse._ArgumentGroup, names: Iterable[Field[Any] | str]
+) -> None:
+    """Make flags of fields of :class:`TrainOptions`."""
+    known, types = {f.name: f for f in fields(TrainOptions)}, get_type_hints(TrainOptions)
+    for name in names:
+        f = known[name] if isinstance(name, str) else name
+        about, flag = f.metadata, "--" + f.name.replace("_", "-")
+        argument = {"default": f.default, "help": about["help"], **about["argument"]}
+        kinds = str(types[f.name])
+        if "bool" in kinds:
+            argument["action"] = argparse.BooleanOptionalAction
+        elif about["bounds"]["least"] is not None:
+            argument["type"] = number(float if "float" in kinds else int, **about["bounds"])
+        elif "int" in kinds:
+            argument["type"] = int
+        parser.add_argument(*filter(None, (about["short"], flag)), **argument)
+
+
+def defaults(data_dir: str, recipe: str | None, resumed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a setting is that the command line does not give.
+
+    Args:
+        data_dir: as given, or chosen.
+        recipe: as given.
+        resumed: the options of the checkpoint that the run goes on from, or none.
+    """
+    if resumed:
+        values = {k: v for k, v in resumed.items() if k != "max_steps"}
+    else:
+        values = SHORT_RECIPE if data_dir == SYNTHETIC and recipe is None else {}
+    return {**values, **(RECIPES[recipe] if recipe is not None else {})}
 
 
 def learning_rate(options: TrainOptions, epoch: int, step: int, steps: int) -> float:
@@ -116,77 +239,3 @@ def learning_rate(options: TrainOptions, epoch: int, step: int, steps: int) -> f
         # The first step is not lost: it takes the rate that the rise has at its end.
         lr *= min(1.0, (done + 1 / steps) / options.warmup_epochs)
     return lr
-
-
-def smoothed(loss: Tensor, log_probabilities: Tensor, smoothing: float) -> Tensor:
-    """Add label smoothing to a loss (Szegedy et al. 2016, arXiv 1512.00567, section 7).
-
-    Args:
-        loss: negative log-likelihood, summed over the batch.
-        log_probabilities: what it was computed from, ``[B, C]``.
-        smoothing: share of the target that is spread evenly over all classes, from 0 to 1.
-    """
-    if smoothing == 0:
-        return loss
-    spread = -log_probabilities.float().mean(1).sum()
-    return (1 - smoothing) * loss + smoothing * spread
-
-
-def make_optimizer(
-    parameters: Iterable[nn.Parameter], options: TrainOptions, device: torch.device
-) -> torch.optim.Optimizer:
-    """The optimiser of ``options.opt``; its learning rate is set anew at every step."""
-    # A fused optimiser takes the gradient scaler's verdict on the device: no host synchronisation.
-    fused = device.type == "cuda"
-    lr, weight_decay = options.lr, options.weight_decay
-    if options.opt == "sgd":
-        sgd = torch.optim.SGD(
-            parameters,
-            lr,
-            options.momentum,
-            weight_decay=weight_decay,
-            nesterov=options.nesterov,
-            fused=fused,
-        )
-        if options.momentum > 0:
-            # If the gradient scaler skips its first step, the fused optimiser would go on from
-            # memory that nobody wrote.
-            for group in sgd.param_groups:
-                for parameter in group["params"]:
-                    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
-    if options.opt == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
-    if options.opt == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
-    raise ValueError(f"opt must be one of {', '.join(OPTIMIZERS)}, got {options.opt!r}")
-
-
-class WeightAverage:
-    """An exponential moving average of a network's parameters.
-
-    Early on the average forgets faster, so that the random initial weights leave it soon: after
-    ``n`` updates the decay is ``min(decay, (1 + n) / (10 + n))``.
-
-    :class:`torch.optim.swa_utils.AveragedModel` does the same, but counts its updates on the
-    device and reads the count at every step.
-
-    Args:
-        model: the network that is averaged.
-        decay: from 0 to 1.
-
-    Attributes:
-        model: a copy with the averaged parameters.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = deepcopy(model).requires_grad_(False)
-        self._source, self._decay = model, decay
-
-    @torch.no_grad()
-    def update(self, updates: int) -> None:
-        """Take in the weights as they are now, after ``updates`` earlier updates."""
-        decay = min(self._decay, (1 + updates) / (10 + updates))
-        average: list[Tensor] = [*self.model.parameters()]
-        source: list[Tensor] = [*self._source.parameters()]
-        torch._foreach_lerp_(average, source, 1 - decay)

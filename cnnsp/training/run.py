@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import math
-import os
+import operator
 import signal
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import files
+from ..cli import patience
 from ..data.batches import ImageBank, epoch_batches
 from ..errors import UserError
-from ..results import board as report
-from ..results import pictures as figures
+from ..results import board as boards
+from ..results import pictures
 from ..results.evaluation import Evaluation, log_probabilities
 from ..results.history import EpochResult, write_summary
 from . import checkpoint
-from .interruption import Interrupted, Requests
+from .interruption import Asked, Interrupted, Requests
 from .processes import Team
 from .recipe import TrainOptions, learning_rate
 from .step import Learner
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -57,33 +60,10 @@ class Progress:
         return cls(**{**state, "history": history})
 
 
-def check_output(folder: Path, resumed: Path | None = None) -> None:
-    """Check that a run can be written to ``folder``, without creating anything.
-
-    Args:
-        folder: output folder.
-        resumed: the checkpoint that the run goes on from; its own folder may hold it.
-
-    Raises:
-        UserError: when it is no folder, is not writable, or holds another run.
-    """
-    parent = folder
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        raise UserError(f"output folder {folder}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"output folder {folder}: {parent} is not writable")
-    last = folder / "last.pt"
-    if last.exists() and (resumed is None or last.resolve() != resumed.resolve()):
-        raise UserError(
-            f"output folder {folder} holds another run; choose another, or go on with it: "
-            f"--resume {last}"
-        )
-
-
-# What is due beside a signal, whose numbers are larger: 2 for SIGINT, 15 for SIGTERM.
-_CHECKPOINT = 1
+# What is due beside a signal, whose numbers are larger: 2 for SIGINT, 15 for SIGTERM; and that of
+# a pipe that nobody reads, which Windows does not have.
+_CHECKPOINT, _PIPE = 1, 13
+_COMPILING = "compiling for the first step, which takes up to a minute once on a machine …"
 
 
 class Trainer:
@@ -93,9 +73,8 @@ class Trainer:
         options: the recipe.
         train: training images, augmented.
         test: test images; on the same device.
-        classes: names of the classes.
         output: folder for checkpoints, ``args.json``, ``summary.csv``, pictures and TensorBoard's
-            events; :meth:`run` creates it.
+            events.
         team: the processes that train together, each with a trainer of its own.
     """
 
@@ -104,16 +83,18 @@ class Trainer:
         options: TrainOptions,
         train: ImageBank,
         test: ImageBank,
-        classes: tuple[str, ...],
         output: Path,
         team: Team | None = None,
     ) -> None:
         self.options, self.train, self.test = options, train, test
-        self.classes, self.output = classes, output
+        self.classes, self.output = train.images.classes, output
         self.team = team or Team()
         self.device = train.device
-        self.learner = Learner(options, len(classes), self.device, self.team)
+        self.learner = Learner(options, len(self.classes), self.device, self.team)
         self.progress = Progress()
+        self.steps = math.ceil(len(train) / options.batch_size)  # of an epoch
+        self._losses: list[tuple[Tensor, int]] = []  # of steps since they were added up
+        self._warm = False
         self._saved_at = time.monotonic()
 
     def run(self) -> Progress:
@@ -123,55 +104,51 @@ class Trainer:
             UserError: when the output folder cannot be written, or the loss is not finite.
             Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
         """
+        board = None
+        start = self.progress.total_steps
+        most = self.options.max_steps
+        self._last = math.inf if most is None else start + most
+        promise = "a checkpoint is written as soon as the step is done"
         try:
-            self._run()
+            if self.team.leads:
+                self.output.mkdir(parents=True, exist_ok=True)
+                files.write_json(self.output / "args.json", asdict(self.options))
+                board = boards.Board(self.output, first_step=start)
+            with Requests(promise) as self._requests:
+                while (
+                    self.progress.epoch < self.options.epochs
+                    and self.progress.total_steps < self._last
+                ):
+                    self._epoch(board)
+        except BrokenPipeError:
+            self._stop(_PIPE, "nobody reads the output any more")
         except OSError as error:
             raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
-        return self.progress
-
-    def _run(self) -> None:
-        board = None
-        if self.team.leads:
-            self.output.mkdir(parents=True, exist_ok=True)
-            files.write_json(self.output / "args.json", asdict(self.options))
-            board = report.Board(self.output, first_step=self.progress.total_steps)
-        try:
-            with Requests() as requests:
-                steps_left = self.options.max_steps
-                while self.progress.epoch < self.options.epochs and steps_left != 0:
-                    before = self.progress.total_steps
-                    self._epoch(board, requests, steps_left)
-                    if steps_left is not None:
-                        steps_left -= self.progress.total_steps - before
         finally:
             if board is not None:
                 board.close()
+        return self.progress
 
-    def _epoch(
-        self, board: report.Board | None, requests: Requests, steps_left: int | None
-    ) -> None:
+    def _epoch(self, board: boards.Board | None) -> None:
         """Train one epoch, or what is left of it, evaluate, and write everything."""
         progress = self.progress
-        steps = math.ceil(len(self.train) / self.options.batch_size)
-
-        start = time.perf_counter()
-        before = progress.images
-        lr = self._train_steps(board, requests, steps, steps_left)
+        start, before = time.perf_counter(), progress.images
+        lr = self._train_steps(board)
         images_per_second = (progress.images - before) / (time.perf_counter() - start)
-        train_loss = progress.loss_sum / progress.images
-        test = self.evaluate()
+        test = self._at_once(self.evaluate)
 
+        whole = progress.step == self.steps
         result = EpochResult(
-            progress.epoch + 1,
-            train_loss,
+            progress.epoch + (1 if whole else progress.step / self.steps),
+            progress.loss_sum / progress.images,
             test.loss,
             test.accuracy,
             lr,
             images_per_second,
             time.perf_counter() - start,
         )
-        progress.history = [r for r in progress.history if r.epoch != result.epoch] + [result]
-        if progress.step == steps:
+        progress.history = [r for r in progress.history if r.epoch <= progress.epoch] + [result]
+        if whole:
             progress.epoch += 1
             progress.step = progress.images = 0
             progress.loss_sum = 0.0
@@ -184,17 +161,9 @@ class Trainer:
         if board is not None:
             self._report(board, result, test)
 
-    def _train_steps(
-        self,
-        board: report.Board | None,
-        requests: Requests,
-        steps: int,
-        steps_left: int | None,
-    ) -> float:
-        """Optimiser steps to the end of the epoch, ``steps_left`` at most; the last one's rate."""
+    def _train_steps(self, board: boards.Board | None) -> float:
+        """Optimiser steps to the end of the epoch or of the run; the last one's learning rate."""
         options, progress = self.options, self.progress
-        last = steps if steps_left is None else min(steps, progress.step + steps_left)
-        watch = _LossWatch(self.device, progress.loss_sum)
         batches = epoch_batches(
             len(self.train),
             options.batch_size,
@@ -205,70 +174,99 @@ class Trainer:
             world_size=self.team.size,
         )
         # Where an interrupted run had done the last step already, there is nothing left to train.
-        lr = learning_rate(options, progress.epoch, max(progress.step - 1, 0), steps)
+        lr = learning_rate(options, progress.epoch, max(progress.step - 1, 0), self.steps)
+        rest = min(options.epochs * self.steps, self._last) - progress.total_steps
         name = f"epoch {progress.epoch + 1}/{options.epochs}"
-        bar = report.EpochProgress(name, steps, progress.step, silent=board is None)
-        with bar:
-            for _, images, labels in self.train.batches(batches, progress.epoch, reuse=True):
-                if board is not None and progress.total_steps == 0:
-                    board.first_batch(images)
-                    board.graph(self.learner.model, images[:1])
-                lr = learning_rate(options, progress.epoch, progress.step, steps)
-                left = len(self.train) - progress.step * options.batch_size
-                size = min(options.batch_size, left)
-                loss = self.learner.step(
-                    images, labels, batch_size=size, number=progress.total_steps, lr=lr
-                )
-                watch.add(loss, size, progress.total_steps)
+        made = self.train.batches(batches, progress.epoch, reuse=True)
+        with boards.EpochProgress(name, self.steps, progress.step, int(rest), board is None) as bar:
+            while progress.step < self.steps and progress.total_steps < self._last:
+                with nullcontext() if self._warm else patience(_COMPILING):
+                    _, images, labels = self._at_once(lambda: next(made))
+                    if board is not None and progress.total_steps == 0:
+                        board.first_batch(images)
+                        board.graph(self.learner.model, images[:1])
+                    lr = learning_rate(options, progress.epoch, progress.step, self.steps)
+                    left = len(self.train) - progress.step * options.batch_size
+                    size = min(options.batch_size, left)
+                    loss = self.learner.step(
+                        images, labels, batch_size=size, number=progress.total_steps, lr=lr
+                    )
+                self._warm = True
+                self._losses.append((loss, size))
                 progress.step += 1
                 progress.total_steps += 1
                 progress.images += size
                 bar.advance(size)
-                if progress.step % options.log_interval == 0 or progress.step == last:
-                    watch.send(progress.total_steps)
-                for step, value in watch.arrived(wait=progress.step == last):
+                ends = progress.step == self.steps or progress.total_steps == self._last
+                if progress.step % options.log_interval == 0 or ends:
+                    value = self._take_losses()
                     bar.report(value)
                     if board is not None:
-                        board.train_loss(value, step)
-                self._do_what_is_due(requests, watch)
-                if progress.step == last:
-                    break
-        self._check_finite(watch)
-        progress.loss_sum = watch.loss_sum()
+                        board.train_loss(value, progress.total_steps)
+                self._do_what_is_due()
+        self._check()
         return lr
 
-    def _do_what_is_due(self, requests: Requests, watch: _LossWatch) -> None:
-        """Save within the epoch, and stop there if a signal asks for it."""
-        due = time.monotonic() - self._saved_at > self.options.checkpoint_interval
-        wish = requests.signal or (_CHECKPOINT if due or watch.lost else 0)
-        # Signals, clocks and losses need not come to every process at the same step.
-        wish = self.team.highest(wish)
-        if wish == 0:
-            return
-        self._check_finite(watch)
-        self.progress.loss_sum = watch.loss_sum()
-        self._save()
-        if wish != _CHECKPOINT:
-            raise Interrupted(
-                wish,
-                f"{signal.Signals(wish).name}: stopped in epoch {self.progress.epoch + 1} after "
-                f"step {self.progress.step}; --resume {self.output / 'last.pt'} goes on from there",
-            )
+    def _take_losses(self) -> float:
+        """Wait for the steps since the last call and add up their losses; the last of these."""
+        if not self._losses:
+            return math.nan
+        losses, sizes = zip(*self._losses, strict=True)
+        values = torch.stack(losses).tolist()
+        first = self.progress.total_steps - len(values)
+        for step, value in enumerate(values, start=first):
+            if not math.isfinite(value):
+                raise self._lost("training loss was", step)
+        self.progress.loss_sum += sum(map(operator.mul, values, sizes))
+        self._losses.clear()
+        return values[-1]
 
-    def _check_finite(self, watch: _LossWatch) -> None:
+    def _check(self) -> None:
         """Raise UserError, rather than save weights that are lost."""
-        step = watch.first_bad_step()
-        if step is not None:
-            what = "training loss was"
-        elif not self.learner.is_finite():
-            what, step = "weights were", self.progress.total_steps - 1
-        else:
-            return
+        self._take_losses()
+        if not self.learner.is_finite():
+            raise self._lost("weights were", self.progress.total_steps - 1)
+
+    def _lost(self, what: str, step: int) -> UserError:
         kept = self.output / "last.pt"
         back = f"; {kept} is from before it" if kept.exists() else ""
-        raise UserError(
+        return UserError(
             f"the {what} not finite in epoch {self.progress.epoch + 1}, at step {step + 1} of the "
             f"run; a lower --lr may help, or --warmup-epochs{back}"
+        )
+
+    def _do_what_is_due(self) -> None:
+        """Save within the epoch, and stop there if a signal asks for it."""
+        due = time.monotonic() - self._saved_at > self.options.checkpoint_interval
+        # Signals and clocks need not come to every process at the same step.
+        wish = self.team.highest(self._requests.signal or (_CHECKPOINT if due else 0))
+        if wish == _CHECKPOINT:
+            self._check()
+            self._save()
+        elif wish:
+            self._stop(wish)
+
+    def _at_once(self, work: Callable[[], _T]) -> _T:
+        """Do what leaves no trace until it is done, so that a signal need not wait for it.
+
+        With several processes it does, for they stop at the same step.
+        """
+        if self.team.size > 1:
+            return work()
+        try:
+            with self._requests.at_once():
+                return work()
+        except Asked:
+            assert self._requests.signal is not None
+            self._stop(self._requests.signal)
+
+    def _stop(self, wish: int, why: str | None = None) -> NoReturn:
+        self._check()
+        self._save()
+        raise Interrupted(
+            wish,
+            f"{why or signal.Signals(wish).name}: stopped in epoch {self.progress.epoch + 1} after "
+            f"step {self.progress.step}; --resume {self.output / 'last.pt'} goes on from there",
         )
 
     def evaluate(self) -> Evaluation:
@@ -285,33 +283,46 @@ class Trainer:
         )
         return Evaluation.of(team.rows(mine, len(items)), self.test.labels.cpu())
 
-    def _report(self, board: report.Board, result: EpochResult, test: Evaluation) -> None:
+    def _report(self, board: boards.Board, result: EpochResult, test: Evaluation) -> None:
         """Show an epoch's results in the folder, in TensorBoard and on the terminal."""
-        progress, pool = self.progress, self.options.pool
-        title = f"CNN_SP, {pool} pooling"
-        figures.write(figures.curves(progress.history, title), self.output / "curves.png")
-        confusion = figures.confusion(test, self.classes, f"{title}, epoch {result.epoch}")
-        figures.write(confusion, self.output / "confusion.png")
+        progress, options = self.progress, self.options
+        title = f"CNN_SP, {options.pool} pooling"
+        when = f"epoch {result.epoch:.4g}"
+        pictures.write(pictures.curves(progress.history, title), self.output / "curves.png")
+        heading = f"{title}, {when}\naccuracy {test.accuracy:.2f} %"
+        confusion = pictures.confusion(test, self.classes, heading)
+        pictures.write(confusion, self.output / "confusion.png")
         cuda = self.device.type == "cuda"
         memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
         board.epoch(result, progress.total_steps, memory_mib)
         board.evaluation(test, self.test, self.classes, progress.total_steps)
-        if progress.epoch == self.options.epochs:
+        if progress.epoch == options.epochs:
             board.hyper_parameters(
-                asdict(self.options),
+                asdict(options),
                 {
                     "last_accuracy": result.test_accuracy,
                     "last_loss": result.test_loss,
                     "lowest_loss": min(row.test_loss for row in progress.history),
                 },
             )
+        name = f"Epoch {math.ceil(result.epoch)}/{options.epochs}"
+        if progress.step:
+            name += f", only its first {progress.step} of {self.steps} steps (--max-steps)"
         print(
-            f"Epoch {result.epoch}/{self.options.epochs}: train loss {result.train_loss:.4f}, "
+            f"{name}: train loss {result.train_loss:.4f}, "
             f"lr {result.lr:.3g}, {result.images_per_second:.0f} images/s, "
             f"{result.seconds:.0f} s\n"
             f"Test set: average loss {test.loss:.4f}, "
             f"accuracy {test.correct}/{test.total} ({test.accuracy:.2f}%)",
             flush=True,
+        )
+
+    def verdict(self) -> str:
+        """One line on how it went and where everything is."""
+        best = max(self.progress.history, key=lambda result: result.test_accuracy)
+        return (
+            f"Best test accuracy {best.test_accuracy:.2f} % after epoch {best.epoch:.4g}, "
+            f"last {self.progress.history[-1].test_accuracy:.2f} %; all of it is in {self.output}"
         )
 
     def _save(self, *, also_best: bool = False) -> None:
@@ -370,64 +381,24 @@ class Trainer:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"checkpoint {path} does not fit: {reason}") from None
         self.progress = progress
+        self._tell_changes(before)
 
-
-class _LossWatch:
-    """The losses of an epoch's steps, on the device, where adding them up stops nobody.
-
-    Args:
-        device: where the losses are computed.
-        loss_sum: sum over the images of the epoch's earlier steps.
-
-    Attributes:
-        lost: whether a loss that came to the host was not finite.
-    """
-
-    def __init__(self, device: torch.device, loss_sum: float) -> None:
-        self._device = device
-        self._sum = torch.tensor(loss_sum, device=device)
-        self._loss = self._sum
-        self._first_bad = torch.tensor(-1, device=device)
-        self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        self.lost = False
-
-    def add(self, loss: Tensor, images: int, step: int) -> None:
-        """Take in the mean loss of step ``step`` over ``images`` images."""
-        self._loss = loss
-        self._sum = self._sum + loss * images
-        bad = ~torch.isfinite(loss) & (self._first_bad < 0)
-        self._first_bad = torch.where(bad, step, self._first_bad)
-
-    def send(self, step: int) -> None:
-        """Start the last loss on its way to the host, as that of ``step``."""
-        if self._device.type != "cuda":
-            self._sent.append((step, self._loss, None))
-            return
-        value = torch.empty((), pin_memory=True)
-        value.copy_(self._loss, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        self._sent.append((step, value, event))
-
-    def arrived(self, *, wait: bool = False) -> Iterator[tuple[int, float]]:
-        """Steps and losses that have come to the host, or with ``wait`` all that were sent."""
-        while self._sent:
-            step, value, event = self._sent[0]
-            if event is not None:
-                if wait:
-                    event.synchronize()
-                elif not event.query():
-                    return
-            self._sent.popleft()
-            loss = float(value)
-            self.lost |= not math.isfinite(loss)
-            yield step, loss
-
-    def loss_sum(self) -> float:
-        """The sum over the epoch's images; waits for the device."""
-        return float(self._sum)
-
-    def first_bad_step(self) -> int | None:
-        """The first step whose loss is not finite; waits for the device."""
-        step = int(self._first_bad)
-        return None if step < 0 else step
+    def _tell_changes(self, before: TrainOptions) -> None:
+        """Say what goes on otherwise than it began."""
+        options, progress = self.options, self.progress
+        changed = [
+            f"--{f.name.replace('_', '-')} {getattr(options, f.name)} ({getattr(before, f.name)})"
+            for f in fields(options)
+            if f.name not in ("data_dir", "recipe", "max_steps")
+            and getattr(options, f.name) != getattr(before, f.name)
+        ]
+        if changed:
+            print(f"Other settings than before (in brackets): {', '.join(changed)}")
+        here = progress.epoch, progress.step
+        there = min(here, (before.epochs - 1, self.steps - 1))
+        rate, expected = (
+            learning_rate(recipe, *place, self.steps)
+            for recipe, place in ((options, here), (before, there))
+        )
+        if not math.isclose(rate, expected):
+            print(f"The learning rate goes on at {rate:.3g}; it would have been {expected:.3g}.")
