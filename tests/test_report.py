@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +17,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
+from wcwidth import wcswidth
 
 from cnnsp import CNN_SP
-from cnnsp.cli import align
+from cnnsp.cli import align, patience
 from cnnsp.data.batches import ImageBank
 from cnnsp.data.images import ImageSet
 from cnnsp.results import board as boards
@@ -117,6 +123,12 @@ def test_captions_name_true_and_predicted_class() -> None:
     figure = pictures.mistakes(images, torch.tensor([0, 1]), log_probs, ("ox", "yak"), "title")
     captions = [axis.get_xlabel() for axis in figure.axes]
     assert captions == ["ox → yak p=0.97", "yak → ox p=0.75"]
+    names = ["a.jpg", f"{'x' * 50}.jpg"]
+    figure = pictures.mistakes(
+        images, torch.tensor([0, 1]), log_probs, ("ox", "yak"), "title", names
+    )
+    named = [axis.get_xlabel().split("\n") for axis in figure.axes]
+    assert named == [[captions[0], "a.jpg"], [captions[1], f"{'x' * 13}…{'x' * 10}.jpg"]]
     for axis, image in zip(figure.axes, images, strict=True):
         assert np.array_equal(axis.images[0].get_array(), image.permute(1, 2, 0).numpy())
 
@@ -222,7 +234,7 @@ def test_graph_that_cannot_be_drawn_ends_nothing(
 
 
 def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with boards.EpochProgress("epoch 1/2", 5, done=2) as progress:
+    with boards.EpochProgress("epoch 1/2", 5, done=2, rest=8) as progress:
         for step in range(3):
             progress.advance(8)
             if step != 1:
@@ -231,8 +243,65 @@ def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str
     first, last = out.splitlines()
     assert first.startswith("epoch 1/2  step 3/5  loss 0.5000  ")
     assert last.startswith("epoch 1/2  step 5/5  loss 0.1667  ")
-    assert last.endswith(" images/s")
+    assert re.search(r"  \d+ images/s  \d+ s left$", last)
     assert error == ""
+
+
+def test_times_are_for_people() -> None:
+    shown = [boards.duration(seconds) for seconds in (45.4, 119, 12 * 60, 3 * 3600 + 290)]
+    assert shown == ["45 s", "2 min", "12 min", "3 h 05 min"]
+
+
+def test_the_time_left_is_that_of_the_run(monkeypatch, capsys) -> None:
+    """Two of five steps take 20 s; 5 more of this epoch and the next are left."""
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr(boards.time, "perf_counter", lambda: next(clock))
+    with boards.EpochProgress("epoch 1/2", 5, done=1, rest=7) as progress:
+        progress.advance(8)
+        progress.advance(8)
+        progress.report(0.5)
+    assert capsys.readouterr().out == ("epoch 1/2  step 3/5  loss 0.5000  1 images/s  50 s left\n")
+
+
+def test_names_that_are_too_long_are_shortened() -> None:
+    """A picture stays a picture, and names with one beginning differ."""
+    long = [f"{'very ' * 40}{number} long" for number in range(3)]
+    chinese = "玫瑰" * 30
+    figure = pictures.confusion(random_evaluation(4, 50), [*long, chinese], "title")
+    assert max(figure.get_size_inches()) < 12
+    shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len(set(shown)) == 4
+    assert all(wcswidth(name) <= 40 and "…" in name for name in shown)
+    assert pictures.shortened("rose") == "rose"
+
+
+def test_what_takes_long_is_announced(capsys) -> None:
+    with patience("compiling", seconds=60):
+        pass
+    assert capsys.readouterr().err == ""
+    with patience("compiling", seconds=0.01):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "compiling\n"
+
+
+def test_a_notebook_s_backend_is_left_alone() -> None:
+    """Which no other environment can import; no figure here needs it."""
+    code = "from cnnsp.cli import exit_status\n"
+    code += "exit(exit_status('x', lambda: __import__('matplotlib')))"
+    root = Path(__file__).resolve().parents[1]
+    environment = {
+        **os.environ,
+        "MPLBACKEND": "module://no_such_notebook.backend",
+        "PYTHONPATH": os.pathsep.join([str(root / "kernels"), str(root)]),
+    }
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_tables_with_chinese_names_are_aligned() -> None:
+    rows = [["file", "class", "p"], ["玫瑰.jpg", "雏菊", "0.5"], ["b", "rose", "0.25"]]
+    lines = align(rows, left=2)
+    assert {wcswidth(line) for line in lines} == {wcswidth(lines[0])}
+    assert lines[1] == "玫瑰.jpg  雏菊    0.5"
 
 
 def test_tables_are_aligned() -> None:

@@ -94,8 +94,12 @@ def _open(path: Path) -> Image.Image:
         with path.open("rb") as file:
             start = file.read(12)
     if start[4:8] != b"ftyp" or start[8:] not in _PACKAGES:
-        unpack = "; unpack it, and name the folder" if start[:4] == b"PK\3\4" else ""
-        raise UserError(f"{path} is not an image, or of a format that Pillow lacks{unpack}")
+        more = ""
+        if path.suffix.lower() in Image.registered_extensions():
+            more = ", or of a kind that Pillow does not read"
+        elif start[:4] == b"PK\3\4":
+            more = "; unpack it, and name the folder"
+        raise UserError(f"{path} is not an image{more}")
     name, package = _PACKAGES[start[8:]]
     try:
         importlib.import_module("pillow_heif").register_heif_opener()

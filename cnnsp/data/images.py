@@ -235,7 +235,7 @@ def _whole(pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def load_split(
-    split: Split, workers: int, size: int = IMAGE_SIZE, budget_bytes: int = HOST_BUDGET
+    split: Split, workers: int, size: int = IMAGE_SIZE, budget_bytes: int | None = None
 ) -> Images:
     """The images of a split in memory, or in their files where they would exceed the budget.
 
@@ -244,7 +244,8 @@ def load_split(
             shows only when they are used.
     """
     files = ImageFiles.of(split, size)
-    return files if files.decoded_bytes > budget_bytes else files.load(workers)
+    budget = HOST_BUDGET if budget_bytes is None else budget_bytes
+    return files if files.decoded_bytes > budget else files.load(workers)
 
 
 def load_folder(
@@ -252,7 +253,7 @@ def load_folder(
     *,
     workers: int = 2,
     size: int = IMAGE_SIZE,
-    budget_bytes: int = HOST_BUDGET,
+    budget_bytes: int | None = None,
     validate: int | None = None,
 ) -> tuple[Images, Images]:
     """Training and test images; see :func:`list_folder` and :func:`load_split`."""

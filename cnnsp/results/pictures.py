@@ -31,6 +31,8 @@ _DPI = 120
 _LARGEST = 36
 # Each epoch leaves a grid of photographs, which PNG hardly compresses.
 _PHOTOGRAPHS_DPI = 80
+# Columns of text that fit below one.
+_CAPTION = 28
 # For the characters that matplotlib's own font lacks, Chinese above all, by the names that
 # matplotlib has for them: Windows, macOS, Linux.
 _FONTS = (
@@ -224,7 +226,7 @@ def mistakes(
     """
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
-    size = (2.3 * columns, (2.7 if names else 2.55) * rows + 0.4)
+    size = (2.3 * columns, (2.85 if names else 2.7) * rows + 0.4)
     figure = Figure(figsize=size, dpi=_PHOTOGRAPHS_DPI, layout="constrained")
     figure.suptitle(title, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -239,9 +241,11 @@ def mistakes(
     ):
         axis.imshow(image.permute(1, 2, 0).numpy())
         probability = float(log_prob[position].exp())
-        true, predicted = shortened(classes[label]), shortened(classes[position])
-        caption = textwrap.fill(f"{true} → {predicted} p={probability:.2f}", 32)
+        true, predicted = (shortened(classes[number], 22) for number in (label, position))
+        caption = f"{true} → {predicted} p={probability:.2f}"
+        if wcswidth(caption) > _CAPTION:
+            caption = caption.replace(" → ", " →\n")
         if names:
-            caption += f"\n{shortened(names[place], 32)}"
+            caption += f"\n{shortened(names[place], _CAPTION)}"
         axis.set_xlabel(caption, fontsize=9, parse_math=False)
     return figure
