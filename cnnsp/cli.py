@@ -109,16 +109,24 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
         return 2
     except Interrupted as interruption:
         print(f"{prog}: {interruption}", file=sys.stderr)
+        _drop_what_nobody_reads()
         return 128 + interruption.signal
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # As `| head` leaves it. What is still in the buffer has nowhere to go.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as `| head` leaves it
+        _drop_what_nobody_reads()
         return 141
     return 0
+
+
+def _drop_what_nobody_reads() -> None:
+    """Of a broken pipe, whose rest in the buffer would raise an error at the end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -144,9 +152,14 @@ def importing(prog: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def patience(message: str, seconds: float = 3.0) -> Iterator[None]:
-    """Say ``message`` on stderr if the block takes longer than ``seconds``."""
-    timer = threading.Timer(seconds, lambda: print(message, file=sys.stderr, flush=True))
+def patience(message: str, seconds: float = 3.0, *, log: bool = False) -> Iterator[None]:
+    """Say ``message`` if the block takes longer: on a terminal, or with ``log`` on stdout."""
+
+    def say() -> None:
+        if log or sys.stderr.isatty():
+            print(message, file=sys.stdout if log else sys.stderr, flush=True)
+
+    timer = threading.Timer(seconds, say)
     timer.daemon = True
     timer.start()
     try:

@@ -34,20 +34,23 @@ EXAMPLES = """\
   train.py --resume runs/max-20260101-120000   go on where that run was stopped
   train.py --recipe best --help                the settings of that recipe
   torchrun --nproc-per-node 2 scripts/train.py --amp"""
-GROUPS = {
-    "data and output": None,
-    "recipe": "The defaults shown follow --recipe: without it the paper's for photographs, and a\n"
-    "shorter one for synthetic flowers; best is what did best on held-out training photographs.",
-    "machine": None,
-    "run": None,
-}
+RECIPE = """\
+The defaults shown follow --recipe: without it the paper's for photographs, and a
+shorter one for synthetic flowers; best is what did best on held-out training photographs."""
+# Of the settings; the others are the recipe.
+DATA = ["data_dir", "validate"]
+MACHINE = ["amp_dtype", "channels_last", "torchcompile", "accumulate"]
+RUN = ["max_steps", "log_interval", "checkpoint_interval"]
 
 
 def make_parser(add_help: bool = True) -> ArgumentParser:
     parser = ArgumentParser(PROG, __doc__, EXAMPLES, add_help)
-    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
-    for name, group in groups.items():
-        add_options(group, [f for f in fields(TrainOptions) if f.metadata["group"] == name])
+    others = {field.name for field in fields(TrainOptions)} - {*DATA, *MACHINE, *RUN}
+    named = {"data and output": DATA, "recipe": others, "machine": MACHINE, "run": RUN}
+    groups = {name: parser.add_argument_group(name) for name in named}
+    groups["recipe"].description = RECIPE
+    for name, settings in named.items():
+        add_options(groups[name], settings)
     add = groups["data and output"].add_argument
     add("--output-dir", type=Path, help="folder to write to; when not given: a new one in runs/")
     add("-j", "--workers", **COMMON["-j --workers"])
@@ -160,7 +163,7 @@ def run(arguments: Sequence[str] | None) -> None:
             import torch  # noqa: F401
         state = checkpoint.load(path)
         args = parse(arguments, state["options"])
-        args.resume = path
+        args.resume, args.named_by = path, args.named_by and path
         checkpoint.check_pooling(state, path, args.pool)
     splits = {}
     if args.data_dir != SYNTHETIC:

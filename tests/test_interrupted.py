@@ -136,7 +136,7 @@ def test_a_signal_acts_while_the_run_waits(
     def block(*args, **kwargs):
         if not asked.is_set():
             asked.set()
-            threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM]).start()
+            threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
         release.wait(60)
         return decode(*args, **kwargs)
 

@@ -276,12 +276,12 @@ def test_names_that_are_too_long_are_shortened() -> None:
 
 
 def test_what_takes_long_is_announced(capsys) -> None:
-    with patience("compiling", seconds=60):
+    with patience("compiling", seconds=60, log=True):
         pass
-    assert capsys.readouterr().err == ""
-    with patience("compiling", seconds=0.01):
+    assert capsys.readouterr().out == ""
+    with patience("compiling", seconds=0.01, log=True):
         time.sleep(0.5)
-    assert capsys.readouterr().err == "compiling\n"
+    assert capsys.readouterr() == ("compiling\n", "")
 
 
 def test_a_notebook_s_backend_is_left_alone() -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
 
 from .. import POOLINGS
-from ..cli import ArgumentParser, number
+from ..cli import number
 
 SYNTHETIC = "synthetic"
 OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("step", "cosine")
-AUGMENTATIONS = ("paper", "random")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "off")
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -48,145 +47,82 @@ SHORT_RECIPE: dict[str, Any] = {
 }
 
 
-def option(
-    default: Any,
-    help: str,
-    group: str = "recipe",
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float = math.inf,
-    short: str | None = None,
-    **argument: Any,
-) -> Any:
-    """A field of :class:`TrainOptions` that is a flag, too.
-
-    Args:
-        default: of the field and of the flag.
-        help: of the flag; the field's documentation.
-        group: in ``--help``.
-        least, above, most: bounds of a number.
-        short: another name of the flag.
-        argument: what else ``add_argument`` takes.
-    """
-    bounds = {"least": least if above is None else above, "exclusive": above is not None}
-    flag = {"help": help, "group": group, "short": short, "bounds": {**bounds, "most": most}}
-    return field(default=default, metadata={**flag, "argument": argument})
+Count = Annotated[int, {"least": 1}]
+Share = Annotated[float, {"least": 0, "most": 1}]
+Amount = Annotated[float, {"least": 0}]
+_MODE = {"choices": COMPILE_MODES, "nargs": "?", "const": "default", "metavar": "MODE"}
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a run is made of. The defaults are the recipe of the flower replication."""
+    """What a run is made of. The defaults are the recipe of the flower replication.
 
-    data_dir: str = option(
-        SYNTHETIC,
-        "folder with train_data/<class>/ and test_data/<class>/, or 'synthetic'; when not given: "
-        "datasets/, or synthetic flowers if that does not exist",
-        "data and output",
-    )
-    validate: int | None = option(
-        None,
-        "to choose settings without the test images: hold out this quarter (0 to 3) of each "
-        "class's training images, and evaluate on it instead",
-        "data and output",
-        choices=range(4),
-        metavar="QUARTER",
-    )
-    recipe: str | None = option(None, "defaults for the settings below", choices=tuple(RECIPES))
-    pool: str = option("stochastic", "pooling", choices=POOLINGS)
-    augment: str = option(
-        "paper",
-        "the paper's rotations and gamma corrections, each once an epoch, or random crops, "
-        "rotations, flips and colours, always new",
-        choices=AUGMENTATIONS,
-    )
-    repeats: int = option(61, "with --augment random, how often an epoch takes each image", least=1)
-    epochs: int = option(30, "epochs in all, those before a resumed checkpoint included", least=1)
-    batch_size: int = option(
-        256, "images in a step of the optimiser, over all parts and processes", least=1, short="-b"
-    )
-    opt: str = option("sgd", "optimiser", choices=OPTIMIZERS)
-    lr: float = option(
-        0.01, "learning rate, before --schedule and --warmup-epochs scale it", above=0
-    )
-    momentum: float = option(0.9, "momentum of SGD", least=0)
-    nesterov: bool = option(False, "Nesterov's momentum, with SGD")
-    weight_decay: float = option(0.0, "L2 penalty; decoupled with adamw", least=0)
-    schedule: str = option(
-        "step", "of the learning rate: steps down, or a cosine to 0", choices=SCHEDULES
-    )
-    lr_step: int = option(
-        10,
-        "epochs after which the learning rate is divided by 10, again and again",
-        least=1,
-        metavar="EPOCHS",
-    )
-    warmup_epochs: float = option(
-        0.0,
-        "epochs over which the learning rate rises at the start",
-        least=0,
-        metavar="EPOCHS",
-    )
-    label_smoothing: float = option(
-        0.0, "share of the target that is spread over all classes", least=0, most=1
-    )
-    mixup: float = option(
-        0.0,
-        "mix each image with another, by a share from Beta(ALPHA, ALPHA)",
-        least=0,
-        metavar="ALPHA",
-    )
-    ema: float = option(
-        0.0,
-        "evaluate a moving average of the weights, with this decay",
-        least=0,
-        most=1,
-        metavar="DECAY",
-    )
-    dropout: float = option(0.1, "probability, before the last layer", least=0, most=1)
-    seed: int = option(
-        0,
-        "of the weights, the order and augmentation of the images, dropout and the pools",
-        least=0,
-        most=2**32 - 1,
-    )
-    amp_dtype: str | None = option(
-        None, "type for mixed precision", "machine", choices=("float16", "bfloat16")
-    )
-    channels_last: bool | None = option(
-        None,
-        "memory format; when not given: on for CPUs, and for CUDA with mixed precision",
-        "machine",
-    )
-    torchcompile: str | None = option(
-        None,
-        f"compile the network: {', '.join(COMPILE_MODES)}; reduce-overhead uses CUDA graphs",
-        "machine",
-        nargs="?",
-        const="default",
-        choices=COMPILE_MODES,
-        metavar="MODE",
-    )
-    accumulate: int = option(
-        1,
-        "compute a batch in parts, one after the other: less memory for the same recipe",
-        "machine",
-        least=1,
-        metavar="PARTS",
-    )
-    max_steps: int | None = option(
-        None, "stop after N steps and evaluate", "run", least=1, metavar="N"
-    )
-    log_interval: int = option(
-        10, "steps from one report of the loss to the next", "run", least=1, metavar="STEPS"
-    )
-    checkpoint_interval: float = option(
-        60.0,
-        "time from one checkpoint to the next within an epoch",
-        "run",
-        least=0,
-        metavar="SECONDS",
-    )
+    Every attribute is a flag of train.py, and its text here the help.
+
+    Attributes:
+        data_dir: folder with train_data/<class>/ and test_data/<class>/, or 'synthetic'; when not
+            given: datasets/, or synthetic flowers if that does not exist
+        validate: to choose settings without the test images: hold out this quarter (0 to 3) of each
+            class's training images, and evaluate on it instead
+        recipe: defaults for the settings below
+        pool: pooling
+        augment: the paper's rotations and gamma corrections, each once an epoch, or random crops,
+            rotations, flips and colours, always new
+        repeats: with --augment random, how often an epoch takes each image
+        epochs: epochs in all, those before a resumed checkpoint included
+        batch_size: images in a step of the optimiser, over all parts and processes
+        opt: optimiser
+        lr: learning rate, before --schedule and --warmup-epochs scale it
+        momentum: of SGD
+        nesterov: Nesterov's momentum, with SGD
+        weight_decay: L2 penalty; decoupled with adamw
+        schedule: of the learning rate: a tenth every --lr-step epochs, or a cosine to 0 at the end
+        lr_step: epochs after which the learning rate is divided by 10, again and again
+        warmup_epochs: epochs over which the learning rate rises at the start
+        label_smoothing: share of the target that is spread over all classes
+        mixup: mix each image with another, by a share from Beta(MIXUP, MIXUP)
+        ema: evaluate a moving average of the weights, with this decay
+        dropout: probability, before the last layer
+        seed: of the weights, the order and augmentation of the images, dropout and the pools
+        amp_dtype: type for mixed precision
+        channels_last: memory format; when not given: on for CPUs, and for CUDA with mixed precision
+        torchcompile: compile the network: default, reduce-overhead, max-autotune or off;
+            reduce-overhead uses CUDA graphs
+        accumulate: compute a batch in so many parts, one after the other: less memory for the same
+            recipe
+        max_steps: stop after so many steps, and evaluate
+        log_interval: steps from one report of the loss to the next
+        checkpoint_interval: seconds from one checkpoint to the next within an epoch
+    """
+
+    data_dir: str = SYNTHETIC
+    validate: Annotated[int | None, {"least": 0, "most": 3}] = None
+    recipe: Annotated[str | None, {"choices": tuple(RECIPES)}] = None
+    pool: Annotated[str, {"choices": POOLINGS}] = "stochastic"
+    augment: Annotated[str, {"choices": ("paper", "random")}] = "paper"
+    repeats: Count = 61
+    epochs: Count = 30
+    batch_size: Annotated[int, {"least": 1, "short": "-b"}] = 256
+    opt: Annotated[str, {"choices": OPTIMIZERS}] = "sgd"
+    lr: Annotated[float, {"least": 0, "exclusive": True}] = 0.01
+    momentum: Amount = 0.9
+    nesterov: bool = False
+    weight_decay: Amount = 0.0
+    schedule: Annotated[str, {"choices": ("step", "cosine")}] = "step"
+    lr_step: Count = 10
+    warmup_epochs: Amount = 0.0
+    label_smoothing: Share = 0.0
+    mixup: Amount = 0.0
+    ema: Share = 0.0
+    dropout: Share = 0.1
+    seed: Annotated[int, {"least": 0, "most": 2**32 - 1}] = 0
+    amp_dtype: Annotated[str | None, {"choices": ("float16", "bfloat16")}] = None
+    channels_last: bool | None = None
+    torchcompile: Annotated[str | None, _MODE] = None
+    accumulate: Count = 1
+    max_steps: Annotated[int | None, {"least": 1}] = None
+    log_interval: Count = 10
+    checkpoint_interval: Amount = 60.0
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> TrainOptions:
@@ -194,23 +130,22 @@ class TrainOptions:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
-def add_options(
-    parser: ArgumentParser | argparse._ArgumentGroup, names: Iterable[Field[Any] | str]
-) -> None:
-    """Make flags of fields of :class:`TrainOptions`."""
-    known, types = {f.name: f for f in fields(TrainOptions)}, get_type_hints(TrainOptions)
-    for name in names:
-        f = known[name] if isinstance(name, str) else name
-        about, flag = f.metadata, "--" + f.name.replace("_", "-")
-        argument = {"default": f.default, "help": about["help"], **about["argument"]}
-        kinds = str(types[f.name])
-        if "bool" in kinds:
-            argument["action"] = argparse.BooleanOptionalAction
-        elif about["bounds"]["least"] is not None:
-            argument["type"] = number(float if "float" in kinds else int, **about["bounds"])
-        elif "int" in kinds:
-            argument["type"] = int
-        parser.add_argument(*filter(None, (about["short"], flag)), **argument)
+def add_options(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
+    """Make flags of attributes of :class:`TrainOptions`."""
+    types = get_type_hints(TrainOptions, include_extras=True)
+    text = TrainOptions.__doc__ or ""  # there is none under python -OO
+    help = dict(re.findall(r"^ {8}(\w+): ((?:.+\n {12})*.+)$", text, re.M))
+    for name in (field.name for field in fields(TrainOptions) if field.name in names):
+        about = dict(*getattr(types[name], "__metadata__", ()))
+        flags = [*filter(None, [about.pop("short", None)]), "--" + name.replace("_", "-")]
+        if "bool" in str(types[name]):
+            about["action"] = argparse.BooleanOptionalAction
+        elif "least" in about:
+            kind = float if "float" in str(types[name]) else int
+            bounds = {key: about.pop(key) for key in ("least", "most", "exclusive") if key in about}
+            about["type"] = number(kind, **bounds)
+        about["help"] = " ".join(help.get(name, "").split())
+        parser.add_argument(*flags, default=getattr(TrainOptions, name), **about)
 
 
 def defaults(data_dir: str, recipe: str | None, resumed: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ class Trainer:
         made = self.train.batches(batches, progress.epoch, reuse=True)
         with boards.EpochProgress(name, self.steps, progress.step, int(rest), board is None) as bar:
             while progress.step < self.steps and progress.total_steps < self._last:
-                with nullcontext() if self._warm else patience(_COMPILING):
+                with nullcontext() if self._warm else patience(_COMPILING, log=True):
                     _, images, labels = self._at_once(lambda: next(made))
                     if board is not None and progress.total_steps == 0:
                         board.first_batch(images)
