@@ -63,7 +63,7 @@ class Progress:
 # What is due beside a signal, whose numbers are larger: 2 for SIGINT, 15 for SIGTERM; and that of
 # a pipe that nobody reads, which Windows does not have.
 _CHECKPOINT, _PIPE = 1, 13
-_COMPILING = "compiling for the first step, which takes up to a minute once on a machine …"
+_COMPILING = "the first step compiles its kernels: up to a minute, once on a machine …"
 
 
 class Trainer:
