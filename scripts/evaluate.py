@@ -58,7 +58,7 @@ def run(arguments: Sequence[str] | None) -> None:
     network = network_of(state, path, device)
     data_dir = args.data_dir or state["options"]["data_dir"]
     if data_dir == SYNTHETIC:
-        images = synthetic.load(workers=args.workers)[folder.SPLITS.index(args.split)]
+        images = synthetic.begin(args.workers)()[folder.SPLITS.index(args.split)]
     else:
         named_by = path if args.data_dir is None else None
         splits = folder.list_folder(data_dir, splits=[args.split], named_by=named_by)

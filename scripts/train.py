@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -125,9 +125,12 @@ def check_output(output: Path, resumed: Path | None) -> None:
 
 
 def load_images(
-    args: argparse.Namespace, splits: Mapping[str, folder.Split]
+    args: argparse.Namespace, splits: Mapping[str, folder.Split], rehearse: Callable[..., None]
 ) -> tuple[Images, Images, tuple[Variant, ...]]:
-    """Training images, those to evaluate on, and the paper's variants of a training image."""
+    """Training images, those to evaluate on, and the paper's variants of a training image.
+
+    While flowers are drawn, ``rehearse`` is called with images of their kind, and the variants.
+    """
     from cnnsp.data import synthetic
     from cnnsp.data.augment import PAPER_VARIANTS
     from cnnsp.data.images import load_split
@@ -135,6 +138,7 @@ def load_images(
     if args.data_dir != SYNTHETIC:
         train, test = (load_split(split, args.workers) for split in splits.values())
         return train, test, PAPER_VARIANTS
+    finish = synthetic.begin(args.workers)
     print(
         "Training on synthetic flowers, which the program draws itself: the accuracy says nothing "
         "about photographs.\n"
@@ -142,17 +146,18 @@ def load_images(
         "FOLDER/test_data/<class>/; scripts/prepare_flowers.py makes them.",
         flush=True,
     )
-    if args.recipe is not None:
-        return *synthetic.load(workers=args.workers), PAPER_VARIANTS
-    paper = TrainOptions()
-    print(
-        f"Shorter than the paper's recipe: {len(synthetic.VARIANTS)} variants of an image, not "
-        f"{len(PAPER_VARIANTS)}; {args.epochs} epochs ({paper.epochs}), batches of "
-        f"{args.batch_size} ({paper.batch_size}), {args.opt} with learning rate {args.lr:g} "
-        f"({paper.opt}, {paper.lr:g}).",
-        flush=True,
-    )
-    return *synthetic.load(workers=args.workers), synthetic.VARIANTS
+    paper, variants = TrainOptions(), PAPER_VARIANTS
+    if args.recipe is None:
+        variants = synthetic.VARIANTS
+        print(
+            f"Shorter than the paper's recipe: {len(variants)} variants of an image, not "
+            f"{len(PAPER_VARIANTS)}; {args.epochs} epochs ({paper.epochs}), batches of "
+            f"{args.batch_size} ({paper.batch_size}), {args.opt} with learning rate {args.lr:g} "
+            f"({paper.opt}, {paper.lr:g}).",
+            flush=True,
+        )
+    rehearse(synthetic.blank(), variants)
+    return *finish(), variants
 
 
 def run(arguments: Sequence[str] | None) -> None:
@@ -198,10 +203,15 @@ def train(
             args.amp_dtype = devices.choose_amp_dtype(args.amp, args.amp_dtype, device)
             if args.channels_last is None:
                 args.channels_last = device.type == "cpu" or args.amp_dtype is not None
-            options, bank, test_bank = (
-                TrainOptions.of(vars(args)),
-                *make_banks(args, splits, device),
-            )
+            options = TrainOptions.of(vars(args))
+
+            def rehearse(blank: Images, variants: Sequence[Variant]) -> None:
+                if device.type == "cpu" and team.size == 1 and options.torchcompile is None:
+                    banks = make_banks(args, device, blank, blank, variants)
+                    Trainer(options, *banks, args.output_dir).rehearse()
+
+            images = load_images(args, splits, rehearse)
+            bank, test_bank = make_banks(args, device, *images)
             if state is not None:
                 checkpoint.check_classes(state, args.resume, bank.images.classes)
             trainer = Trainer(options, bank, test_bank, args.output_dir, team)
@@ -244,7 +254,11 @@ def train(
 
 
 def make_banks(
-    args: argparse.Namespace, splits: Mapping[str, folder.Split], device: torch.device
+    args: argparse.Namespace,
+    device: torch.device,
+    train: Images,
+    test: Images,
+    variants: Sequence[Variant],
 ) -> tuple[ImageBank, ImageBank]:
     """What makes the batches to train on, and those to evaluate on."""
     import torch
@@ -253,7 +267,6 @@ def make_banks(
     from cnnsp.data.batches import ImageBank
     from cnnsp.data.images import GPU_BUDGET
 
-    train, test, variants = load_images(args, splits)
     random = RandomAugment(repeats=args.repeats, seed=args.seed)
     options = {"device": device, "channels_last": args.channels_last, "workers": args.workers}
     bank = ImageBank(

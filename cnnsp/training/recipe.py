@@ -39,11 +39,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # That of synthetic flowers, without --recipe: it ends within minutes on two CPU cores.
 SHORT_RECIPE: dict[str, Any] = {
-    "epochs": 4,
-    "batch_size": 32,
+    "epochs": 3,
+    "batch_size": 16,
     "opt": "adam",
     "lr": 1e-3,
-    "lr_step": 3,
+    "schedule": "cosine",
+    "warmup_epochs": 0.1,
+    "ema": 0.98,
 }
 
 

@@ -129,6 +129,13 @@ class Trainer:
                 board.close()
         return self.progress
 
+    def rehearse(self) -> None:
+        """Compile what a step and an evaluation call; this trainer is of no use afterwards."""
+        images, labels = self.train.batch(torch.arange(len(self.train))[:2])
+        with patience(_COMPILING, log=True):
+            self.learner.step(images, labels, batch_size=2, number=0, lr=0.0)
+            self.evaluate()
+
     def _epoch(self, board: boards.Board | None) -> None:
         """Train one epoch, or what is left of it, evaluate, and write everything."""
         progress = self.progress
