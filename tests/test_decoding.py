@@ -54,13 +54,23 @@ def test_a_damaged_exif_spoils_no_picture(tmp_path: Path) -> None:
     [
         ((RAMP * 65535).astype(np.uint16), ".png"),
         ((RAMP * 65535).astype(np.uint16), ".tif"),
+        ((RAMP * 65535).astype(">u2"), ".tif"),
         ((RAMP * 4095).astype(np.uint16), ".tif"),
         ((RAMP * 65535).astype(np.int32), ".tif"),
         (RAMP.astype(np.float32), ".tif"),
         ((RAMP * 255).astype(np.float32), ".tif"),
         ((RAMP * 65535).astype(np.float32), ".tif"),
     ],
-    ids=["16-png", "16-tif", "12-in-16", "32-int", "float-to-1", "float-to-255", "float-16"],
+    ids=[
+        "16-png",
+        "16-tif",
+        "16-tif-big",
+        "12-in-16",
+        "32-int",
+        "float-to-1",
+        "float-to-255",
+        "float-16",
+    ],
 )
 def test_more_than_eight_bits_are_scaled(tmp_path: Path, pixels: np.ndarray, suffix: str) -> None:
     path = tmp_path / f"deep{suffix}"
@@ -196,6 +206,19 @@ def test_all_that_is_wrong_with_folders_is_named_at_once(tmp_path: Path) -> None
         list_folder(folder)
     for reason in ("more is not a file", "gone.png is a link to nothing", "c holds no images"):
         assert reason in str(caught.value)
+
+
+def test_a_folder_too_deep_and_one_that_cannot_be_read(tmp_path: Path, monkeypatch) -> None:
+    folder = make_set(tmp_path / "set")
+    with pytest.raises(UserError, match=r"train_data/train_data is missing.*--data-dir \S*set may"):
+        list_folder(folder / "train_data")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"cannot read .*train_data: Permission denied"):
+        list_folder(folder)
 
 
 def test_an_archive_in_place_of_its_folder(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ def test_default_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("pool", ["stochastic", "max"])
 def test_resumed_run_equals_undisturbed_run(tmp_path: Path, pool: str) -> None:
     """Stopped within the second of three epochs, and at the end of it."""
-    common = [*CPU, "--pool", pool, "-b", "6", "--epochs", "3", "--lr-step", "1", "--seed", "5"]
+    common = [*CPU, "--pool", pool, "-b", "6", "--epochs", "3", "--seed", "5"]
+    common += ["--schedule", "step", "--lr-step", "1"]
     assert main([*common, "--output-dir", "whole"]) == 0
     assert main([*common, "--output-dir", "parts", "--max-steps", "3"]) == 0
     assert main(["--device", "cpu", "--resume", "parts/last.pt", "--max-steps", "1"]) == 0

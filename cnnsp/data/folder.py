@@ -37,10 +37,10 @@ _ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
 def list_split(folder: Path, problems: list[str]) -> Split:
     """The files of each class folder in ``folder``; what is wrong is added to ``problems``."""
     if not folder.is_dir():
-        problems.append(
-            f"{folder} is missing: {_LAYOUT.format(folder.parent)} "
-            "(scripts/prepare_flowers.py makes them)"
-        )
+        makes = "scripts/prepare_flowers.py makes them"
+        if folder.parent.name in SPLITS:
+            makes = f"--data-dir {folder.parent.parent} may hold them"
+        problems.append(f"{folder} is missing: {_LAYOUT.format(folder.parent)} ({makes})")
         return {}
     files: Split = {}
     for class_folder in sorted(p for p in folder.iterdir() if p.is_dir() and not is_junk(p)):
@@ -86,7 +86,10 @@ def list_folder(
     if validate is not None:
         splits = SPLITS[:1]
     problems: list[str] = []
-    found = {name: list_split(data_dir / name, problems) for name in splits}
+    try:
+        found = {name: list_split(data_dir / name, problems) for name in splits}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     raise_all(problems)
     classes = [set(split) for split in found.values()]
     if differ := [

@@ -73,7 +73,8 @@ class ImageSet:
     @property
     def placement(self) -> str:
         """Where the images are, and how large, for people to read."""
-        return f"{self.images.nbytes / 2**20:.0f} MiB of images on {self.images.device}"
+        where = "in memory" if self.images.device.type == "cpu" else f"on {self.images.device}"
+        return f"{self.images.nbytes / 2**20:.0f} MiB of images {where}"
 
     def to(self, device: torch.device, budget_bytes: int = GPU_BUDGET) -> ImageSet:
         """Those images on ``device``, if it has memory of its own and they fit the budget."""

@@ -123,7 +123,7 @@ class Trainer:
         except BrokenPipeError:
             self._stop(_PIPE, "nobody reads the output any more")
         except OSError as error:
-            raise UserError(f"cannot write to {self.output}: {error.strerror}") from None
+            raise UserError(f"cannot write to {self.output}: {error.strerror or error}") from None
         finally:
             if board is not None:
                 board.close()
