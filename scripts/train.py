@@ -178,10 +178,10 @@ def run(arguments: Sequence[str] | None) -> None:
     new = Path("runs", f"{args.pool}-{time.strftime('%Y%m%d-%H%M%S')}")
     # Of the processes that torchrun starts, the first one writes.
     leads = os.environ.get("RANK", "0") == "0"
-    if leads and output is not None:
-        check_output(output, args.resume)
     claim = files.claimed(output or new, rename=output is None) if leads else nullcontext(new)
     with claim as args.output_dir:
+        if leads:
+            check_output(args.output_dir, args.resume)
         train(args, splits, state)
 
 
