@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import math
 import os
@@ -117,15 +118,21 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
     except BrokenPipeError:  # as `| head` leaves it
         _drop_what_nobody_reads()
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_what_nobody_reads()
+        print(f"{prog}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 
 def _drop_what_nobody_reads() -> None:
-    """Of a broken pipe, whose rest in the buffer would raise an error at the end."""
+    """What is in the buffer and cannot be written would raise an error again at the end."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -295,6 +296,23 @@ def test_a_notebook_s_backend_is_left_alone() -> None:
         "PYTHONPATH": os.pathsep.join([str(root / "kernels"), str(root)]),
     }
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
+def test_a_full_disk_under_the_output_is_named() -> None:
+    code = "from cnnsp.cli import exit_status\n"
+    code += "exit(exit_status('x', lambda: print('text')))"
+    path = os.pathsep.join(sys.path)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    message = f"x: error: cannot write the output: {os.strerror(errno.ENOSPC)}\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_tables_with_chinese_names_are_aligned() -> None:
