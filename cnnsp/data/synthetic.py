@@ -20,7 +20,7 @@ from .images import ImageSet
 
 # Enough for a run of minutes on two CPU cores (SHORT_RECIPE of recipe.py): training images of each
 # class in these variants.
-TRAIN_PER_CLASS, TEST_PER_CLASS = 300, 100
+TRAIN_PER_CLASS, TEST_PER_CLASS = 340, 100
 VARIANTS = (Variant(), Variant(angle=-10), Variant(angle=10))
 _ROOT = str(Path(__file__).resolve().parents[2])
 
