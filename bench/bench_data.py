@@ -23,9 +23,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as tv
 
-from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAugment, Variant
-from cnnsp.batches import ImageBank
-from cnnsp.data import ImageSet, load_folder
+from cnnsp.data.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAugment, Variant
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.images import ImageSet, load_folder
 
 SIZE = 256
 

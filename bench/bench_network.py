@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from contest import Case, Contestant
 
-from cnnsp.devices import autocast, choose_amp_dtype
-from cnnsp.distributed import Team
-from cnnsp.learner import Learner
 from cnnsp.network import IMAGE_SIZE, POOLINGS
-from cnnsp.recipe import TrainOptions
+from cnnsp.training.devices import autocast, choose_amp_dtype
+from cnnsp.training.processes import Team
+from cnnsp.training.recipe import TrainOptions
+from cnnsp.training.step import Learner
 
 CLASSES = 3
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from contest import Case, Outcome, ReplayClock, copy_bandwidth, hold
 
-from cnnsp.devices import keep_freed_memory
+from cnnsp.training.devices import keep_freed_memory
 
 # As train.py does: else page faults take a good part of every step on a CPU.
 keep_freed_memory()

@@ -31,7 +31,7 @@ def draw_flowers(folder: Path, per_class: int, suffix: str, **options: int) -> N
     """
     from PIL import Image
 
-    from cnnsp.synthetic import synthetic_flowers
+    from cnnsp.data.synthetic import synthetic_flowers
 
     for split in ("train", "test"):
         drawn = synthetic_flowers(per_class, split=split, workers=os.cpu_count() or 1)

@@ -181,7 +181,7 @@ def parts(device: str, out: Path, work: Path, data_dir: Path | None) -> list[Par
         training("training", f"{capped} --epochs 30", 95, epochs),
         Part(
             "memory",
-            python("-m", "cnnsp.memory", "-b", "256", "--gpu-memory-gb", "6"),
+            python("-m", "cnnsp.training.memory", "-b", "256", "--gpu-memory-gb", "6"),
             50,
             memory_says,
             shown=True,

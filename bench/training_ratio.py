@@ -22,15 +22,15 @@ from pathlib import Path
 
 import torch
 
-from cnnsp.augment import PAPER_VARIANTS
-from cnnsp.batches import ImageBank
-from cnnsp.data import ImageSet, load_folder
-from cnnsp.devices import keep_freed_memory
-from cnnsp.distributed import Team
-from cnnsp.learner import Learner
+from cnnsp.data.augment import PAPER_VARIANTS
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.images import ImageSet, load_folder
 from cnnsp.network import POOLINGS
-from cnnsp.recipe import TrainOptions
-from cnnsp.training import Trainer
+from cnnsp.training.devices import keep_freed_memory
+from cnnsp.training.processes import Team
+from cnnsp.training.recipe import TrainOptions
+from cnnsp.training.run import Trainer
+from cnnsp.training.step import Learner
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -50,7 +50,7 @@ def measure(folder: Path, pool: str, steps: int, rounds: int) -> dict[str, float
     bare = Learner(options, len(train.classes), torch.device("cpu"), Team())
     rates: dict[str, list[float]] = {"script": [], "bare": []}
     with tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(options, *banks, train.classes, Path(output))
+        trainer = Trainer(options, *banks, Path(output))
         # The first round is left out: it compiles, and gets memory from the system.
         for _ in range(rounds + 1):
             with contextlib.redirect_stdout(io.StringIO()):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import io
 import math
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from .errors import UserError
-from .interruption import Interrupted
+from .training.interruption import Interrupted
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not those that only mean "not given"."""
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, but not those that only mean "not given"; leaves examples as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -23,12 +29,24 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that shows defaults in ``--help`` and reports an error in one line."""
+    """A parser that shows defaults and examples in ``--help`` and errors in one line."""
 
-    def __init__(self, prog: str, description: str | None) -> None:
+    def __init__(
+        self, prog: str, description: str | None, examples: str = "", add_help: bool = True
+    ) -> None:
         super().__init__(
-            prog=prog, description=description, formatter_class=_Formatter, allow_abbrev=False
+            prog=prog,
+            description=description,
+            epilog=f"examples:\n{examples}" if examples else None,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            add_help=add_help,
         )
+
+    def add_common(self, *names: str) -> None:
+        """Options of :data:`COMMON`."""
+        for name in names:
+            self.add_argument(*name.split(), **COMMON[name])
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -59,39 +77,111 @@ def number(
     return parse
 
 
+# Options that several scripts have, by their names.
+COMMON: dict[str, dict[str, Any]] = {
+    "checkpoint": {
+        "type": Path,
+        "help": "a best.pt or last.pt, or the folder of a run, for its last.pt",
+    },
+    "--json": {"action": "store_true", "help": "print JSON instead of text"},
+    "--device": {"help": "cuda, cuda:1, cpu …; when not given: cuda if there is one"},
+    "-b --batch-size": {"type": number(int, 1), "default": 64, "help": "images at once"},
+    "-j --workers": {"type": number(int, 1), "default": 4, "help": "threads that decode images"},
+}
+
+
 def exit_status(prog: str, work: Callable[[], None]) -> int:
     """Do ``work``; 0, or another status after one line on stderr.
 
     The status is 2 when the user has to put something right, and 128 more than the signal that
-    asked for an end: 130 for Ctrl-C, 143 for SIGTERM.
+    asked for an end: 130 for Ctrl-C, 143 for SIGTERM, 141 when nobody reads the output any more.
     """
+    # A notebook's, which only a notebook can import. No figure here is shown.
+    os.environ["MPLBACKEND"] = "agg"
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A Windows code page lacks characters that names of files and classes may have.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as interruption:
         print(f"{prog}: {interruption}", file=sys.stderr)
+        _drop_what_nobody_reads()
         return 128 + interruption.signal
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as `| head` leaves it
+        _drop_what_nobody_reads()
+        return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_what_nobody_reads()
+        print(f"{prog}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _drop_what_nobody_reads() -> None:
+    """What is in the buffer and cannot be written would raise an error again at the end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def importing(prog: str) -> Iterator[None]:
+    """Within this context Ctrl-C ends the process at once, in one line.
+
+    As an exception it would reach libraries in the middle of their imports, which answer with
+    tracebacks of their own.
+    """
+
+    def end(*_: object) -> None:
+        os.write(2, f"{prog}: interrupted\n".encode())
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def patience(message: str, seconds: float = 3.0, *, log: bool = False) -> Iterator[None]:
+    """Say ``message`` if the block takes longer: on a terminal, or with ``log`` on stdout."""
+
+    def say() -> None:
+        if log or sys.stderr.isatty():
+            print(message, file=sys.stdout if log else sys.stderr, flush=True)
+
+    timer = threading.Timer(seconds, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """A table as lines: its first ``left`` columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    from tabulate import tabulate  # with wcwidth, which knows the width of Chinese names
+
+    sides = ["left" if place < left else "right" for place in range(len(rows[0]))]
+    text = tabulate(rows, tablefmt="plain", colalign=sides, disable_numparse=True)
+    return [line.rstrip() for line in text.splitlines()]
 
 
 def printable(text: str) -> str:

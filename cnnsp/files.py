@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @contextmanager
@@ -31,16 +35,15 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         # A folder that became read-only keeps the fragment, which nobody reads.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes | memoryview) -> None:
     """Write ``path`` as :func:`replacing` does; raises UserError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -67,3 +70,69 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
+
+
+@contextmanager
+def claimed(folder: Path, *, rename: bool = False) -> Iterator[Path]:
+    """A folder that no other process writes to: made, or locked if it is there.
+
+    Where nothing was written to it, it is gone afterwards.
+
+    Args:
+        folder: its name.
+        rename: whether to take ``folder-2``, ``folder-3`` and so on where that exists.
+
+    Raises:
+        UserError: when another process has claimed it, or it cannot be made.
+    """
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        raise UserError(f"output folder {folder}: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"output folder {folder}: {above} is not writable")
+    number, wanted, made = 1, folder, []
+    try:
+        for path in (*reversed(folder.parents), folder):
+            with suppress(FileExistsError):
+                path.mkdir()
+                made.append(path)
+        while rename and folder not in made:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                made.append(folder)
+        lock = _lock(folder)
+    except OSError as error:
+        raise UserError(f"output folder {folder}: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            os.close(lock)
+        for path in reversed(made):
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on a folder, which ends with the process at the latest; None where there are none."""
+    if sys.platform == "win32":
+        try:
+            return os.open(folder / ".running", os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
+        except FileExistsError:
+            raise _in_use(folder) from None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise _in_use(folder) from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _in_use(folder: Path) -> UserError:
+    return UserError(f"another run is writing to {folder}: choose another --output-dir")

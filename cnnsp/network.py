@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from stochastic_pooling import StochasticPool2d
 
-IMAGE_SIZE = 256
-POOLINGS = ("stochastic", "max", "avg")
+from . import IMAGE_SIZE, POOLINGS
 
 
 def _make_pool(pooling: str) -> nn.Module:

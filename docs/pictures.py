@@ -19,8 +19,8 @@ from drawing import BLUE, CELLS, DARK, DPI, GREY, SMALL, TEXT, kernels, numbers,
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cnnsp.figures import pixels
-from cnnsp.synthetic import synthetic_flowers
+from cnnsp.data.synthetic import synthetic_flowers
+from cnnsp.results.pictures import pixels
 from stochastic_pooling import stochastic_pool2d
 
 DRAWS = 200_000

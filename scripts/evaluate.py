@@ -8,68 +8,79 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnnsp import checkpoint, figures, files, synthetic
-from cnnsp.batches import ImageBank
-from cnnsp.cli import ArgumentParser, align, exit_status, number
-from cnnsp.data import Images, load_folder
-from cnnsp.devices import choose_device
-from cnnsp.evaluation import confusion_rows, evaluate
-from cnnsp.inference import load_network
+from cnnsp import files
+from cnnsp.cli import ArgumentParser, align, exit_status, importing, patience
+from cnnsp.data import folder
+from cnnsp.training import checkpoint
+from cnnsp.training.recipe import SYNTHETIC
 
 PROG = "evaluate.py"
-SPLITS = ("train_data", "test_data")
+EXAMPLES = """\
+  evaluate.py runs/max-20260101-120000
+  evaluate.py runs/max-20260101-120000/best.pt --data-dir photos --json"""
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(PROG, __doc__)
+    parser = ArgumentParser(PROG, __doc__, EXAMPLES)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a best.pt or last.pt")
+    parser.add_common("checkpoint")
     add(
         "--data-dir",
-        help="folder with train_data/<class>/ and test_data/<class>/, or 'synthetic'; when not "
-        "given: what the network was trained on",
+        help="folder with train_data/<class>/ and test_data/<class>/, of which one is enough, or "
+        "'synthetic'; when not given: what the network was trained on",
     )
-    add("--split", choices=SPLITS, default="test_data", help="the images to take, each as it is")
+    add("--split", choices=folder.SPLITS, default="test_data", help="images to take, as they are")
     add(
         "--output-dir",
         type=Path,
         help="folder for the picture; when not given: that of the checkpoint",
     )
-    add("--json", action="store_true", help="print one JSON object instead of text")
-    add("-b", "--batch-size", type=number(int, 1), default=64, help="images at once")
-    add("--device", help="cuda, cuda:1, cpu …; when not given: cuda if there is one")
-    add("-j", "--workers", type=number(int, 1), default=4, help="threads that decode images")
+    parser.add_common("--json", "-b --batch-size", "--device", "-j --workers")
     return parser
-
-
-def load_images(data_dir: str, split: str, workers: int) -> Images:
-    load = synthetic.load if data_dir == "synthetic" else lambda **kw: load_folder(data_dir, **kw)
-    return load(workers=workers)[SPLITS.index(split)]
 
 
 def run(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
+    path = checkpoint.find(args.checkpoint)
+    if args.data_dir not in (None, SYNTHETIC):
+        folder.list_folder(args.data_dir, splits=[args.split])
+    with importing(PROG):
+        from cnnsp.data import synthetic
+        from cnnsp.data.batches import ImageBank
+        from cnnsp.data.images import load_split
+        from cnnsp.results import pictures
+        from cnnsp.results.evaluation import confusion_rows, evaluate
+        from cnnsp.results.inference import network_of
+        from cnnsp.training.devices import choose_device
+
     device = choose_device(args.device)
-    state = checkpoint.load(args.checkpoint)
-    network = load_network(args.checkpoint, device)
+    state = checkpoint.load(path)
+    network = network_of(state, path, device)
     data_dir = args.data_dir or state["options"]["data_dir"]
-    images = load_images(data_dir, args.split, args.workers)
-    checkpoint.check_classes(state, args.checkpoint, images.classes)
+    if data_dir == SYNTHETIC:
+        images = synthetic.begin(args.workers)()[folder.SPLITS.index(args.split)]
+    else:
+        named_by = path if args.data_dir is None else None
+        splits = folder.list_folder(data_dir, splits=[args.split], named_by=named_by)
+        checkpoint.check_classes(state, path, tuple(splits[args.split]))
+        images = load_split(splits[args.split], args.workers)
+    checkpoint.check_classes(state, path, images.classes)
 
     bank = ImageBank(
         images, device=device, channels_last=device.type == "cpu", workers=args.workers
     )
-    result = evaluate(network.model, bank, args.batch_size)
-    picture = (args.output_dir or args.checkpoint.parent) / f"confusion-{args.split}.png"
+    with patience("evaluating; the first time on a machine, kernels are compiled first …"):
+        result = evaluate(network.model, bank, args.batch_size)
+    picture = (args.output_dir or path.parent) / f"confusion-{args.split}.png"
     files.make_folder(picture.parent)
     title = f"CNN_SP, {network.pooling} pooling, {data_dir}/{args.split}"
     heading = f"{title}\naccuracy {result.accuracy:.2f} %"
-    figures.write(figures.confusion(result, images.classes, heading), picture)
+    pictures.write(pictures.confusion(result, images.classes, heading), picture)
 
     if args.json:
         sensitivities = dict(zip(images.classes, result.sensitivities, strict=True))
         summary = {
-            "checkpoint": str(args.checkpoint),
+            "checkpoint": str(path),
             "data_dir": str(data_dir),
             "split": args.split,
             "pooling": network.pooling,

@@ -7,18 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnnsp.cli import ArgumentParser, exit_status
-from cnnsp.export import export_onnx, export_program
-from cnnsp.inference import load_network
+from cnnsp.cli import ArgumentParser, exit_status, importing
+from cnnsp.training import checkpoint
 
 PROG = "export.py"
-FORMATS = {"torch_export": (export_program, ".pt2"), "onnx": (export_onnx, ".onnx")}
+FORMATS = {"torch_export": ".pt2", "onnx": ".onnx"}
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(PROG, __doc__)
+    parser = ArgumentParser(PROG, __doc__, "  export.py runs/max-20260101-120000 --format onnx")
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a best.pt or last.pt")
+    parser.add_common("checkpoint")
     add("--format", choices=FORMATS, help="when not given: both")
     add("--output-dir", type=Path, help="when not given: the folder of the checkpoint")
     return parser
@@ -26,12 +25,16 @@ def make_parser() -> ArgumentParser:
 
 def run(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
-    network = load_network(args.checkpoint)
-    folder = args.output_dir or args.checkpoint.parent
+    source = checkpoint.find(args.checkpoint)
+    with importing(PROG):
+        from cnnsp.results.export import export_onnx, export_program
+        from cnnsp.results.inference import load_network
+
+    network = load_network(source)
+    exports = {"torch_export": export_program, "onnx": export_onnx}
     for name in [args.format] if args.format else FORMATS:
-        export, suffix = FORMATS[name]
-        path = folder / (args.checkpoint.stem + suffix)
-        difference = export(network, path)
+        path = (args.output_dir or source.parent) / (source.stem + FORMATS[name])
+        difference = exports[name](network, path)
         print(f"{path}: log-probabilities differ from the checkpoint's by {difference:.1e} at most")
 
 

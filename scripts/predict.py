@@ -3,29 +3,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from cnnsp import UserError
-from cnnsp.cli import ArgumentParser, align, exit_status, number, printable
-from cnnsp.devices import choose_device
-from cnnsp.inference import Prediction, find_images, load_network, predict
+from cnnsp.cli import ArgumentParser, align, exit_status, importing, number, patience, printable
+from cnnsp.data.folder import find_images
+from cnnsp.training import checkpoint
+
+if TYPE_CHECKING:
+    from cnnsp.results.inference import Prediction
 
 PROG = "predict.py"
+EXAMPLES = """\
+  predict.py runs/max-20260101-120000 rose.jpg photographs/
+  predict.py runs/stochastic-20260101-120000/best.pt rose.jpg --mc 50 --json"""
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(PROG, __doc__)
+    parser = ArgumentParser(PROG, __doc__, EXAMPLES)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a best.pt or last.pt")
+    parser.add_common("checkpoint")
     add("images", nargs="+", help="photographs, or folders of them at any depth")
-    add("--json", action="store_true", help="print one JSON list instead of a table")
     add(
         "--mc",
         type=number(int, 2),
@@ -34,25 +36,36 @@ def make_parser() -> ArgumentParser:
         "standard deviation",
     )
     add("--seed", type=number(int, 0, most=2**63 - 1), default=0, help="of the draws")
-    add("-b", "--batch-size", type=number(int, 1), default=64, help="images at once")
-    add("--device", help="cuda, cuda:1, cpu …; when not given: cuda if there is one")
-    add("-j", "--workers", type=number(int, 1), default=4, help="threads that decode images")
+    parser.add_common("--json", "-b --batch-size", "--device", "-j --workers")
     return parser
 
 
 def run(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
-    network = load_network(args.checkpoint, choose_device(args.device))
+    path = checkpoint.find(args.checkpoint)
+    sources, passed_over = find_images(args.images)
+    with importing(PROG):
+        import torch
+        from tqdm import tqdm
+
+        from cnnsp.results.inference import Prediction, load_network, predict
+        from cnnsp.training.devices import choose_device
+
+    network = load_network(path, choose_device(args.device))
     if args.mc is not None and network.pooling != "stochastic":
         raise UserError(
-            f"--mc: checkpoint {args.checkpoint} has {network.pooling} pooling, which draws nothing"
+            f"--mc: checkpoint {path} has {network.pooling} pooling, which draws nothing"
         )
-    sources = find_images(args.images)
+    for reason in passed_over:
+        print(f"skipped: {printable(reason)}", file=sys.stderr)
     torch.manual_seed(args.seed)
     results = predict(
         network, sources, batch_size=args.batch_size, workers=args.workers, draws=args.mc
     )
     predictions, failures = [], []
+    with patience("the first time on a machine, kernels are compiled first …"):
+        first = list(itertools.islice(results, 1))
+    results = itertools.chain(first, results)
     for result in tqdm(results, "images", len(sources), unit="", leave=False, disable=None):
         if isinstance(result, Prediction):
             predictions.append(result)

@@ -6,14 +6,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from cnnsp.cli import ArgumentParser, exit_status, number
-from cnnsp.prepare import prepare_flowers
+from cnnsp.cli import ArgumentParser, exit_status, importing, number
 
 PROG = "prepare_flowers.py"
+EXAMPLES = """\
+  prepare_flowers.py flowers
+  prepare_flowers.py flowers --classes tulip rose --train 200 --test 100 --output tulips"""
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(PROG, __doc__)
+    parser = ArgumentParser(PROG, __doc__, EXAMPLES)
     add = parser.add_argument
     add("source", help="the unpacked folder; it holds a folder for each class")
     add("--output", default="datasets", help="folder to make")
@@ -29,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
 
     def work() -> None:
+        with importing(PROG):
+            from cnnsp.data.prepare import prepare_flowers
         for line in prepare_flowers(**vars(args)):
             print(line)
 

@@ -8,18 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnnsp.cli import ArgumentParser, exit_status, number
-from cnnsp.devices import choose_device
-from cnnsp.network import POOLINGS
-from cnnsp.recipe import RECIPES
-from cnnsp.study import Study, cases, machine_name
+from cnnsp import POOLINGS
+from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, number
+from cnnsp.data.folder import check_folder
+from cnnsp.training.recipe import RECIPES
 
 PROG = "study.py"
+EXAMPLES = """\
+  study.py --data-dir datasets --pools stochastic max --seeds 3 -- --amp
+Flags after -- are given to every run of train.py."""
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(PROG, __doc__)
-    parser.epilog = "Flags after -- are given to every run of train.py: study.py ... -- --amp"
+    parser = ArgumentParser(PROG, __doc__, EXAMPLES)
     add = parser.add_argument
     add(
         "--data-dir",
@@ -37,7 +38,7 @@ def make_parser() -> ArgumentParser:
     add("--recipes", nargs="+", choices=recipes, default=recipes, help="recipes to run")
     add("--pools", nargs="+", choices=POOLINGS, default=POOLINGS, help="pools to run")
     add("--seeds", type=number(int, 1), default=5, help="runs of each, with the seeds 0, 1, ...")
-    add("--device", help="cuda, cuda:1, cpu ...; when not given: cuda if there is one")
+    add("--device", **COMMON["--device"])
     add("--name", help="of this machine, for the table; when not given: what PyTorch knows of it")
     return parser
 
@@ -53,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures: list[str] = []
 
     def work() -> None:
+        check_folder(args.data_dir, "data folder")
+        with importing(PROG):
+            from cnnsp.results.study import Study, cases, machine_name
+            from cnnsp.training.devices import choose_device
+
         study = Study(
             script=Path(__file__).with_name("train.py"),
             folder=args.output_dir,

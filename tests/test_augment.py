@@ -13,10 +13,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from cnnsp import augment, threads
-from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAugment, Variant
-from cnnsp.batches import GPU_BUDGET, ImageBank, epoch_batches
-from cnnsp.data import ImageSet
+from cnnsp.data import augment, threads
+from cnnsp.data.augment import IMAGENET_MEAN, IMAGENET_STD, PAPER_VARIANTS, RandomAugment, Variant
+from cnnsp.data.batches import ImageBank, epoch_batches
+from cnnsp.data.images import GPU_BUDGET, ImageSet
 
 # Of normalised images.
 TOLERANCE = 1e-3
@@ -56,7 +56,7 @@ def compiled(request: pytest.FixtureRequest, device) -> bool:
     if request.param:
         if device.type != "cpu":
             pytest.skip("the compiled loops serve CPUs")
-        pytest.importorskip("cnnsp.augment_numba")
+        pytest.importorskip("cnnsp.data.augment_numba")
     return request.param
 
 
@@ -206,7 +206,7 @@ def test_random_operators_equal_torchvision(
 
 def test_compiled_loops_equal_torch() -> None:
     """All operators together, on an image as smooth as a photograph."""
-    pytest.importorskip("cnnsp.augment_numba")
+    pytest.importorskip("cnnsp.data.augment_numba")
     images, recipe = random_images(3, 64, 48), RandomAugment(repeats=20)
     banks = [ImageBank(images, augment=recipe, compiled=compiled) for compiled in (True, False)]
     looped, plain = (bank.batch(torch.arange(60))[0] for bank in banks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,14 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
 from cnnsp import UserError
-from cnnsp.augment import PAPER_VARIANTS
-from cnnsp.batches import ImageBank, epoch_batches
-from cnnsp.data import ImageFiles, ImageSet, decode, load_folder
-from cnnsp.synthetic import CLASSES, synthetic_flowers
+from cnnsp.data import synthetic
+from cnnsp.data.augment import PAPER_VARIANTS
+from cnnsp.data.batches import ImageBank, epoch_batches
+from cnnsp.data.decoding import decode
+from cnnsp.data.images import ImageFiles, ImageSet, load_folder
+from cnnsp.data.synthetic import CLASSES, synthetic_flowers
+from cnnsp.training.recipe import TrainOptions
+from cnnsp.training.run import Trainer
 
 
 @pytest.fixture
@@ -64,7 +70,7 @@ def test_images_in_files_make_the_batches_of_those_in_memory(folder: Path, worke
     expected = ImageBank(in_memory, PAPER_VARIANTS[:3])
     bank = ImageBank(in_files, PAPER_VARIANTS[:3], workers=workers)
     assert len(bank) == len(expected) == 24
-    assert "files" in bank.placement
+    assert "files" in bank.images.placement
     # Batches of 4, 4 and 1 items, of which the last leaves a second rank without any.
     order = [*epoch_batches(9, 4, seed=0, epoch=0), torch.empty(0, dtype=torch.int64)]
     state = torch.get_rng_state()
@@ -106,6 +112,33 @@ def test_synthetic_flowers_depend_on_the_seed_alone() -> None:
     ]
     for other in others:
         assert not (few.images == other.images).flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_processes_draw_the_same_flowers(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where they cannot, this process does."""
+    one = synthetic_flowers(40, size=16, workers=0)
+    if not works:
+        monkeypatch.setattr(sys, "executable", shutil.which("true") or "true")
+    many = synthetic_flowers(40, size=16, workers=2)
+    assert torch.equal(one.images, many.images)
+    assert one.names == many.names
+    assert one.names[41] == "dandelion 1"
+
+
+def test_a_rehearsal_leaves_no_trace(tmp_path: Path) -> None:
+    """Only what it compiled: the run that follows makes the same weights."""
+
+    def weights(rehearse: bool) -> torch.Tensor:
+        options = TrainOptions(max_steps=1, batch_size=4, channels_last=True)
+        banks = [ImageBank(synthetic.blank(), channels_last=True) for _ in range(2)]
+        if rehearse:
+            Trainer(options, *banks, tmp_path).rehearse()
+        trainer = Trainer(options, *banks, tmp_path)
+        trainer.run()
+        return trainer.learner.model.fc2.weight
+
+    assert torch.equal(weights(False), weights(True))
 
 
 def test_synthetic_flowers_are_not_told_apart_by_colour() -> None:

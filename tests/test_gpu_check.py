@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from cnnsp import memory
+from cnnsp.training import memory
 from stochastic_pooling import reference
 
 from .scripts import load_script
@@ -134,7 +134,7 @@ def test_every_command_is_one_that_its_program_takes(
             assert options.amp
             assert options.data_dir == str(tmp_path)
             tested += 1
-        elif flags[:1] == ["cnnsp.memory"]:
+        elif flags[:1] == ["cnnsp.training.memory"]:
             memory.make_parser().parse_args(flags[1:])
             tested += 1
         elif program != "-m":

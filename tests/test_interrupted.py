@@ -5,20 +5,25 @@ The number of kills is 2, or that of the environment variable ``CNNSP_KILLS``.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from cnnsp import checkpoint
+from cnnsp.data import images
 from cnnsp.errors import UserError
-from cnnsp.learner import Learner
+from cnnsp.results import board
+from cnnsp.training import checkpoint, run
+from cnnsp.training.step import Learner
 
 from .scripts import load_script
 from .test_train import assert_equal, load, make_photographs
@@ -106,12 +111,121 @@ def test_signal_saves_the_run_and_ends_it(
         arguments = [*recipe(photos, tmp_path / "parts", 2), "--checkpoint-interval", "3600"]
         assert main(arguments) == status
     error = capsys.readouterr().err
+    heard = f"{number.name}: a checkpoint is written as soon as the step is done"
+    assert heard in error
+    assert ("Ctrl-C again ends it without" in error) == (number == signal.SIGINT)
     assert f"{number.name}: stopped in epoch 1 after step 4" in error
     assert f"--resume {tmp_path / 'parts' / 'last.pt'}" in error
     assert load(tmp_path / "parts" / "last.pt")["progress"]["total_steps"] == 4
     assert signal.getsignal(number) == before
     assert main(["--device", "cpu", "--resume", str(tmp_path / "parts" / "last.pt")]) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("where", ["decoding", "evaluation"])
+def test_a_signal_acts_while_the_run_waits(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    """For a disk that does not answer, or in an evaluation of many images."""
+    release, asked = threading.Event(), threading.Event()
+
+    def block(*args, **kwargs):
+        if not asked.is_set():
+            asked.set()
+            threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        release.wait(60)
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(images, "HOST_BUDGET", 0)
+    decode = images.decode
+    if where == "decoding":
+        monkeypatch.setattr(images, "decode", block)
+    else:
+        monkeypatch.setattr(run, "log_probabilities", block)
+    start = time.monotonic()
+    flags = ["--augment", "random", "--repeats", "1", "--epochs", "1", "-b", "4"]
+    flags += ["--device", "cpu", "--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
+    try:
+        assert main(flags) == 143
+    finally:
+        release.set()
+    assert time.monotonic() - start < 55
+    done = 0 if where == "decoding" else 1
+    assert f"SIGTERM: stopped in epoch 1 after step {done}" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["--device", "cpu", "--resume", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
+def test_a_reader_that_goes_is_no_full_disk(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As `| head` does; what was trained is kept."""
+    lines, reader = 0, os.pipe()
+    with os.fdopen(reader[1], "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        report = board.EpochProgress.report
+
+        def close_and_report(self, loss: float) -> None:
+            nonlocal lines
+            lines += 1
+            if lines == 3:
+                os.close(reader[0])
+            report(self, loss)
+
+        monkeypatch.setattr(board.EpochProgress, "report", close_and_report)
+        assert main([*recipe(photos, tmp_path / "run", 2), "--checkpoint-interval", "60"]) == 141
+    error = capsys.readouterr().err
+    assert "nobody reads the output any more: stopped in epoch 1 after step 3" in error
+    assert "cannot write" not in error
+    assert load(tmp_path / "run" / "last.pt")["progress"]["total_steps"] == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are otherwise there")
+def test_ctrl_c_during_imports_is_one_line() -> None:
+    code = (
+        "import os, signal\nfrom cnnsp.cli import importing\n"
+        "with importing('train.py'):\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT); print('went on')\n"
+        "    except BaseException: print('a library caught it')"
+    )
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "train.py: interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a mount namespace is Linux's")
+def test_little_shared_memory_is_enough(photos: Path, tmp_path: Path) -> None:
+    """Docker gives 64 MiB; here it is 64 KiB, less than an image."""
+    code = "import sys; from cnnsp.data import images; images.HOST_BUDGET = 0\n"
+    command = [str(ROOT / "scripts/train.py"), *recipe(photos, tmp_path / "run", 1)]
+    code += f"import runpy; sys.argv = {command!r}\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    mount = "mount -t tmpfs -o size=64k none /dev/shm"
+    shell = f'{mount} || exit 77; exec "$0" -c "$1"'
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare here")
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", shell, sys.executable, code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+    )
+    if done.returncode in (1, 77):
+        pytest.skip(f"no mount namespace here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    assert "images in files, decoded batch by batch" in done.stdout
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before_it(
@@ -175,7 +289,8 @@ def test_disk_that_is_full_keeps_the_checkpoint_before(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
-    assert f"train.py: error: cannot write {output / 'last.pt'}: " in error
+    reason = os.strerror(errno.EFBIG)
+    assert f"train.py: error: cannot write {output / 'last.pt'}: {reason}; the one" in error
     assert "the one before it is intact" in error
     assert error.count("\n") == 1
     assert (output / "last.pt").read_bytes() == before

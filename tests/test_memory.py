@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cnnsp import CNN_SP, memory
-from cnnsp.memory import account, advice, largest_batch, measure
+from cnnsp import CNN_SP
 from cnnsp.network import POOLINGS
-from cnnsp.recipe import TrainOptions
+from cnnsp.training import memory
+from cnnsp.training.memory import account, advice, largest_batch, measure
+from cnnsp.training.recipe import TrainOptions
 
 GB = 10**9
 AMP = TrainOptions(amp_dtype="float16", channels_last=True)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cnnsp.distributed import Team
-from cnnsp.learner import Learner, seed_draws
-from cnnsp.recipe import TrainOptions, WeightAverage, learning_rate, make_optimizer, smoothed
+from cnnsp.training.processes import Team
+from cnnsp.training.recipe import TrainOptions, learning_rate
+from cnnsp.training.step import Learner, WeightAverage, make_optimizer, seed_draws, smoothed
 
 
 def test_steps_divide_the_learning_rate_by_ten() -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +18,16 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
+from wcwidth import wcswidth
 
-from cnnsp import CNN_SP, figures, report
-from cnnsp.batches import ImageBank
-from cnnsp.cli import align
-from cnnsp.data import ImageSet
-from cnnsp.evaluation import Evaluation
-from cnnsp.history import EpochResult
+from cnnsp import CNN_SP
+from cnnsp.cli import align, patience
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.images import ImageSet
+from cnnsp.results import board as boards
+from cnnsp.results import pictures
+from cnnsp.results.evaluation import Evaluation
+from cnnsp.results.history import EpochResult
 
 
 def random_evaluation(classes: int, images: int) -> Evaluation:
@@ -40,7 +49,7 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def test_curves_show_the_test_loss_with_the_training_loss() -> None:
-    losses, accuracy = figures.curves(make_history(3), "title").axes
+    losses, accuracy = pictures.curves(make_history(3), "title").axes
     assert list(accuracy.lines[0].get_ydata()) == [71, 72, 73]
     drawn = {line.get_label(): list(line.get_ydata()) for line in losses.lines}
     assert drawn["test"] == pytest.approx([0.6, 0.7, 0.8])
@@ -59,8 +68,8 @@ def test_curves_show_the_test_loss_with_the_training_loss() -> None:
 def test_confusion_matrix_is_readable(classes: tuple[str, ...]) -> None:
     """Every count stands in its cell, every name in the picture, whatever their number."""
     evaluation = random_evaluation(len(classes), 5000)
-    figure = figures.confusion(evaluation, classes, "a title\n" + "and/a/path" * 8)
-    figures.pixels(figure)  # lays it out
+    figure = pictures.confusion(evaluation, classes, "a title\n" + "and/a/path" * 8)
+    pictures.pixels(figure)  # lays it out
     (axis,) = figure.axes
     counts = evaluation.confusion.tolist()
     shown = {(int(y), int(x)): text for text in axis.texts for x, y in [text.get_position()]}
@@ -91,15 +100,15 @@ def test_class_names_in_chinese(
     installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An installed font draws them; without one, a line says once why there are boxes."""
-    figures._say_once_what_is_missing.cache_clear()
+    pictures._say_once_what_is_missing.cache_clear()
     if not installed:
-        monkeypatch.setattr(figures, "_installed_fonts", lambda: [])
-    elif not any("玫" in figures._characters_of(name) for name in figures._installed_fonts()):
+        monkeypatch.setattr(pictures, "_installed_fonts", lambda: [])
+    elif not any("玫" in pictures._characters_of(name) for name in pictures._installed_fonts()):
         pytest.skip("no Chinese font is installed")
     classes = ("雏菊", "rose", "玫瑰")
     for _ in range(2):
-        figure = figures.confusion(random_evaluation(3, 50), classes, "title")
-        figures.pixels(figure)
+        figure = pictures.confusion(random_evaluation(3, 50), classes, "title")
+        pictures.pixels(figure)
     labels = figure.axes[0].get_xticklabels()
     families = [label.get_fontfamily() for label in labels]
     error = capsys.readouterr().err
@@ -112,18 +121,24 @@ def test_class_names_in_chinese(
 def test_captions_name_true_and_predicted_class() -> None:
     log_probs = torch.tensor([[0.03, 0.97], [0.75, 0.25]]).log()
     images = torch.rand(2, 3, 8, 8)
-    figure = figures.mistakes(images, torch.tensor([0, 1]), log_probs, ("ox", "yak"), "title")
+    figure = pictures.mistakes(images, torch.tensor([0, 1]), log_probs, ("ox", "yak"), "title")
     captions = [axis.get_xlabel() for axis in figure.axes]
     assert captions == ["ox → yak p=0.97", "yak → ox p=0.75"]
+    names = ["a.jpg", f"{'x' * 50}.jpg"]
+    figure = pictures.mistakes(
+        images, torch.tensor([0, 1]), log_probs, ("ox", "yak"), "title", names
+    )
+    named = [axis.get_xlabel().split("\n") for axis in figure.axes]
+    assert named == [[captions[0], "a.jpg"], [captions[1], f"{'x' * 13}…{'x' * 10}.jpg"]]
     for axis, image in zip(figure.axes, images, strict=True):
         assert np.array_equal(axis.images[0].get_array(), image.permute(1, 2, 0).numpy())
 
 
 def test_drawn_files(tmp_path: Path) -> None:
-    figures.write(figures.curves(make_history(1), "title"), tmp_path / "curves.png")
+    pictures.write(pictures.curves(make_history(1), "title"), tmp_path / "curves.png")
     names = ("daisy", "dandelion", "rose")
-    confusion = figures.confusion(random_evaluation(3, 50), names, "title")
-    figures.write(confusion, tmp_path / "confusion.png")
+    confusion = pictures.confusion(random_evaluation(3, 50), names, "title")
+    pictures.write(confusion, tmp_path / "confusion.png")
     for name in ("curves", "confusion"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.format == "PNG"
@@ -138,7 +153,7 @@ def test_board_shows_an_epoch(tmp_path: Path) -> None:
     evaluation = Evaluation.of(
         torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]).log(), bank.labels
     )
-    board = report.Board(tmp_path)
+    board = boards.Board(tmp_path)
     board.train_loss(0.25, 7)
     board.epoch(make_history(1)[0], 7, memory_mib=512.0)
     board.evaluation(evaluation, bank, ("a", "b"), 7)
@@ -174,7 +189,7 @@ def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
     bank = ImageBank(
         ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), ("a",))
     )
-    board = report.Board(tmp_path)
+    board = boards.Board(tmp_path)
     board.evaluation(Evaluation.of(torch.zeros(1, 1), bank.labels), bank, ("a",), 1)
     board.close()
     assert events(tmp_path).Tags()["images"] == ["test/confusion"]
@@ -187,7 +202,7 @@ def test_graph_does_not_disturb_training(tmp_path: Path, pooling: str) -> None:
     model.pool.sample_in_eval = True
     images = torch.randn(2, 3, 256, 256)
     before = torch.get_rng_state()
-    board = report.Board(tmp_path)
+    board = boards.Board(tmp_path)
     board.graph(model, images)
     board.close()
     assert torch.equal(torch.get_rng_state(), before)
@@ -209,7 +224,7 @@ class _Untraceable(nn.Module):
 def test_graph_that_cannot_be_drawn_ends_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    board = report.Board(tmp_path)
+    board = boards.Board(tmp_path)
     board.graph(_Untraceable(), torch.zeros(1, 3))
     board.train_loss(math.pi, 1)
     board.close()
@@ -220,7 +235,7 @@ def test_graph_that_cannot_be_drawn_ends_nothing(
 
 
 def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with report.EpochProgress("epoch 1/2", 5, done=2) as progress:
+    with boards.EpochProgress("epoch 1/2", 5, done=2, rest=8) as progress:
         for step in range(3):
             progress.advance(8)
             if step != 1:
@@ -229,8 +244,82 @@ def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str
     first, last = out.splitlines()
     assert first.startswith("epoch 1/2  step 3/5  loss 0.5000  ")
     assert last.startswith("epoch 1/2  step 5/5  loss 0.1667  ")
-    assert last.endswith(" images/s")
+    assert re.search(r"  \d+ images/s  \d+ s left$", last)
     assert error == ""
+
+
+def test_times_are_for_people() -> None:
+    shown = [boards.duration(seconds) for seconds in (45.4, 119, 12 * 60, 3 * 3600 + 290)]
+    assert shown == ["45 s", "2 min", "12 min", "3 h 05 min"]
+
+
+def test_the_time_left_is_that_of_the_run(monkeypatch, capsys) -> None:
+    """Two of five steps take 20 s; 5 more of this epoch and the next are left."""
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr(boards.time, "perf_counter", lambda: next(clock))
+    with boards.EpochProgress("epoch 1/2", 5, done=1, rest=7) as progress:
+        progress.advance(8)
+        progress.advance(8)
+        progress.report(0.5)
+    assert capsys.readouterr().out == ("epoch 1/2  step 3/5  loss 0.5000  1 images/s  50 s left\n")
+
+
+def test_names_that_are_too_long_are_shortened() -> None:
+    """A picture stays a picture, and names with one beginning differ."""
+    long = [f"{'very ' * 40}{number} long" for number in range(3)]
+    chinese = "玫瑰" * 30
+    figure = pictures.confusion(random_evaluation(4, 50), [*long, chinese], "title")
+    assert max(figure.get_size_inches()) < 12
+    shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len(set(shown)) == 4
+    assert all(wcswidth(name) <= 40 and "…" in name for name in shown)
+    assert pictures.shortened("rose") == "rose"
+
+
+def test_what_takes_long_is_announced(capsys) -> None:
+    with patience("compiling", seconds=60, log=True):
+        pass
+    assert capsys.readouterr().out == ""
+    with patience("compiling", seconds=0.01, log=True):
+        time.sleep(0.5)
+    assert capsys.readouterr() == ("compiling\n", "")
+
+
+def test_a_notebook_s_backend_is_left_alone() -> None:
+    """Which no other environment can import; no figure here needs it."""
+    code = "from cnnsp.cli import exit_status\n"
+    code += "exit(exit_status('x', lambda: __import__('matplotlib')))"
+    root = Path(__file__).resolve().parents[1]
+    environment = {
+        **os.environ,
+        "MPLBACKEND": "module://no_such_notebook.backend",
+        "PYTHONPATH": os.pathsep.join([str(root / "kernels"), str(root)]),
+    }
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
+def test_a_full_disk_under_the_output_is_named() -> None:
+    code = "from cnnsp.cli import exit_status\n"
+    code += "exit(exit_status('x', lambda: print('text')))"
+    path = os.pathsep.join(sys.path)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    message = f"x: error: cannot write the output: {os.strerror(errno.ENOSPC)}\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_tables_with_chinese_names_are_aligned() -> None:
+    rows = [["file", "class", "p"], ["玫瑰.jpg", "雏菊", "0.5"], ["b", "rose", "0.25"]]
+    lines = align(rows, left=2)
+    assert {wcswidth(line) for line in lines} == {wcswidth(lines[0])}
+    assert lines[1] == "玫瑰.jpg  雏菊    0.5"
 
 
 def test_tables_are_aligned() -> None:

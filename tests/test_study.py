@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cnnsp import CNN_SP, study
-from cnnsp.batches import ImageBank
-from cnnsp.data import load_folder
-from cnnsp.history import EpochResult
-from cnnsp.interruption import Requests
-from cnnsp.study import cases
-from cnnsp.study_report import Result, differences, draw, mean_and_deviation, origins, table
+from cnnsp import CNN_SP
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.images import load_folder
+from cnnsp.results import study
+from cnnsp.results.history import EpochResult
+from cnnsp.results.study import cases
+from cnnsp.results.study_report import Result, differences, draw, mean_and_deviation, origins, table
+from cnnsp.training.interruption import Requests
 
 from .scripts import load_script
 from .test_train import make_photographs
@@ -327,7 +328,7 @@ def test_sigterm_is_passed_on_to_the_run(tmp_path: Path) -> None:
     killer = subprocess.Popen(
         [sys.executable, "-c", WAIT_AND_KILL, str(ready), str(os.getpid())],
     )
-    with Requests() as requests, killer:
+    with Requests("stopping") as requests, killer:
         assert study.call([sys.executable, "-c", CHILD, str(ready)], requests) == 7
     assert requests.signal == signal.SIGTERM
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +19,20 @@ import pytest
 import torch
 from PIL import Image
 
-from cnnsp import CNN_SP, devices, synthetic
-from cnnsp.batches import ImageBank
-from cnnsp.data import ImageSet
-from cnnsp.evaluation import evaluate
+from cnnsp import CNN_SP, files
+from cnnsp.data import images, synthetic
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.images import ImageSet
+from cnnsp.results import history, pictures
+from cnnsp.results.evaluation import evaluate
+from cnnsp.training import devices
+from cnnsp.training.recipe import SHORT_RECIPE, TrainOptions
 
 from .scripts import load_script
 
-main = load_script("train").main
+script = load_script("train")
+main = script.main
+ROOT = Path(__file__).resolve().parents[1]
 CPU = ["--device", "cpu", "--log-interval", "1"]
 Edit = Callable[[Path], object]
 
@@ -104,6 +115,10 @@ def test_default_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     expected = {"args.json", "best.pt", "last.pt", "summary.csv", "events.out"}
     expected |= {"curves.png", "confusion.png"}
     assert names == expected
+    best = max(float(row["test_accuracy"]) for row in read_summary(output))
+    last = printed.splitlines()[-1]
+    assert last.startswith(f"Best test accuracy {best:.2f} % after epoch 1, last ")
+    assert last.endswith(f"all of it is in {output.relative_to(tmp_path)}")
     assert json.loads((output / "args.json").read_text())["batch_size"] == 6
     with Image.open(output / "curves.png") as curves:
         assert curves.width > 1000
@@ -119,7 +134,8 @@ def test_default_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("pool", ["stochastic", "max"])
 def test_resumed_run_equals_undisturbed_run(tmp_path: Path, pool: str) -> None:
     """Stopped within the second of three epochs, and at the end of it."""
-    common = [*CPU, "--pool", pool, "-b", "6", "--epochs", "3", "--lr-step", "1", "--seed", "5"]
+    common = [*CPU, "--pool", pool, "-b", "6", "--epochs", "3", "--seed", "5"]
+    common += ["--schedule", "step", "--lr-step", "1"]
     assert main([*common, "--output-dir", "whole"]) == 0
     assert main([*common, "--output-dir", "parts", "--max-steps", "3"]) == 0
     assert main(["--device", "cpu", "--resume", "parts/last.pt", "--max-steps", "1"]) == 0
@@ -283,6 +299,164 @@ def test_output_folder_that_cannot_be_used(
     shutil.copytree(trained, tmp_path / "other")
     resume = [*CPU, "--resume", str(tmp_path / "other" / "last.pt"), "--output-dir", str(trained)]
     assert_refused(resume, "holds another run", capsys)
+    best = [*CPU, "--resume", str(trained / "best.pt")]
+    assert_refused(best, f"--resume {trained}/last.pt goes on from there; to go back", capsys)
+
+
+def test_a_folder_belongs_to_one_run(
+    photos: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever way it is named: as an output, or as that of the checkpoint to go on from."""
+    arguments = [*CPU, "--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
+    with files.claimed(tmp_path / "out"):
+        assert_refused(arguments, f"another run is writing to {tmp_path / 'out'}", capsys)
+    assert not (tmp_path / "out").exists()
+    shutil.copytree(trained, tmp_path / "run")
+    with files.claimed(tmp_path / "run"):
+        assert_refused([*CPU, "--resume", str(tmp_path / "run")], "another run is writing", capsys)
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_starts_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        claims = [
+            stack.enter_context(files.claimed(tmp_path / "runs" / "max", rename=True))
+            for _ in range(3)
+        ]
+        assert [path.name for path in claims] == ["max", "max-2", "max-3"]
+        (claims[1] / "last.pt").touch()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs", claims[1], claims[1] / "last.pt"]
+
+
+def test_part_of_an_epoch_is_shown_as_a_part(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step of 61: four images, of which an epoch takes 61 times 4."""
+    (row,) = read_summary(trained)
+    assert float(row["epoch"]) == pytest.approx(1 / 61, rel=1e-4)
+    (result,) = history.read_summary(trained / "summary.csv")
+    figure = pictures.curves([result], "title")
+    assert figure._suptitle.get_text() == "title; the last point is within epoch 1"
+    assert figure.axes[1].get_xlim()[0] < result.epoch
+    shutil.copytree(trained, tmp_path / "run")
+    assert main(["--device", "cpu", "--resume", str(tmp_path / "run"), "--max-steps", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "Epoch 1/2, only its first 2 of 61 steps (--max-steps): train loss" in printed
+    assert [float(row["epoch"]) for row in read_summary(tmp_path / "run")] == [
+        pytest.approx(2 / 61, rel=1e-4)
+    ]
+
+
+def test_a_schedule_that_jumps_says_so(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--augment", "random", "--repeats", "1", "--pool", "max", "--schedule", "cosine"]
+    flags += ["--epochs", "1", "--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
+    assert main([*CPU, *flags, "-b", "2"]) == 0
+    resume = ["--device", "cpu", "--resume", str(tmp_path / "run"), "--epochs", "2"]
+    capsys.readouterr()
+    assert main(resume) == 0
+    printed = capsys.readouterr().out
+    # A cosine: of one epoch in two steps, and of two epochs.
+    assert "The learning rate goes on at 0.005; it would have been 0.005." not in printed
+    assert "Other settings than before (in brackets): --epochs 2 (1)\n" in printed
+    assert main([*resume[:-1], "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "The learning rate goes on at 0.005; it would have been 0.00146." in printed
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "study"])
+def test_help_and_wrong_paths_need_no_pytorch(name: str, tmp_path: Path) -> None:
+    """Which takes seconds to import."""
+    missing = {
+        "train": ["--data-dir", "none"],
+        "study": ["--data-dir", "none"],
+        "evaluate": ["none.pt"],
+        "predict": ["none.pt", "none.jpg"],
+        "export": ["none.pt"],
+    }[name]
+    code = (
+        "import sys, runpy\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print(sorted({'torch', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules)))"
+    )
+    script = str(ROOT / "scripts" / f"{name}.py")
+    for arguments, status, text in ((["--help"], 0, "examples:"), (missing, 2, "does not exist")):
+        run = f"import sys; sys.argv = {[script, *arguments]!r}\n{code}"
+        path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+        done = subprocess.run(
+            [sys.executable, "-c", run],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert done.returncode == status, done.stderr
+        assert text in done.stdout + done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_shows_the_defaults_of_the_recipe(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*flags: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*flags, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    epochs = "those before a resumed checkpoint included (default: {})"
+    data = ["--data-dir", str(photos)]
+    assert epochs.format(30) in shown(*data)
+    assert epochs.format(15) in shown("--recipe", "best")
+    assert epochs.format(SHORT_RECIPE["epochs"]) in shown("--data-dir", "synthetic")
+    assert "with SGD (default: True)" in shown("--recipe", "best")
+
+
+def test_every_setting_is_a_flag() -> None:
+    flags = {action.dest: action.default for action in script.make_parser()._actions}
+    for field in dataclasses.fields(TrainOptions):
+        assert flags[field.name] == field.default
+
+
+def test_a_set_on_disk_trains_as_one_in_memory(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*CPU, "--augment", "random", "--repeats", "2", "--pool", "max", "--epochs", "1"]
+    flags += ["-b", "3", "--data-dir", str(photos), "--output-dir"]
+    assert main([*flags, str(tmp_path / "memory")]) == 0
+    monkeypatch.setattr(images, "HOST_BUDGET", 0)
+    assert main([*flags, str(tmp_path / "disk")]) == 0
+    memory, disk = (load(tmp_path / name / "last.pt") for name in ("memory", "disk"))
+    assert_equal(memory["model"], disk["model"])
+
+
+def test_recorded_folders_are_whole_paths(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """So that another working folder does no harm; and a folder that is gone is explained."""
+    monkeypatch.chdir(photos.parent)
+    flags = ["--pool", "max", "-b", "4", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
+    assert main([*CPU, *flags, "--data-dir", photos.name]) == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["data_dir"] == str(photos)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    resume = ["--device", "cpu", "--resume", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main(resume) == 0
+    photos.rename(tmp_path / "moved")
+    last = tmp_path / "run" / "last.pt"
+    message = f"{photos} does not exist; {last} was trained on it, and --data-dir names another"
+    assert_refused(resume, message, capsys)
+    assert main([*resume, "--data-dir", str(tmp_path / "moved")]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_run_learns(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a newcomer sees within minutes."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["--amp", "--seed", str(seed), "--output-dir", "run"]) == 0
+    assert float(read_summary(tmp_path / "run")[-1]["test_accuracy"]) >= 90
 
 
 def test_checkpoints_that_do_not_fit(

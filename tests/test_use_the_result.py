@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,12 +18,15 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from cnnsp import CNN_SP, UserError, checkpoint, synthetic
-from cnnsp.augment import IMAGENET_MEAN, IMAGENET_STD
-from cnnsp.batches import ImageBank
-from cnnsp.data import ImageSet, decode
-from cnnsp.evaluation import Evaluation, log_probabilities
-from cnnsp.inference import load_network
+from cnnsp import CNN_SP, UserError
+from cnnsp.data import synthetic
+from cnnsp.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from cnnsp.data.batches import ImageBank
+from cnnsp.data.decoding import decode
+from cnnsp.data.images import ImageSet
+from cnnsp.results.evaluation import Evaluation, log_probabilities
+from cnnsp.results.inference import load_network
+from cnnsp.training import checkpoint
 from stochastic_pooling import StochasticPool
 
 from .scripts import load_script
@@ -163,6 +167,10 @@ def test_files_that_are_no_images(
     assert [entry["file"] for entry in json.loads(out)] == [str(good)]
     missing = f"{tmp_path / 'none.png'} does not exist"
     assert error == f"predict.py: error: {notes} is not an image; {missing}\n"
+
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert run(predict, stochastic, tmp_path, "--json") == 0
+    assert f"skipped: {tmp_path / 'loop'} links to a folder" in capsys.readouterr().err
 
     assert run(predict, stochastic, tmp_path / "__MACOSX") == 2
     assert "no images in" in capsys.readouterr().err
@@ -313,6 +321,35 @@ def test_evaluate_script(
     assert (path.parent / "confusion-test_data.png").is_file()
     assert run(evaluate, path, "--split", "train_data", "--json") == 0
     assert json.loads(capsys.readouterr().out)["total"] == 2
+
+
+def test_evaluation_needs_no_other_photographs(
+    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither does it need undamaged ones; and of a checkpoint, the run's folder is enough."""
+    alone = tmp_path / "alone"
+    shutil.copytree(photos / "test_data", alone / "test_data")
+    path = make_checkpoint("max")
+    path.rename(path.with_name("last.pt"))
+    assert run(evaluate, path.parent, "--data-dir", alone) == 0
+    assert f"Picture: {path.parent / 'confusion-test_data.png'}" in capsys.readouterr().out
+    (alone / "train_data" / CLASSES[0]).mkdir(parents=True)
+    (alone / "train_data" / CLASSES[0] / "0.png").write_bytes(b"damaged")
+    assert run(evaluate, path.parent, "--data-dir", alone) == 0
+    assert run(evaluate, path.parent, "--data-dir", alone, "--split", "train_data") == 2
+    assert run(evaluate, photos, "--data-dir", alone) == 2
+    assert f"folder {photos} holds no last.pt" in capsys.readouterr().err
+
+
+def test_evaluation_says_where_a_folder_comes_from(
+    make_checkpoint: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_checkpoint("max", options={"data_dir": "photographs/of/before"})
+    assert run(evaluate, path) == 2
+    assert capsys.readouterr().err == (
+        "evaluate.py: error: data folder photographs/of/before does not exist; "
+        f"{path} was trained on it, and --data-dir names another\n"
+    )
 
 
 def test_evaluate_refuses_other_classes(

@@ -24,7 +24,7 @@ import stochastic_pooling
 from stochastic_pooling import stochastic_pool2d
 
 added = {name.partition(".")[0] for name in set(sys.modules) - before}
-training = {"cnnsp", "numpy", "torchvision", "PIL", "matplotlib", "tensorboard", "tqdm"}
+training = {"cnnsp", "numpy", "torchvision", "PIL", "matplotlib", "tabulate", "tensorboard", "tqdm"}
 assert not added & training, added & training
 
 x = torch.randn(2, 3, 8, 8, requires_grad=True)

@@ -14,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from . import figures, files
-from .errors import UserError
+from .. import files
+from ..errors import UserError
+from ..network import POOLINGS
+from ..training.recipe import RECIPES
+from . import pictures
 from .history import EpochResult
-from .network import POOLINGS
-from .recipe import RECIPES
 
 # Colours that the colour-blind can tell apart (Okabe and Ito).
 _COLOURS = {"stochastic": "#D55E00", "max": "#0072B2", "avg": "#009E73"}
@@ -51,7 +52,7 @@ class Result:
     pool: str
     seed: int
     flags: list[str]
-    epochs: int
+    epochs: float
     train_images: int
     test_images: int
     accuracy: float
@@ -265,7 +266,7 @@ def draw(results: Sequence[Result], histories: Sequence[Sequence[EpochResult]], 
         axis.set_ylim(0, highest * 1.05)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figures.write(figure, path)
+    pictures.write(figure, path)
 
 
 def _draw_accuracies(axis: Axes, groups: Groups, recipes: Sequence[str]) -> None:

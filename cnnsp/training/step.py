@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any, cast
 
 import numpy as np
@@ -11,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..network import CNN_SP
 from .devices import autocast
-from .distributed import Team
-from .network import CNN_SP
-from .recipe import TrainOptions, WeightAverage, make_optimizer, smoothed
+from .processes import Team
+from .recipe import OPTIMIZERS, TrainOptions
 
 
 def seed_draws(seed: int, step: int, rank: int) -> None:
@@ -165,3 +167,77 @@ class Learner:
                 # Fused optimisers need a state that lies in memory as the weight does.
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     values[name] = torch.empty_like(parameter).copy_(value)
+
+
+def smoothed(loss: Tensor, log_probabilities: Tensor, smoothing: float) -> Tensor:
+    """Add label smoothing to a loss (Szegedy et al. 2016, arXiv 1512.00567, section 7).
+
+    Args:
+        loss: negative log-likelihood, summed over the batch.
+        log_probabilities: what it was computed from, ``[B, C]``.
+        smoothing: share of the target that is spread evenly over all classes, from 0 to 1.
+    """
+    if smoothing == 0:
+        return loss
+    spread = -log_probabilities.float().mean(1).sum()
+    return (1 - smoothing) * loss + smoothing * spread
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], options: TrainOptions, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimiser of ``options.opt``; its learning rate is set anew at every step."""
+    # A fused optimiser takes the gradient scaler's verdict on the device: no host synchronisation.
+    fused = device.type == "cuda"
+    lr, weight_decay = options.lr, options.weight_decay
+    if options.opt == "sgd":
+        sgd = torch.optim.SGD(
+            parameters,
+            lr,
+            options.momentum,
+            weight_decay=weight_decay,
+            nesterov=options.nesterov,
+            fused=fused,
+        )
+        if options.momentum > 0:
+            # If the gradient scaler skips its first step, the fused optimiser would go on from
+            # memory that nobody wrote.
+            for group in sgd.param_groups:
+                for parameter in group["params"]:
+                    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    if options.opt == "adam":
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
+    if options.opt == "adamw":
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
+    raise ValueError(f"opt must be one of {', '.join(OPTIMIZERS)}, got {options.opt!r}")
+
+
+class WeightAverage:
+    """An exponential moving average of a network's parameters.
+
+    Early on the average forgets faster, so that the random initial weights leave it soon: after
+    ``n`` updates the decay is ``min(decay, (1 + n) / (10 + n))``.
+
+    :class:`torch.optim.swa_utils.AveragedModel` does the same, but counts its updates on the
+    device and reads the count at every step.
+
+    Args:
+        model: the network that is averaged.
+        decay: from 0 to 1.
+
+    Attributes:
+        model: a copy with the averaged parameters.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = deepcopy(model).requires_grad_(False)
+        self._source, self._decay = model, decay
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Take in the weights as they are now, after ``updates`` earlier updates."""
+        decay = min(self._decay, (1 + updates) / (10 + updates))
+        average: list[Tensor] = [*self.model.parameters()]
+        source: list[Tensor] = [*self._source.parameters()]
+        torch._foreach_lerp_(average, source, 1 - decay)

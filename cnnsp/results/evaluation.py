@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .batches import ImageBank
-from .devices import autocast
+from ..data.batches import ImageBank
+from ..training.devices import autocast
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -21,9 +21,9 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from . import figures
-from .augment import IMAGENET_MEAN, IMAGENET_STD
-from .batches import ImageBank
+from ..data.augment import IMAGENET_MEAN, IMAGENET_STD
+from ..data.batches import ImageBank
+from . import pictures
 from .evaluation import Evaluation
 from .history import EpochResult
 
@@ -96,22 +96,24 @@ class Board:
     ) -> None:
         """Show the confusion matrix, and the up to 16 test images that were most wrong."""
         title = f"Test accuracy {evaluation.accuracy:.2f} %"
-        self._figure("test/confusion", figures.confusion(evaluation, classes, title), step)
+        self._figure("test/confusion", pictures.confusion(evaluation, classes, title), step)
         worst = evaluation.most_wrong(16)
         if len(worst):
             images, _ = test.batch(worst)
-            figure = figures.mistakes(
+            names = test.images.names
+            figure = pictures.mistakes(
                 _visible(images.cpu()),
                 evaluation.labels[worst],
                 evaluation.log_probs[worst],
                 classes,
                 "Test images with the highest loss",
+                [names[number] for number in worst.tolist()] if names else (),
             )
             self._figure("test/most_wrong", figure, step)
         self._writer.flush()
 
     def _figure(self, tag: str, figure: Figure, step: int) -> None:
-        self._writer.add_image(tag, figures.pixels(figure), step, dataformats="HWC")
+        self._writer.add_image(tag, pictures.pixels(figure), step, dataformats="HWC")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # where writing failed before, this would say so again
@@ -131,13 +133,15 @@ class EpochProgress:
         name: shown in front.
         steps: steps in the epoch.
         done: steps done before, when an interrupted epoch goes on.
+        rest: steps that are left, those of later epochs included.
         silent: whether to show nothing, in all processes of a run but one.
     """
 
-    def __init__(self, name: str, steps: int, done: int = 0, *, silent: bool = False) -> None:
-        self._silent = silent
-        self._name, self._steps, self._step = name, steps, done
-        self._images, self._start = 0, time.perf_counter()
+    def __init__(
+        self, name: str, steps: int, done: int = 0, rest: int = 0, silent: bool = False
+    ) -> None:
+        self._silent, self._rest = silent, rest
+        self._name, self._images, self._start = name, 0, time.perf_counter()
         self._bar = tqdm(
             total=steps,
             initial=done,
@@ -147,6 +151,7 @@ class EpochProgress:
             dynamic_ncols=True,
             disable=silent or not sys.stderr.isatty(),
         )
+        self._steps, self._first, self._step = steps, done, done
 
     def __enter__(self) -> EpochProgress:
         return self
@@ -162,12 +167,18 @@ class EpochProgress:
     def report(self, loss: float) -> None:
         if self._silent:
             return
-        rate = self._images / (time.perf_counter() - self._start)
+        seconds, done = time.perf_counter() - self._start, self._step - self._first
+        left = duration(seconds / done * (self._rest - done))
+        text = f"loss {loss:.4f}  {self._images / seconds:.0f} images/s  {left} left"
         if self._bar.disable:
-            print(
-                f"{self._name}  step {self._step}/{self._steps}  loss {loss:.4f}  "
-                f"{rate:.0f} images/s",
-                flush=True,
-            )
+            print(f"{self._name}  step {self._step}/{self._steps}  {text}", flush=True)
         else:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+            self._bar.set_postfix_str(text)
+
+
+def duration(seconds: float) -> str:
+    """For people: 45 s, 12 min or 3 h 05 min."""
+    minutes = round(max(0.0, seconds) / 60)
+    if minutes < 2:
+        return f"{max(0.0, seconds):.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -18,8 +18,10 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from wcwidth import wcswidth
 
-from . import files
+from .. import files
+from ..cli import printable
 from .evaluation import Evaluation
 from .history import EpochResult
 
@@ -29,6 +31,8 @@ _DPI = 120
 _LARGEST = 36
 # Each epoch leaves a grid of photographs, which PNG hardly compresses.
 _PHOTOGRAPHS_DPI = 80
+# Columns of text that fit below one.
+_CAPTION = 28
 # For the characters that matplotlib's own font lacks, Chinese above all, by the names that
 # matplotlib has for them: Windows, macOS, Linux.
 _FONTS = (
@@ -93,6 +97,19 @@ def _say_once_what_is_missing() -> None:
     )
 
 
+def shortened(name: str, most: int = 40) -> str:
+    """A name of at most that many columns, of which a Chinese character takes two."""
+    name = printable(name)
+    if wcswidth(name) <= most:
+        return name
+    start, end = name, name
+    while wcswidth(start) > most // 2 - 1:
+        start = start[:-1]
+    while wcswidth(end) > most // 2:
+        end = end[1:]
+    return f"{start}…{end}"
+
+
 def curves(history: Sequence[EpochResult], title: str) -> Figure:
     """Both losses and the test accuracy over the epochs."""
     epochs = [result.epoch for result in history]
@@ -102,6 +119,8 @@ def curves(history: Sequence[EpochResult], title: str) -> Figure:
     best, lowest = max(accuracies), min(test_losses)
 
     figure = Figure(figsize=(10, 3.8), dpi=_DPI, layout="constrained")
+    if epochs[-1] % 1:
+        title += f"; the last point is within epoch {math.ceil(epochs[-1])}"
     figure.suptitle(title, parse_math=False)
     loss, accuracy = figure.subplots(1, 2)
     style = {"marker": "o", "markersize": 3.5}
@@ -116,7 +135,7 @@ def curves(history: Sequence[EpochResult], title: str) -> Figure:
     accuracy.set_title(f"Test accuracy (%), best {best:.2f}")
     for axis in (loss, accuracy):
         axis.set_xlabel("Epoch")
-        axis.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        axis.set_xlim(min(epochs[0], 1) - 0.5, math.ceil(epochs[-1]) + 0.5)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     return figure
@@ -127,14 +146,14 @@ def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Fig
 
     Rows are true classes, with their sensitivities on the right; columns are predictions.
     """
-    counts = evaluation.confusion
+    counts, classes = evaluation.confusion, [shortened(name) for name in classes]
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     places = range(len(classes))
     # Inches of a cell: as few as its number needs when there are many, and less when the numbers
     # of so many classes would make a picture of a gigabyte.
     cell = min(max(0.45, min(1.1, 4.5 / len(classes))), _LARGEST / len(classes))
     side = cell * len(classes)
-    longest = max(map(len, classes)) * 0.08
+    longest = max(map(wcswidth, classes)) * 0.08
     width = max(side + longest + 2.2, 5)
     height = side + 1.6 + longest * 0.7
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
@@ -188,9 +207,14 @@ def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Fig
 
 
 def mistakes(
-    images: Tensor, labels: Tensor, log_probs: Tensor, classes: Sequence[str], title: str
+    images: Tensor,
+    labels: Tensor,
+    log_probs: Tensor,
+    classes: Sequence[str],
+    title: str,
+    names: Sequence[str] = (),
 ) -> Figure:
-    """A grid of images with "true → predicted p=0.97" below each.
+    """A grid of images with "true → predicted p=0.97" below each, and its name.
 
     Args:
         images: ``[N, 3, H, W]`` from 0 to 1, N at least 1.
@@ -198,10 +222,11 @@ def mistakes(
         log_probs: ``[N, C]``.
         classes: the class names.
         title: above the grid.
+        names: of the images, or none.
     """
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
-    size = (2.3 * columns, 2.55 * rows + 0.4)
+    size = (2.3 * columns, (2.85 if names else 2.7) * rows + 0.4)
     figure = Figure(figsize=size, dpi=_PHOTOGRAPHS_DPI, layout="constrained")
     figure.suptitle(title, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -211,11 +236,16 @@ def mistakes(
         axis.set_yticks([])
     for axis in axes[len(images) :]:
         axis.set_visible(False)
-    for axis, image, label, log_prob, position in zip(
-        axes, images, labels.tolist(), log_probs, found.tolist(), strict=False
+    for place, (axis, image, label, log_prob, position) in enumerate(
+        zip(axes, images, labels.tolist(), log_probs, found.tolist(), strict=False)
     ):
         axis.imshow(image.permute(1, 2, 0).numpy())
         probability = float(log_prob[position].exp())
-        caption = f"{classes[label]} → {classes[position]} p={probability:.2f}"
-        axis.set_xlabel(textwrap.fill(caption, 32), fontsize=9, parse_math=False)
+        true, predicted = (shortened(classes[number], 22) for number in (label, position))
+        caption = f"{true} → {predicted} p={probability:.2f}"
+        if wcswidth(caption) > _CAPTION:
+            caption = caption.replace(" → ", " →\n")
+        if names:
+            caption += f"\n{shortened(names[place], _CAPTION)}"
+        axis.set_xlabel(caption, fontsize=9, parse_math=False)
     return figure

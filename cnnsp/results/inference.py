@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from stochastic_pooling import average_draws
 
-from . import checkpoint
-from .batches import ImageBank, one_ahead
-from .data import ImageSet, decode, is_junk
-from .errors import UserError
-from .network import CNN_SP
+from ..data.batches import ImageBank
+from ..data.decoding import decode
+from ..data.folder import Source
+from ..data.images import ImageSet, ahead
+from ..errors import UserError
+from ..network import CNN_SP
+from ..training import checkpoint
 
 
 class Network(NamedTuple):
@@ -36,13 +37,18 @@ class Network(NamedTuple):
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Network:
-    """The network of a checkpoint, with the averaged weights if the checkpoint has them.
+    """The network of a checkpoint; see :func:`network_of`."""
+    return network_of(checkpoint.load(path), path, device)
+
+
+def network_of(
+    state: dict[str, Any], path: str | Path, device: torch.device | str = "cpu"
+) -> Network:
+    """The network of a checkpoint's state, with the averaged weights if it has them.
 
     Raises:
-        UserError: when :func:`cnnsp.checkpoint.load` cannot read the file, or its weights fit no
-            network or are not finite.
+        UserError: when the weights fit no network or are not finite.
     """
-    state = checkpoint.load(path)
     weights = state.get("average") or state["model"]
     classes = tuple(state["classes"])
     try:
@@ -55,13 +61,6 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise UserError(f"checkpoint {path} has weights that are not finite: its training diverged")
     return Network(model.eval().to(device), classes, state["pooling"])
-
-
-class Source(NamedTuple):
-    """A file to classify, and whether it was found in a folder rather than named."""
-
-    path: Path
-    in_folder: bool
 
 
 @dataclass(frozen=True)
@@ -92,30 +91,6 @@ class Unreadable:
     reason: str
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Source]:
-    """The files named, and all in the folders named, in alphabetical order, without junk.
-
-    Raises:
-        UserError: when a folder cannot be read.
-    """
-
-    def stop(error: OSError) -> None:
-        raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
-
-    sources = []
-    for path in map(Path, paths):
-        if not os.path.isdir(path):
-            sources.append(Source(path, in_folder=False))
-            continue
-        for folder, folders, files in os.walk(path, onerror=stop):
-            folders[:] = sorted(name for name in folders if not is_junk(Path(name)))
-            found = (Path(folder, name) for name in sorted(files))
-            sources += [
-                Source(p, in_folder=True) for p in found if os.path.isfile(p) and not is_junk(p)
-            ]
-    return sources
-
-
 def predict(
     network: Network,
     sources: Sequence[Source],
@@ -143,7 +118,7 @@ def predict(
     """
     parts = (sources[start : start + batch_size] for start in range(0, len(sources), batch_size))
     with ThreadPoolExecutor(workers) as pool:
-        for part, decoded in one_ahead((part, pool.map(_try_to_decode, part)) for part in parts):
+        for part, decoded in ahead((part, pool.map(_try_to_decode, part)) for part in parts):
             batch = list(decoded)
             images = [pixels for pixels in batch if not isinstance(pixels, UserError)]
             results = iter(_classify(network, images, draws) if images else ())

@@ -14,15 +14,17 @@ from typing import NamedTuple
 
 import torch
 
-from . import checkpoint, files, study_report
-from .batches import ImageBank
-from .data import load_folder
-from .errors import UserError
+from .. import files
+from ..data.batches import ImageBank
+from ..data.images import load_folder
+from ..errors import UserError
+from ..training import checkpoint
+from ..training.interruption import Interrupted, Requests
+from ..training.recipe import TrainOptions
+from . import study_report
 from .evaluation import evaluate
 from .history import EpochResult, read_summary
 from .inference import load_network
-from .interruption import Interrupted, Requests
-from .recipe import TrainOptions
 from .study_report import Result
 
 # Flags of train.py that the study itself gives.
@@ -132,8 +134,6 @@ class Study:
         Raises:
             UserError: when one was not.
         """
-        if not self.data_dir.is_dir():
-            raise UserError(f"--data-dir {self.data_dir} is no folder; a study takes photographs")
         for flag in self.flags:
             if flag.split("=")[0] in OWN_FLAGS:
                 raise UserError(f"{flag} is a flag that the study gives itself; leave it out")
@@ -176,7 +176,7 @@ class Study:
             Interrupted: on Ctrl-C or SIGTERM, after the run has written its checkpoint.
         """
         failures = []
-        with Requests() as requests:
+        with Requests("the run under way is stopped and saved first") as requests:
             for number, case in enumerate(planned, start=1):
                 folder, place = self.folder / str(case), f"[{number}/{len(planned)}]"
                 _stop_if_asked(requests, f"{case}, run {number} of {len(planned)}")

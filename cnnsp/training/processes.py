@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .cli import ArgumentParser, number
+from ..cli import ArgumentParser, align, number
+from ..errors import UserError
+from ..network import CNN_SP, IMAGE_SIZE, POOLINGS
 from .devices import autocast
-from .errors import UserError
-from .network import CNN_SP, IMAGE_SIZE, POOLINGS
-from .recipe import OPTIMIZERS, TrainOptions, make_optimizer
+from .recipe import TrainOptions, add_options
+from .step import make_optimizer
 
-PROG = "python -m cnnsp.memory"
+PROG = "python -m cnnsp.training.memory"
 LIBRARY_WORKSPACE = 128 * 2**20
 CONTEXT = 600_000_000
 FRAGMENTATION = 0.1
@@ -316,18 +317,16 @@ def _bytes(tensors: Iterable[Any]) -> int:
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(PROG, __doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("-b", "--batch-size", type=number(int, 1), default=256, help="images in a step")
+    add_options(parser, ["batch_size", "pool", "opt", "amp_dtype"])
     positive = number(float, 0, exclusive=True)
     add("--gpu-memory-gb", type=positive, default=6.0, help="of a card, in GB of 10⁹ bytes")
-    add("--pool", choices=POOLINGS, help="one pooling; when not given: all, side by side")
     add(
         "--amp",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="mixed precision, channels last; without it fp32, contiguous, as train.py has it",
     )
-    add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="its type")
-    add("--opt", choices=OPTIMIZERS, default="sgd", help="optimiser")
+    parser.set_defaults(pool=None, amp_dtype="float16")  # without --pool all, side by side
     return parser
 
 
@@ -350,8 +349,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory = args.gpu_memory_gb * 1e9
     fitting = [largest_batch(memory, recipe) for recipe in recipes]
     rows[f"batch for {args.gpu_memory_gb:g} GB"] = [f"{batch:,}" for batch in fitting]
-    for name, cells in {f"MB at batch {args.batch_size}": pools, **rows}.items():
-        print(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
+    table = [
+        [f"MB at batch {args.batch_size}", *pools],
+        *([k, *cells] for k, cells in rows.items()),
+    ]
+    print(*align(table), sep="\n")
     return 0
 
 

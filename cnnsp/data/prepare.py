@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .data import DECODE_ERRORS, is_junk
-from .errors import UserError
+from ..errors import UserError
+from .decoding import naming, read
+from .folder import check_folder, is_junk
 
 # Thumbnails whose correlation exceeds this show the same picture. Among 900 photographs of flowers
 # it was 0.93 at most for two different ones, and 0.99 at least for one of them and its copy at two
@@ -76,7 +77,11 @@ def prepare_flowers(
     chosen: dict[str, list[Photo]] = {}
     seen: list[Photo] = []
     for name, folder in zip(classes, folders, strict=True):
-        paths = sorted(p for p in folder.iterdir() if p.is_file() and not is_junk(p))
+        inside = sorted(p for p in folder.iterdir() if not is_junk(p))
+        for path in inside:
+            if not path.is_file():
+                yield f"left out {path}: a folder, or a link to nothing"
+        paths = [path for path in inside if path.is_file()]
         random.Random(f"{seed}/{name}").shuffle(paths)
         chosen[name] = []
         for path in paths:
@@ -84,7 +89,7 @@ def prepare_flowers(
                 break
             try:
                 photo = read_photo(path)
-            except DECODE_ERRORS as error:
+            except UserError as error:
                 yield f"left out {path}: not a readable image ({error})"
                 continue
             twin = find_twin(photo, seen)
@@ -108,19 +113,19 @@ def prepare_flowers(
 
 
 def read_photo(path: Path) -> Photo:
-    """Decode ``path`` whole and hash it; raises one of :data:`cnnsp.data.DECODE_ERRORS`."""
-    with Image.open(path) as image:
-        look = thumbnail(image)
+    """Decode ``path`` whole and hash it; raises UserError."""
+    with naming(path):
+        look = thumbnail(read(path))
     return Photo(path, hashlib.sha256(path.read_bytes()).hexdigest(), look)
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
-    """The picture in 16 × 16 pixels as a vector, float64 ``[768]``, of mean 0 and length 1.
+    """An RGB picture in 16 × 16 pixels as a vector, float64 ``[768]``, of mean 0 and length 1.
 
     The product of two is their correlation. An image of one colour gives zeros, so nothing but
     the same file is its twin.
     """
-    small = image.convert("RGB").resize((16, 16), Image.Resampling.BOX)
+    small = image.resize((16, 16), Image.Resampling.BOX)
     look = np.asarray(small, dtype=np.float64).ravel()
     look = look - look.mean()
     return look / max(float(np.linalg.norm(look)), 1e-9)
@@ -135,8 +140,7 @@ def find_twin(photo: Photo, others: Sequence[Photo]) -> Photo | None:
 
 
 def _class_folders(source: Path, classes: Sequence[str]) -> list[Path]:
-    if not source.is_dir():
-        raise UserError(f"source folder {source} does not exist")
+    check_folder(source, "source folder")
     # Kaggle's archive unpacks to flowers/, which in some versions holds another flowers/.
     for root in (source, source / "flowers", source / "flowers" / "flowers"):
         if any((root / name).is_dir() for name in classes):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -20,15 +23,23 @@ class Interrupted(Exception):  # noqa: N818  it is no error
         self.signal = signal_number
 
 
+class Asked(Exception):  # noqa: N818  nor is this
+    """A signal came where the work can be left at once, see :meth:`Requests.at_once`."""
+
+
 class Requests:
-    """Within this context SIGINT and SIGTERM set :attr:`signal` and interrupt nothing.
+    """Within this context SIGINT and SIGTERM set :attr:`signal`, and say that they were heard.
 
     A second Ctrl-C raises KeyboardInterrupt, for those who cannot wait. Outside the main thread,
     where Python allows no signal handlers, it does nothing.
+
+    Args:
+        promise: what is said to come next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str) -> None:
         self.signal: int | None = None
+        self._promise, self._at_once = promise, False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Requests:
@@ -41,7 +52,29 @@ class Requests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this context a request raises :class:`Asked`, rather than to wait for a look."""
+        self._at_once = True
+        try:
+            if self.signal is not None:
+                raise Asked
+            yield
+        finally:
+            self._at_once = False
+
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        first, self.signal = self.signal is None, number
+        if first:
+            again = "; Ctrl-C again ends it without" if number == signal.SIGINT else ""
+            with contextlib.suppress(OSError, RuntimeError):  # the signal came in another print
+                print(
+                    f"\n{signal.Signals(number).name}: {self._promise}{again}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        if self._at_once:
+            self._at_once = False
+            raise Asked

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import files
-from .errors import UserError
+from .. import files
+from ..errors import UserError
 
 FORMAT = 2
 _KEYS = {
@@ -32,12 +31,27 @@ def save(state: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: when it cannot be written.
     """
+    import torch
+
     try:
-        with files.replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save(state, file)
+        # By way of memory, for PyTorch has no word for a disk that is full.
+        content = io.BytesIO()
+        torch.save(state, content)
+        files.write(path, content.getbuffer())
     except UserError as error:
         kept = "; the one before it is intact" if path.exists() else ""
         raise UserError(f"{error}{kept}") from None
+
+
+def find(path: Path) -> Path:
+    """The checkpoint of that name, or the last.pt of a run's folder; raises UserError."""
+    if path.is_dir():
+        if not (path / "last.pt").is_file():
+            raise UserError(f"folder {path} holds no last.pt, so it is no run with a checkpoint")
+        return path / "last.pt"
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    return path
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -46,9 +60,9 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: when the file is missing, damaged or no checkpoint of ``train.py``.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+    import torch
+
+    path = find(Path(path))
     try:
         # torch.load takes the tensors as they are; the archive's checksums tell a flipped bit.
         with zipfile.ZipFile(path) as archive:

@@ -7,29 +7,19 @@ tilt, light and background, so a network has to look at the petals.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from math import pi
 
 import numpy as np
-import torch
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
-from .augment import Variant
-from .data import ImageSet
-from .network import IMAGE_SIZE
+from .. import IMAGE_SIZE
 
 CLASSES = ("daisy", "dandelion", "rose")
-
-# A recipe that ends within minutes on two CPU cores: 400 training images of each class in these
-# variants, with these settings of TrainOptions.
-TRAIN_PER_CLASS, TEST_PER_CLASS = 400, 100
-VARIANTS = (Variant(), Variant(angle=-10), Variant(angle=10))
-RECIPE = {"epochs": 4, "batch_size": 32, "opt": "adam", "lr": 1e-3, "lr_step": 3}
 
 Colour = tuple[int, int, int]
 
@@ -56,43 +46,10 @@ _GROUNDS = np.array(
 _LEAVES = np.array([(70, 118, 52), (104, 148, 70), (44, 84, 48), (134, 150, 84), (120, 100, 62)])
 
 
-def synthetic_flowers(
-    per_class: int, *, seed: int = 0, split: str = "train", size: int = IMAGE_SIZE, workers: int = 2
-) -> ImageSet:
-    """Draw ``per_class`` images of each class.
-
-    Every image depends on ``seed``, ``split``, its class and its number only, so more images
-    continue the same series. ``"train"`` and ``"test"`` share no image.
-
-    Args:
-        per_class: images of each class, at least 1.
-        seed: not negative.
-        split: ``"train"`` or ``"test"``.
-        size: height and width in pixels.
-        workers: drawing threads.
-    """
-    split_number = ("train", "test").index(split)
-    keys = [(label, number) for label in range(len(CLASSES)) for number in range(per_class)]
-
-    def draw(key: tuple[int, int]) -> np.ndarray:
-        rng = np.random.default_rng([seed, split_number, *key])
-        return draw_flower(CLASSES[key[0]], rng, size)
-
-    images = torch.empty(len(keys), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor(workers) as pool:
-        drawn = pool.map(draw, keys)
-        bar = tqdm(drawn, f"drawing {split}", len(keys), unit="image", leave=False, disable=None)
-        for position, pixels in enumerate(bar):
-            images[position] = torch.from_numpy(pixels).permute(2, 0, 1)
-    return ImageSet(images, torch.tensor([label for label, _ in keys]), CLASSES)
-
-
-def load(*, workers: int = 2) -> tuple[ImageSet, ImageSet]:
-    """The training and the test images of the recipe, always the same ones."""
-    return (
-        synthetic_flowers(TRAIN_PER_CLASS, split="train", workers=workers),
-        synthetic_flowers(TEST_PER_CLASS, split="test", workers=workers),
-    )
+def draw(seed: int, split: int, label: int, number: int, size: int = IMAGE_SIZE) -> np.ndarray:
+    """A picture that depends on these numbers only: uint8 ``[size, size, 3]``, RGB."""
+    rng = np.random.default_rng([seed, split, label, number])
+    return draw_flower(CLASSES[label], rng, size)
 
 
 def draw_flower(kind: str, rng: Generator, size: int = IMAGE_SIZE) -> np.ndarray:
@@ -281,3 +238,9 @@ def _rotation(angle: float) -> np.ndarray:
 def _shade(colour: Sequence[float] | np.ndarray, light: float) -> Colour:
     red, green, blue = (int(min(max(value * light, 0), 255)) for value in colour)
     return red, green, blue
+
+
+if __name__ == "__main__":  # for synthetic.py: SEED SPLIT SIZE LABEL NUMBER LABEL NUMBER …
+    seed, split, size, *keys = map(int, sys.argv[1:])
+    for label, number in zip(keys[::2], keys[1::2], strict=True):
+        sys.stdout.buffer.write(draw(seed, split, label, number, size).tobytes())

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from . import files
-from .errors import UserError
+from .. import files
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class EpochResult:
     """One row of ``summary.csv``.
 
     Attributes:
-        epoch: counted from 1.
+        epoch: how many are done: 3, or 2.25 where ``--max-steps`` ended the third within.
         train_loss: mean over the epoch's augmented images, in training mode.
         test_loss: mean over the test images.
         test_accuracy: in per cent.
@@ -26,7 +26,7 @@ class EpochResult:
         seconds: training and evaluation.
     """
 
-    epoch: int
+    epoch: float
     train_loss: float
     test_loss: float
     test_accuracy: float
@@ -51,9 +51,10 @@ def read_summary(path: Path) -> list[EpochResult]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        values = [{name: float(value) for name, value in row.items()} for row in rows]
         return [
-            EpochResult(int(row.pop("epoch")), **{k: float(v) for k, v in row.items()})
-            for row in rows
+            EpochResult(int(epoch) if (epoch := row.pop("epoch")).is_integer() else epoch, **row)
+            for row in values
         ]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -11,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import files
-from .augment import IMAGENET_MEAN, IMAGENET_STD
-from .batches import ImageBank
-from .errors import UserError
+from .. import files
+from ..data.augment import IMAGENET_MEAN, IMAGENET_STD
+from ..data.batches import ImageBank
+from ..data.synthetic import synthetic_flowers
+from ..errors import UserError
+from ..network import IMAGE_SIZE
 from .inference import Network
-from .network import IMAGE_SIZE
-from .synthetic import synthetic_flowers
 
 INPUT, OUTPUT = "images", "log_probabilities"
 # How far a log-probability p may be from the network's: this times max(1, |p|). Other programs add
@@ -80,7 +81,9 @@ def export_program(network: Network, path: Path) -> float:
     program = torch.export.export(network.model, (_example(),), dynamic_shapes=(_DYNAMIC_BATCH,))
 
     def save(file: Path) -> None:
-        torch.export.save(program, file, extra_files=metadata(network))
+        content = io.BytesIO()  # for PyTorch has no word for a disk that is full
+        torch.export.save(program, content, extra_files=metadata(network))
+        file.write_bytes(content.getbuffer())
 
     def load(file: Path) -> Callable[[Tensor], Tensor]:
         return torch.export.load(file).module()

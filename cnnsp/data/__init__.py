@@ -1,0 +1,1 @@
+"""Photographs, and flowers that are drawn, into batches."""

@@ -1,0 +1,163 @@
+"""Folders of photographs: which files they hold. Nothing is decoded here, nor PyTorch needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UserError, raise_all
+
+SPLITS = ("train_data", "test_data")
+# What operating systems leave in folders. Hidden files are ignored too.
+_JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
+_LAYOUT = "expected {0}/train_data/<class>/ and {0}/test_data/<class>/"
+
+Split = dict[str, list[Path]]  # the files of each class, both in alphabetical order
+
+
+def is_junk(path: Path) -> bool:
+    """Whether ``path`` is a hidden file or one that an operating system drops in folders."""
+    return path.name.startswith(".") or path.name.lower() in _JUNK
+
+
+def check_folder(path: Path, what: str, hint: str = "") -> None:
+    """Check that ``path`` is a folder; raises UserError, with ``hint`` where there is nothing."""
+    if path.is_dir():
+        return
+    if not path.exists():
+        raise UserError(f"{what} {path} does not exist{hint}")
+    unpack = "; unpack it, and name the folder" if path.suffix.lower() in _ARCHIVES else ""
+    raise UserError(f"{what} {path} is a file, not a folder{unpack}")
+
+
+_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
+
+
+def list_split(folder: Path, problems: list[str]) -> Split:
+    """The files of each class folder in ``folder``; what is wrong is added to ``problems``."""
+    if not folder.is_dir():
+        makes = "scripts/prepare_flowers.py makes them"
+        if folder.parent.name in SPLITS:
+            makes = f"--data-dir {folder.parent.parent} may hold them"
+        problems.append(f"{folder} is missing: {_LAYOUT.format(folder.parent)} ({makes})")
+        return {}
+    files: Split = {}
+    for class_folder in sorted(p for p in folder.iterdir() if p.is_dir() and not is_junk(p)):
+        paths = sorted(p for p in class_folder.iterdir() if not is_junk(p))
+        if not paths:
+            problems.append(f"{class_folder} holds no images")
+        problems += [
+            f"{path} is a link to nothing"
+            if path.is_symlink() and not path.exists()
+            else f"{path} is not a file: images lie directly in their class folder"
+            for path in paths
+            if not path.is_file()
+        ]
+        files[class_folder.name] = paths
+    if not files:
+        problems.append(f"{folder} holds no class folders: {_LAYOUT.format(folder.parent)}")
+    return files
+
+
+def list_folder(
+    data_dir: str | Path,
+    *,
+    validate: int | None = None,
+    splits: Sequence[str] = SPLITS,
+    named_by: Path | None = None,
+) -> dict[str, Split]:
+    """The files of ``data_dir``, by split.
+
+    Args:
+        data_dir: holds ``train_data/<class>/`` and ``test_data/<class>/``.
+        validate: a number from 0 to 3. What stands for ``test_data`` then is this quarter of
+            ``train_data``, which that lacks: every fourth image of each class.
+        splits: those that are wanted; others need not be there.
+        named_by: the checkpoint that ``data_dir`` comes from, if it does.
+
+    Raises:
+        UserError: naming all that is at fault: a missing folder, a class that is empty or holds
+            a folder, classes that differ between the splits, or one class alone.
+    """
+    data_dir = Path(data_dir)
+    origin = f"; {named_by} was trained on it, and --data-dir names another" if named_by else ""
+    check_folder(data_dir, "data folder", origin)
+    if validate is not None:
+        splits = SPLITS[:1]
+    problems: list[str] = []
+    try:
+        found = {name: list_split(data_dir / name, problems) for name in splits}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    raise_all(problems)
+    classes = [set(split) for split in found.values()]
+    if differ := [
+        f"{name!r} is only in {split}"
+        for split, mine in zip(splits, classes, strict=True)
+        for name in sorted(mine - classes[0].intersection(*classes))
+    ]:
+        raise UserError(f"classes of {data_dir} differ between the splits: {', '.join(differ)}")
+    if len(classes[0]) < 2 and len(found) > 1:
+        name = next(iter(classes[0]))
+        raise UserError(f"{data_dir} holds one class, {name!r}; it takes two or more")
+    if validate is not None:
+        whole = found[SPLITS[0]]
+        raise_all(
+            [
+                f"class {name!r} has {len(paths)} images: too few for quarters"
+                for name, paths in whole.items()
+                if len(paths) < 4
+            ]
+        )
+        held = {name: paths[validate::4] for name, paths in whole.items()}
+        kept = {
+            name: [path for number, path in enumerate(paths) if number % 4 != validate]
+            for name, paths in whole.items()
+        }
+        return dict(zip(SPLITS, (kept, held), strict=True))
+    return found
+
+
+class Source(NamedTuple):
+    """A file to classify, and whether it was found in a folder rather than named."""
+
+    path: Path
+    in_folder: bool
+
+
+def find_images(paths: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
+    """The files named, and all in the folders named, in alphabetical order, without junk.
+
+    Links are followed, but not into a folder that holds them.
+
+    Returns:
+        the files, and why folders were passed over.
+
+    Raises:
+        UserError: when a folder cannot be read.
+    """
+
+    sources: list[Source] = []
+    passed_over = []
+
+    def walk(folder: Path, above: tuple[Path, ...] = ()) -> None:
+        real = folder.resolve()
+        if real in above:
+            passed_over.append(f"{folder} links to a folder that it lies in")
+            return
+        try:
+            inside = sorted(path for path in folder.iterdir() if not is_junk(path))
+        except OSError as error:
+            raise UserError(f"cannot read folder {folder}: {error.strerror}") from None
+        sources.extend(Source(path, in_folder=True) for path in inside if not path.is_dir())
+        for path in inside:
+            if path.is_dir():
+                walk(path, (*above, real))
+
+    for path in map(Path, paths):
+        if path.is_dir():
+            walk(path)
+        else:
+            sources.append(Source(path, in_folder=False))
+    return sources, passed_over

@@ -1,0 +1,1 @@
+"""A run: its recipe, its steps, and what survives a stop."""

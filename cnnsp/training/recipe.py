@@ -1,0 +1,178 @@
+"""What a run is made of: its options, which are train.py's flags, and its learning rates."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+from .. import POOLINGS
+from ..cli import number
+
+SYNTHETIC = "synthetic"
+OPTIMIZERS = ("sgd", "adam", "adamw")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "off")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
+# What `--recipe` names: settings of TrainOptions.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # Chosen on held-out quarters of the 300 training photographs, see docs/study.md.
+    "best": {
+        "augment": "random",
+        "repeats": 20,
+        "epochs": 15,
+        "batch_size": 64,
+        "lr": 0.02,
+        "nesterov": True,
+        "weight_decay": 1e-3,
+        "schedule": "cosine",
+        "warmup_epochs": 0.5,
+        "label_smoothing": 0.1,
+        "mixup": 0.4,
+        "ema": 0.99,
+        "dropout": 0.3,
+    },
+}
+# That of synthetic flowers, without --recipe: it ends within minutes on two CPU cores.
+SHORT_RECIPE: dict[str, Any] = {
+    "epochs": 3,
+    "batch_size": 16,
+    "opt": "adam",
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "warmup_epochs": 0.1,
+    "ema": 0.98,
+}
+
+
+Count = Annotated[int, {"least": 1}]
+Share = Annotated[float, {"least": 0, "most": 1}]
+Amount = Annotated[float, {"least": 0}]
+_MODE = {"choices": COMPILE_MODES, "nargs": "?", "const": "default", "metavar": "MODE"}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a run is made of. The defaults are the recipe of the flower replication.
+
+    Every attribute is a flag of train.py, and its text here the help.
+
+    Attributes:
+        data_dir: folder with train_data/<class>/ and test_data/<class>/, or 'synthetic'; when not
+            given: datasets/, or synthetic flowers if that does not exist
+        validate: to choose settings without the test images: hold out this quarter (0 to 3) of each
+            class's training images, and evaluate on it instead
+        recipe: defaults for the settings below
+        pool: pooling
+        augment: the paper's rotations and gamma corrections, each once an epoch, or random crops,
+            rotations, flips and colours, always new
+        repeats: with --augment random, how often an epoch takes each image
+        epochs: epochs in all, those before a resumed checkpoint included
+        batch_size: images in a step of the optimiser, over all parts and processes
+        opt: optimiser
+        lr: learning rate, before --schedule and --warmup-epochs scale it
+        momentum: of SGD
+        nesterov: Nesterov's momentum, with SGD
+        weight_decay: L2 penalty; decoupled with adamw
+        schedule: of the learning rate: a tenth every --lr-step epochs, or a cosine to 0 at the end
+        lr_step: epochs after which the learning rate is divided by 10, again and again
+        warmup_epochs: epochs over which the learning rate rises at the start
+        label_smoothing: share of the target that is spread over all classes
+        mixup: mix each image with another, by a share from Beta(MIXUP, MIXUP)
+        ema: evaluate a moving average of the weights, with this decay
+        dropout: probability, before the last layer
+        seed: of the weights, the order and augmentation of the images, dropout and the pools
+        amp_dtype: type for mixed precision
+        channels_last: memory format; when not given: on for CPUs, and for CUDA with mixed precision
+        torchcompile: compile the network: default, reduce-overhead, max-autotune or off;
+            reduce-overhead uses CUDA graphs
+        accumulate: compute a batch in so many parts, one after the other: less memory for the same
+            recipe
+        max_steps: stop after so many steps, and evaluate
+        log_interval: steps from one report of the loss to the next
+        checkpoint_interval: seconds from one checkpoint to the next within an epoch
+    """
+
+    data_dir: str = SYNTHETIC
+    validate: Annotated[int | None, {"least": 0, "most": 3}] = None
+    recipe: Annotated[str | None, {"choices": tuple(RECIPES)}] = None
+    pool: Annotated[str, {"choices": POOLINGS}] = "stochastic"
+    augment: Annotated[str, {"choices": ("paper", "random")}] = "paper"
+    repeats: Count = 61
+    epochs: Count = 30
+    batch_size: Annotated[int, {"least": 1, "short": "-b"}] = 256
+    opt: Annotated[str, {"choices": OPTIMIZERS}] = "sgd"
+    lr: Annotated[float, {"least": 0, "exclusive": True}] = 0.01
+    momentum: Amount = 0.9
+    nesterov: bool = False
+    weight_decay: Amount = 0.0
+    schedule: Annotated[str, {"choices": ("step", "cosine")}] = "step"
+    lr_step: Count = 10
+    warmup_epochs: Amount = 0.0
+    label_smoothing: Share = 0.0
+    mixup: Amount = 0.0
+    ema: Share = 0.0
+    dropout: Share = 0.1
+    seed: Annotated[int, {"least": 0, "most": 2**32 - 1}] = 0
+    amp_dtype: Annotated[str | None, {"choices": ("float16", "bfloat16")}] = None
+    channels_last: bool | None = None
+    torchcompile: Annotated[str | None, _MODE] = None
+    accumulate: Count = 1
+    max_steps: Annotated[int | None, {"least": 1}] = None
+    log_interval: Count = 10
+    checkpoint_interval: Amount = 60.0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainOptions:
+        """From the settings among ``values``."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+def add_options(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
+    """Make flags of attributes of :class:`TrainOptions`."""
+    types = get_type_hints(TrainOptions, include_extras=True)
+    text = TrainOptions.__doc__ or ""  # there is none under python -OO
+    help = dict(re.findall(r"^ {8}(\w+): ((?:.+\n {12})*.+)$", text, re.M))
+    for name in (field.name for field in fields(TrainOptions) if field.name in names):
+        about = dict(*getattr(types[name], "__metadata__", ()))
+        flags = [*filter(None, [about.pop("short", None)]), "--" + name.replace("_", "-")]
+        if "bool" in str(types[name]):
+            about["action"] = argparse.BooleanOptionalAction
+        elif "least" in about:
+            kind = float if "float" in str(types[name]) else int
+            bounds = {key: about.pop(key) for key in ("least", "most", "exclusive") if key in about}
+            about["type"] = number(kind, **bounds)
+        about["help"] = " ".join(help.get(name, "").split())
+        parser.add_argument(*flags, default=getattr(TrainOptions, name), **about)
+
+
+def defaults(data_dir: str, recipe: str | None, resumed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a setting is that the command line does not give.
+
+    Args:
+        data_dir: as given, or chosen.
+        recipe: as given.
+        resumed: the options of the checkpoint that the run goes on from, or none.
+    """
+    if resumed:
+        values = {k: v for k, v in resumed.items() if k != "max_steps"}
+    else:
+        values = SHORT_RECIPE if data_dir == SYNTHETIC and recipe is None else {}
+    return {**values, **(RECIPES[recipe] if recipe is not None else {})}
+
+
+def learning_rate(options: TrainOptions, epoch: int, step: int, steps: int) -> float:
+    """That of step ``step`` of ``steps`` in ``epoch``, both counted from 0."""
+    done = epoch + step / steps
+    if options.schedule == "step":
+        lr = options.lr * 0.1 ** (epoch // options.lr_step)
+    else:
+        lr = options.lr * 0.5 * (1 + math.cos(math.pi * done / options.epochs))
+    if done < options.warmup_epochs:
+        # The first step is not lost: it takes the rate that the rise has at its end.
+        lr *= min(1.0, (done + 1 / steps) / options.warmup_epochs)
+    return lr

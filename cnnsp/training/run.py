@@ -1,0 +1,411 @@
+"""A run: its epochs and evaluations, what it writes, and how it stops and goes on."""
+
+from __future__ import annotations
+
+import math
+import operator
+import signal
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import files
+from ..cli import patience
+from ..data.batches import ImageBank, epoch_batches
+from ..errors import UserError
+from ..results import board as boards
+from ..results import pictures
+from ..results.evaluation import Evaluation, log_probabilities
+from ..results.history import EpochResult, write_summary
+from . import checkpoint
+from .interruption import Asked, Interrupted, Requests
+from .processes import Team
+from .recipe import TrainOptions, learning_rate
+from .step import Learner
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: the epoch under way, from 0.
+        step: optimiser steps done in that epoch.
+        loss_sum: training loss summed over the images of those steps.
+        images: their number.
+        total_steps: optimiser steps since the run began.
+        best_accuracy: best test accuracy so far, in per cent; -1 before the first evaluation.
+        history: one result per evaluated epoch.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    images: int = 0
+    total_steps: int = 0
+    best_accuracy: float = -1.0
+    history: list[EpochResult] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Progress:
+        history = [EpochResult(**row) for row in state["history"]]
+        return cls(**{**state, "history": history})
+
+
+# What is due beside a signal, whose numbers are larger: 2 for SIGINT, 15 for SIGTERM; and that of
+# a pipe that nobody reads, which Windows does not have.
+_CHECKPOINT, _PIPE = 1, 13
+_COMPILING = "the first step compiles its kernels: up to a minute, once on a machine …"
+
+
+class Trainer:
+    """Trains one CNN_SP and writes what it learns to a folder.
+
+    Args:
+        options: the recipe.
+        train: training images, augmented.
+        test: test images; on the same device.
+        output: folder for checkpoints, ``args.json``, ``summary.csv``, pictures and TensorBoard's
+            events.
+        team: the processes that train together, each with a trainer of its own.
+    """
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        train: ImageBank,
+        test: ImageBank,
+        output: Path,
+        team: Team | None = None,
+    ) -> None:
+        self.options, self.train, self.test = options, train, test
+        self.classes, self.output = train.images.classes, output
+        self.team = team or Team()
+        self.device = train.device
+        self.learner = Learner(options, len(self.classes), self.device, self.team)
+        self.progress = Progress()
+        self.steps = math.ceil(len(train) / options.batch_size)  # of an epoch
+        self._losses: list[tuple[Tensor, int]] = []  # of steps since they were added up
+        self._warm = False
+        self._saved_at = time.monotonic()
+
+    def run(self) -> Progress:
+        """Train to the last epoch, or for ``max_steps``; returns where that ended.
+
+        Raises:
+            UserError: when the output folder cannot be written, or the loss is not finite.
+            Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+        """
+        board = None
+        start = self.progress.total_steps
+        most = self.options.max_steps
+        self._last = math.inf if most is None else start + most
+        promise = "a checkpoint is written as soon as the step is done"
+        try:
+            if self.team.leads:
+                self.output.mkdir(parents=True, exist_ok=True)
+                files.write_json(self.output / "args.json", asdict(self.options))
+                board = boards.Board(self.output, first_step=start)
+            with Requests(promise) as self._requests:
+                while (
+                    self.progress.epoch < self.options.epochs
+                    and self.progress.total_steps < self._last
+                ):
+                    self._epoch(board)
+        except BrokenPipeError:
+            self._stop(_PIPE, "nobody reads the output any more")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.output}: {error.strerror or error}") from None
+        finally:
+            if board is not None:
+                board.close()
+        return self.progress
+
+    def rehearse(self) -> None:
+        """Compile what a step and an evaluation call; this trainer is of no use afterwards."""
+        images, labels = self.train.batch(torch.arange(len(self.train))[:2])
+        with patience(_COMPILING, log=True):
+            self.learner.step(images, labels, batch_size=2, number=0, lr=0.0)
+            self.evaluate()
+
+    def _epoch(self, board: boards.Board | None) -> None:
+        """Train one epoch, or what is left of it, evaluate, and write everything."""
+        progress = self.progress
+        start, before = time.perf_counter(), progress.images
+        lr = self._train_steps(board)
+        images_per_second = (progress.images - before) / (time.perf_counter() - start)
+        test = self._at_once(self.evaluate)
+
+        whole = progress.step == self.steps
+        result = EpochResult(
+            progress.epoch + (1 if whole else progress.step / self.steps),
+            progress.loss_sum / progress.images,
+            test.loss,
+            test.accuracy,
+            lr,
+            images_per_second,
+            time.perf_counter() - start,
+        )
+        progress.history = [r for r in progress.history if r.epoch <= progress.epoch] + [result]
+        if whole:
+            progress.epoch += 1
+            progress.step = progress.images = 0
+            progress.loss_sum = 0.0
+        is_best = test.accuracy > progress.best_accuracy
+        progress.best_accuracy = max(progress.best_accuracy, test.accuracy)
+        if board is not None:
+            # Before the checkpoint: a run that is killed in between does the epoch again.
+            write_summary(progress.history, self.output / "summary.csv")
+        self._save(also_best=is_best)
+        if board is not None:
+            self._report(board, result, test)
+
+    def _train_steps(self, board: boards.Board | None) -> float:
+        """Optimiser steps to the end of the epoch or of the run; the last one's learning rate."""
+        options, progress = self.options, self.progress
+        batches = epoch_batches(
+            len(self.train),
+            options.batch_size,
+            seed=options.seed,
+            epoch=progress.epoch,
+            first=progress.step,
+            rank=self.team.rank,
+            world_size=self.team.size,
+        )
+        # Where an interrupted run had done the last step already, there is nothing left to train.
+        lr = learning_rate(options, progress.epoch, max(progress.step - 1, 0), self.steps)
+        rest = min(options.epochs * self.steps, self._last) - progress.total_steps
+        name = f"epoch {progress.epoch + 1}/{options.epochs}"
+        made = self.train.batches(batches, progress.epoch, reuse=True)
+        with boards.EpochProgress(name, self.steps, progress.step, int(rest), board is None) as bar:
+            while progress.step < self.steps and progress.total_steps < self._last:
+                with nullcontext() if self._warm else patience(_COMPILING, log=True):
+                    _, images, labels = self._at_once(lambda: next(made))
+                    if board is not None and progress.total_steps == 0:
+                        board.first_batch(images)
+                        board.graph(self.learner.model, images[:1])
+                    lr = learning_rate(options, progress.epoch, progress.step, self.steps)
+                    left = len(self.train) - progress.step * options.batch_size
+                    size = min(options.batch_size, left)
+                    loss = self.learner.step(
+                        images, labels, batch_size=size, number=progress.total_steps, lr=lr
+                    )
+                self._warm = True
+                self._losses.append((loss, size))
+                progress.step += 1
+                progress.total_steps += 1
+                progress.images += size
+                bar.advance(size)
+                ends = progress.step == self.steps or progress.total_steps == self._last
+                if progress.step % options.log_interval == 0 or ends:
+                    value = self._take_losses()
+                    bar.report(value)
+                    if board is not None:
+                        board.train_loss(value, progress.total_steps)
+                self._do_what_is_due()
+        self._check()
+        return lr
+
+    def _take_losses(self) -> float:
+        """Wait for the steps since the last call and add up their losses; the last of these."""
+        if not self._losses:
+            return math.nan
+        losses, sizes = zip(*self._losses, strict=True)
+        values = torch.stack(losses).tolist()
+        first = self.progress.total_steps - len(values)
+        for step, value in enumerate(values, start=first):
+            if not math.isfinite(value):
+                raise self._lost("training loss was", step)
+        self.progress.loss_sum += sum(map(operator.mul, values, sizes))
+        self._losses.clear()
+        return values[-1]
+
+    def _check(self) -> None:
+        """Raise UserError, rather than save weights that are lost."""
+        self._take_losses()
+        if not self.learner.is_finite():
+            raise self._lost("weights were", self.progress.total_steps - 1)
+
+    def _lost(self, what: str, step: int) -> UserError:
+        kept = self.output / "last.pt"
+        back = f"; {kept} is from before it" if kept.exists() else ""
+        return UserError(
+            f"the {what} not finite in epoch {self.progress.epoch + 1}, at step {step + 1} of the "
+            f"run; a lower --lr may help, or --warmup-epochs{back}"
+        )
+
+    def _do_what_is_due(self) -> None:
+        """Save within the epoch, and stop there if a signal asks for it."""
+        due = time.monotonic() - self._saved_at > self.options.checkpoint_interval
+        # Signals and clocks need not come to every process at the same step.
+        wish = self.team.highest(self._requests.signal or (_CHECKPOINT if due else 0))
+        if wish == _CHECKPOINT:
+            self._check()
+            self._save()
+        elif wish:
+            self._stop(wish)
+
+    def _at_once(self, work: Callable[[], _T]) -> _T:
+        """Do what leaves no trace until it is done, so that a signal need not wait for it.
+
+        With several processes it does, for they stop at the same step.
+        """
+        if self.team.size > 1:
+            return work()
+        try:
+            with self._requests.at_once():
+                return work()
+        except Asked:
+            assert self._requests.signal is not None
+            self._stop(self._requests.signal)
+
+    def _stop(self, wish: int, why: str | None = None) -> NoReturn:
+        self._check()
+        self._save()
+        raise Interrupted(
+            wish,
+            f"{why or signal.Signals(wish).name}: stopped in epoch {self.progress.epoch + 1} after "
+            f"step {self.progress.step}; --resume {self.output / 'last.pt'} goes on from there",
+        )
+
+    def evaluate(self) -> Evaluation:
+        """The network on the test images, each process taking its share."""
+        options, team = self.options, self.team
+        items = torch.arange(len(self.test))
+        batch_size = math.ceil(options.batch_size / options.accumulate / team.size)
+        mine = log_probabilities(
+            self.learner.network,
+            self.test,
+            items[team.rank :: team.size],
+            batch_size,
+            self.learner.amp_dtype,
+        )
+        return Evaluation.of(team.rows(mine, len(items)), self.test.labels.cpu())
+
+    def _report(self, board: boards.Board, result: EpochResult, test: Evaluation) -> None:
+        """Show an epoch's results in the folder, in TensorBoard and on the terminal."""
+        progress, options = self.progress, self.options
+        title = f"CNN_SP, {options.pool} pooling"
+        when = f"epoch {result.epoch:.4g}"
+        pictures.write(pictures.curves(progress.history, title), self.output / "curves.png")
+        heading = f"{title}, {when}\naccuracy {test.accuracy:.2f} %"
+        confusion = pictures.confusion(test, self.classes, heading)
+        pictures.write(confusion, self.output / "confusion.png")
+        cuda = self.device.type == "cuda"
+        memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
+        board.epoch(result, progress.total_steps, memory_mib)
+        board.evaluation(test, self.test, self.classes, progress.total_steps)
+        if progress.epoch == options.epochs:
+            board.hyper_parameters(
+                asdict(options),
+                {
+                    "last_accuracy": result.test_accuracy,
+                    "last_loss": result.test_loss,
+                    "lowest_loss": min(row.test_loss for row in progress.history),
+                },
+            )
+        name = f"Epoch {math.ceil(result.epoch)}/{options.epochs}"
+        if progress.step:
+            name += f", only its first {progress.step} of {self.steps} steps (--max-steps)"
+        print(
+            f"{name}: train loss {result.train_loss:.4f}, "
+            f"lr {result.lr:.3g}, {result.images_per_second:.0f} images/s, "
+            f"{result.seconds:.0f} s\n"
+            f"Test set: average loss {test.loss:.4f}, "
+            f"accuracy {test.correct}/{test.total} ({test.accuracy:.2f}%)",
+            flush=True,
+        )
+
+    def verdict(self) -> str:
+        """One line on how it went and where everything is."""
+        best = max(self.progress.history, key=lambda result: result.test_accuracy)
+        return (
+            f"Best test accuracy {best.test_accuracy:.2f} % after epoch {best.epoch:.4g}, "
+            f"last {self.progress.history[-1].test_accuracy:.2f} %; all of it is in {self.output}"
+        )
+
+    def _save(self, *, also_best: bool = False) -> None:
+        self._saved_at = time.monotonic()
+        if not self.team.leads:
+            return
+        state = {
+            "format": checkpoint.FORMAT,
+            "pooling": self.options.pool,
+            "classes": list(self.classes),
+            "options": asdict(self.options),
+            "progress": asdict(self.progress),
+            "items": len(self.train),
+            **self.learner.state(),
+        }
+        # In this order, for a run that is killed in between does the epoch again.
+        if also_best:
+            checkpoint.save(state, self.output / "best.pt")
+        checkpoint.save(state, self.output / "last.pt")
+
+    def restore(self, state: dict[str, Any], path: str | Path) -> None:
+        """Go on from ``state``, which :func:`cnnsp.checkpoint.load` read from ``path``.
+
+        Settings that the options give anew, such as the learning rate, hold from here on. The
+        number of processes may be another one.
+
+        Raises:
+            UserError: when the state does not fit the options or the data, or is already at the
+                last epoch.
+        """
+        try:
+            before = TrainOptions(**state["options"])
+            progress = Progress.from_dict(state["progress"])
+        except (KeyError, TypeError):
+            raise UserError(f"checkpoint {path} was written by another version") from None
+        options = self.options
+        if before.opt != options.opt:
+            raise UserError(f"checkpoint {path} was trained with --opt {before.opt}")
+        if progress.epoch >= options.epochs:
+            raise UserError(
+                f"checkpoint {path} has finished {progress.epoch} of {options.epochs} epochs; "
+                "a larger --epochs goes on"
+            )
+        # Within an epoch, the number of steps says which images are left only if these agree.
+        here = (options.augment, options.batch_size, options.seed, len(self.train))
+        there = (before.augment, before.batch_size, before.seed, state["items"])
+        if progress.step > 0 and here != there:
+            raise UserError(
+                f"checkpoint {path} stopped within an epoch: it goes on only with the same images, "
+                f"--augment {before.augment}, --batch-size {before.batch_size} and "
+                f"--seed {before.seed}"
+            )
+        try:
+            self.learner.load(state)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"checkpoint {path} does not fit: {reason}") from None
+        self.progress = progress
+        self._tell_changes(before)
+
+    def _tell_changes(self, before: TrainOptions) -> None:
+        """Say what goes on otherwise than it began."""
+        options, progress = self.options, self.progress
+        changed = [
+            f"--{f.name.replace('_', '-')} {getattr(options, f.name)} ({getattr(before, f.name)})"
+            for f in fields(options)
+            if f.name not in ("data_dir", "recipe", "max_steps")
+            and getattr(options, f.name) != getattr(before, f.name)
+        ]
+        if changed:
+            print(f"Other settings than before (in brackets): {', '.join(changed)}")
+        here = progress.epoch, progress.step
+        there = min(here, (before.epochs - 1, self.steps - 1))
+        rate, expected = (
+            learning_rate(recipe, *place, self.steps)
+            for recipe, place in ((options, here), (before, there))
+        )
+        if not math.isclose(rate, expected):
+            print(f"The learning rate goes on at {rate:.3g}; it would have been {expected:.3g}.")
