@@ -36,8 +36,6 @@ CALLS = {
     "gather_sliding_kernel": "sample_backward",
     "expectation_sliding_kernel": "expectation",
     "gradient_sliding_kernel": "expectation_backward",
-    "expectation_kernel": "expectation_backward",
-    "gather_kernel": "expectation_backward",
 }
 
 METRICS = {
