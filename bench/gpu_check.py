@@ -461,6 +461,8 @@ def main(arguments: list[str] | None = None) -> int:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     # A stop from outside, too, ends the part that runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A script's background starts us with this one ignored, and so the parts that it stops.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         planned = parts(args.device, out, Path(work), data_dir)
         results = run(planned, out, environment, args.seconds)

@@ -98,7 +98,10 @@ def averages(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
         "end_row - edge_row": average(edges),
         "edge_row, end_row": average(edges),
         "prior_row, inner_row": int(prior) + ahead,
-        "end_row - first_row": 0,  # rare, which not every Triton's line numbers tell
+        # Rare, which not every Triton's line numbers tell: a strip again.
+        "end_row - first_row": 0,
+        "first_row - (v.kernel_h - 1) // v.stride_h, end_row": 0,
+        "FIRST, FIRST + COLUMNS": 0,
         "(edge > 0) & (out_row % 4 == 0)": sum(again) / max(sum(edges), 1),
     }
 
