@@ -450,7 +450,7 @@ def test_recorded_folders_are_whole_paths(
     assert main([*resume, "--data-dir", str(tmp_path / "moved")]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_the_first_run_learns(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a newcomer sees within minutes."""
