@@ -68,6 +68,30 @@ class Plan(NamedTuple):
     partial_bias: Ints
 
 
+class Call(NamedTuple):
+    """All that decides a launch. Shapes and strides are those of the input, or its gradient, and of
+    the output, or what has its size; and the gradient's strides."""
+
+    name: str
+    window: Window
+    layout: torch.memory_format
+    in_shape: torch.Size
+    in_strides: Ints
+    out_shape: torch.Size
+    out_strides: Ints
+    grad_strides: Ints | None
+    dtype: torch.dtype
+    target: Any
+    block: int
+    filling_threads: int
+    has_bias: bool = False
+    bias_gradient: bool = False
+
+    @property
+    def channels_last(self) -> bool:
+        return self.layout != torch.contiguous_format
+
+
 class Constants(str):
     """Numbers that a kernel is compiled for, as one argument: its attributes.
 
@@ -185,7 +209,7 @@ def _output_size(window: Window, size: torch.Size) -> Ints:
 
 
 def _plan(
-    call: str,
+    name: str,
     window: Window,
     layout: torch.memory_format,
     input: torch.Tensor,
@@ -195,88 +219,59 @@ def _plan(
 ) -> Any:
     """The launch of a call over tensors of the input's size and of the output's, and a gradient of
     the latter; None for a gradient of the expectation that does not slide."""
-    return _planned(
-        call, window, layout, input.shape, input.stride(),
-        output.shape, output.stride(), None if grad is None else grad.stride(), input.dtype,
+    call = Call(
+        name, window, layout, input.shape, input.stride(), output.shape, output.stride(),
+        None if grad is None else grad.stride(), input.dtype,
         _target(input.device), SLIDING_BLOCK, FILLING_THREADS, **flags,
     )  # fmt: skip
+    return _planned(call)
 
 
 @functools.lru_cache(4096)
-def _planned(
-    call: str,
-    window: Window,
-    layout: torch.memory_format,
-    in_shape: torch.Size,
-    in_strides: Ints,
-    out_shape: torch.Size,
-    out_strides: Ints,
-    grad_strides: Ints | None,
-    dtype: torch.dtype,
-    target: Any,
-    block: int,
-    filling_threads: int,
-    has_bias: bool = False,
-    bias_gradient: bool = False,
-) -> Plan | None:
+def _planned(call: Call) -> Plan | None:
+    window = call.window
     # What all kernels of a call are compiled for.
     constants = {name: number for name, number in asdict(window).items() if name != "ceil_mode"}
-    constants.update(dead=window.dead_code, has_bias=has_bias, bias_gradient=bias_gradient)
-    tensors = (in_shape, in_strides), (out_shape, out_strides), (out_shape, grad_strides or ())
-    fits = all(_extent(*tensor) < 2**31 for tensor in tensors)  # 32-bit indices
+    constants["dead"] = window.dead_code
+    constants |= {"has_bias": call.has_bias, "bias_gradient": call.bias_gradient}
     if (
-        call in _SLIDING
-        and len(in_shape) == 4
+        call.name in _SLIDING
+        and len(call.in_shape) == 4
         and max(window.kernel_h, window.kernel_w) <= 3
-        and min(window.kernel_h, window.kernel_w) >= (2 if call == "gradient" else 1)
+        and min(window.kernel_h, window.kernel_w) >= (2 if call.name == "gradient" else 1)
         and window.stride_h <= min(window.kernel_h, 2)
         and window.stride_w <= min(window.kernel_w, 2)
         and (window.dilation_h, window.dilation_w) == (1, 1)
-        and dtype != torch.float64
-        and math.prod(in_shape) * math.prod(out_shape) > 0
-        and fits
+        and call.dtype != torch.float64
+        and math.prod(call.in_shape) * math.prod(call.out_shape) > 0
+        and max(_extents(call, 0)) < 2**31  # indices are of 32 bits
     ):
-        return _slide(
-            call, window, layout, in_shape, in_strides, out_shape, out_strides,
-            grad_strides, target, block, filling_threads, constants,
-        )  # fmt: skip
-    if call == "gradient":
-        return None
-    return _tile(
-        call,
-        layout != torch.contiguous_format,
-        in_shape,
-        in_strides,
-        out_shape,
-        grad_strides,
-        dtype,
-        target,
-        constants,
+        return _slide(call, constants)
+    return None if call.name == "gradient" else _tile(call, constants)
+
+
+def _extents(call: Call, first: int) -> list[int]:
+    """One more than the largest offsets in the tensors, over the dimensions from `first` on."""
+    tensors = (
+        (call.in_shape, call.in_strides),
+        (call.out_shape, call.out_strides),
+        (call.out_shape, call.grad_strides or call.out_strides),
     )
+    return [
+        1 + sum((n - 1) * s for n, s in zip(shape[first:], strides[first:], strict=True))
+        for shape, strides in tensors
+    ]
 
 
-def _slide(
-    call: str,
-    window: Window,
-    layout: torch.memory_format,
-    in_shape: torch.Size,
-    in_strides: Ints,
-    out_shape: torch.Size,
-    out_strides: Ints,
-    grad_strides: Ints | None,
-    target: Any,
-    block: int,
-    filling_threads: int,
-    constants: dict[str, Any],
-) -> Plan:
-    channels_last = layout == torch.channels_last
-    batch, channels, height, width = in_shape
-    out_height, out_width = out_shape[2:]
+def _slide(call: Call, constants: dict[str, Any]) -> Plan:
+    window, channels_last = call.window, call.channels_last
+    batch, channels, height, width = call.in_shape
+    out_height, out_width = call.out_shape[2:]
     # Where planes have one row, and windows, images are the rows.
     folded = height == out_height == window.kernel_h == 1
     if folded:
         batch, height, out_height = 1, batch, batch
-    gathers = call in ("gather", "gradient")
+    gathers = call.name in ("gather", "gradient")
     # A lane owns two columns of what is written, so `own` of what is read.
     own = 2 // window.stride_w if gathers else 2 * window.stride_w
     owned_width, read_width = (width, out_width) if gathers else (out_width, width)
@@ -303,12 +298,14 @@ def _slide(
         numbers = {"n": n // unit, "c": c // unit, "pitch": h // unit, "step": step}
         return Constants(unit=unit, step=step * constant, masked=masked), numbers
 
-    input = view(in_shape, in_strides, 2 if gathers else own)
-    output = view(out_shape, out_strides, own if gathers else 2)
-    grad = output if grad_strides is None else view(out_shape, grad_strides, own)
-    if call == "gradient":
-        strides = torch.empty(in_shape, device="meta", memory_format=layout).stride()
-        read, owned = input, view(in_shape, strides, 2)
+    input = view(call.in_shape, call.in_strides, 2 if gathers else own)
+    output = view(call.out_shape, call.out_strides, own if gathers else 2)
+    grad = output
+    if call.grad_strides is not None:
+        grad = view(call.out_shape, call.grad_strides, own)
+    if call.name == "gradient":
+        strides = torch.empty(call.in_shape, device="meta", memory_format=call.layout).stride()
+        read, owned = input, view(call.in_shape, strides, 2)
     else:
         read, owned = (output, input) if gathers else (input, output)
 
@@ -319,31 +316,31 @@ def _slide(
         # The first row of outputs that completes a row of the input, and the one after the last.
         start = max(0, triton.cdiv(window.padding_h - window.stride_h + 1, window.stride_h))
         stop = triton.cdiv(height + window.padding_h, window.stride_h)
-        inner = out_height - 1 if call == "gather" else min(inner, out_height - 1)
+        inner = out_height - 1 if call.name == "gather" else min(inner, out_height - 1)
     # Few strips, but enough to fill a GPU; a grid's limit is 2**16 - 1.
-    wanted = min(triton.cdiv(filling_threads, lanes), 2**15)
-    strip_rows = _ROWS[call] * max(1, triton.cdiv(stop - start, _ROWS[call] * wanted))
-    if call == "gradient":
+    wanted = min(triton.cdiv(call.filling_threads, lanes), 2**15)
+    strip_rows = _ROWS[call.name] * max(1, triton.cdiv(stop - start, _ROWS[call.name] * wanted))
+    if call.name == "gradient":
         strip_rows += 1  # whose first row belongs to no group
     strips = triton.cdiv(stop - start, strip_rows)
 
     constants.update(
         channels=channels if channels_last and channels % 8 == 0 else 0,
-        channels_last=channels_last, vector=vector, folded=folded, draws=call == "sample",
-        block=block, rows=_ROWS[call],
+        channels_last=channels_last, vector=vector, folded=folded, draws=call.name == "sample",
+        block=call.block, rows=_ROWS[call.name],
         # How many of the columns it reads every lane has, the last one of a row included; in a
         # backward without padding that lane may begin beyond the last output.
         inside=min(own, read_width - (pairs - 1) * own),
-        in_inside=2 - width % 2 if call == "gradient" else 0,
+        in_inside=2 - width % 2 if call.name == "gradient" else 0,
         # Whether one index serves two tensors.
-        same=read == owned and (call == "gradient" or (own == 2 and window.stride_h == 1)),
-        grad_same=grad == output if call == "gather" else grad == owned and own == 2,
+        same=read == owned and (call.name == "gradient" or (own == 2 and window.stride_h == 1)),
+        grad_same=grad == output if call.name == "gather" else grad == owned and own == 2,
         own=owned[0], read=read[0], grad=grad[0],
     )  # fmt: skip
-    registers = _REGISTERS[call][vector, window.stride_w]
+    registers = _REGISTERS[call.name][vector, window.stride_w]
     if channels_last and channels % 8:
         registers += 8  # for more addresses
-    kernel = _SLIDING[call]
+    kernel = _SLIDING[call.name]
     numbers = dict(
         start_row=start, stop_row=stop, inner_rows=inner, strip_rows=strip_rows, one=0x3F800000,
         pairs=pairs, lanes=lanes,
@@ -352,34 +349,26 @@ def _slide(
         **{f"out_{name}": number for name, number in output[1].items()},
         **{f"own_{name}": number for name, number in owned[1].items()},
         **{f"grad_{name}": number for name, number in grad[1].items()},
-        v=Constants(**constants), **_compiler_options(target, call, registers, block),
+        v=Constants(**constants), **_compiler_options(call, registers, call.block),
     )  # fmt: skip
     partial = (batch * pairs, channels, 1) if channels_last else (batch, channels, pairs)
     return Plan(
         kernel,
-        (triton.cdiv(lanes, block), strips),
+        (triton.cdiv(lanes, call.block), strips),
         _for(kernel, numbers),
         (strips * partial[0], *partial[1:]),
     )
 
 
-def _tile(
-    call: str,
-    channels_last: bool,
-    in_shape: torch.Size,
-    in_strides: Ints,
-    out_shape: torch.Size,
-    grad_strides: Ints | None,
-    dtype: torch.dtype,
-    target: Any,
-    constants: dict[str, Any],
-) -> Plan:
+def _tile(call: Call, constants: dict[str, Any]) -> Plan:
+    in_shape, out_shape, in_strides = call.in_shape, call.out_shape, call.in_strides
+    channels_last = call.channels_last
     batch, channels = in_shape[:2]
     numbers: dict[str, Any] = {"channels": channels}
     for prefix, shape in (("", in_shape), ("out_", out_shape)):
         sizes = (1, *shape[2:])[-3:]
         numbers |= {f"{prefix}{name}": n for name, n in zip(_SIZES, sizes, strict=True)}
-    for prefix, strides in (("in", in_strides), ("grad", grad_strides or in_strides)):
+    for prefix, strides in (("in", in_strides), ("grad", call.grad_strides or in_strides)):
         n, c, *size = strides
         strides = (n, c, *(0, *size)[-3:])
         numbers |= {f"{prefix}_stride_{name}": s for name, s in zip("ncdhw", strides, strict=True)}
@@ -389,26 +378,24 @@ def _tile(
         numbers |= {f"{prefix}_stride_{name}": s for name, s in zip("ncp", strides, strict=True)}
 
     # The tensor that the programs own, in tiles that are long where memory is contiguous.
-    gathers = call in ("gather", "distribute")
+    gathers = call.name in ("gather", "distribute")
     depth, height, width = (1, *(in_shape if gathers else out_shape)[2:])[-3:]
     positions = height * width
-    double = dtype == torch.float64
+    double = call.dtype == torch.float64
     tile = TILE_BYTES // (8 if double else 4)
     block_c = min(triton.next_power_of_2(channels), 64) if channels_last else 1
     block_p = min(triton.next_power_of_2(max(positions, 1)), tile // block_c)
     blocks_p = batch * depth * triton.cdiv(positions, block_p)
-    extents = (
-        _extent(in_shape[1:], in_strides[1:]),
-        _extent(out_shape[1:], (grad_strides or ())[1:]),
-    )
-    wide = max(*extents, math.prod(in_shape[1:]), math.prod(out_shape[1:])) >= 2**30
+    wide = max(*_extents(call, 1), math.prod(in_shape[1:])) >= 2**30
     constants.update(
-        coefficients=call == "coefficients", sampled=call == "gather",
+        coefficients=call.name == "coefficients", sampled=call.name == "gather",
         acc=tl.float64 if double else tl.float32, index=tl.int64 if wide else tl.int32,
         block_p=block_p, block_c=block_c,
     )  # fmt: skip
-    kernel = gather_kernel if gathers else sample_kernel if call == "sample" else expectation_kernel
-    numbers.update(positions=positions, v=Constants(**constants), **_compiler_options(target, call))
+    kernel = (
+        gather_kernel if gathers else sample_kernel if call.name == "sample" else expectation_kernel
+    )
+    numbers.update(positions=positions, v=Constants(**constants), **_compiler_options(call))
     return Plan(
         kernel,
         (blocks_p * triton.cdiv(channels, block_c),),
@@ -418,11 +405,6 @@ def _tile(
 
 
 _SIZES = ("depth", "height", "width")
-
-
-def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """One more than the largest offset in a tensor."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=False))
 
 
 def _for(kernel: Any, numbers: dict[str, Any]) -> dict[str, Any]:
@@ -439,9 +421,7 @@ def _for(kernel: Any, numbers: dict[str, Any]) -> dict[str, Any]:
 _OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
 
 
-def _compiler_options(
-    target: Any, call: str, registers: int = 128, lanes: int = 128
-) -> dict[str, Any]:
+def _compiler_options(call: Call, registers: int = 128, lanes: int = 128) -> dict[str, Any]:
     """A limit to the registers of a thread on CUDA, as many warps as `lanes` fill, and whether
     products and sums may become multiply-adds: where they may not, the draw is the reference's to
     the last bit.
@@ -449,9 +429,10 @@ def _compiler_options(
     Left alone, NVIDIA's assembler spills a register or two where that lets one more block run; with
     a limit of ours, which no kernel needs to spill for, it does not.
     """
+    target = call.target
     if target is None:
         return {}
-    options = {"num_warps": lanes // target.warp_size, "enable_fp_fusion": call != "sample"}
+    options = {"num_warps": lanes // target.warp_size, "enable_fp_fusion": call.name != "sample"}
     if target.backend == "cuda":
         # What the assembler makes for sm_100 needs some more.
         options["maxnreg"] = registers + 8 * (target.arch == 100)
