@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
 import io
 import pickle
 import socket
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,6 +49,28 @@ MODULES = [
     AdaptiveStochasticPool2d((2, None), return_indices=True),
     AdaptiveStochasticPool3d(1, sample_in_eval=True),
 ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_that_autograd_batches(backend, training, device):
+    """Its batches are tensors of plain type, which kernels cannot read."""
+    x = torch.rand(1, 2, 6, 6, device=device, requires_grad=True)
+    y = stochastic_pool2d(x, 2, training=training, generator=generator(device, 1))
+    grads = torch.eye(y.numel(), device=device).view(-1, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+def test_a_graph_for_second_derivatives_is_freed(backend, device):
+    """Without a bias, too, whose gradient is a tensor of no numbers."""
+    x = torch.rand(1, 2, 6, 6, device=device, requires_grad=True)
+    y = stochastic_pool2d(x, 2)
+    torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    alive = weakref.ref(x)
+    del x, y
+    gc.collect()
+    assert alive() is None
 
 
 class Block(nn.Module):

@@ -173,13 +173,14 @@ def test_windows_that_were_wrong(kernels, size, window, layout, device):
 
 @pytest.mark.parametrize("case", ["overlapping, padded", "dilated, not square"])
 def test_any_strides(kernels, case, device):
-    """Views of an input, and expanded gradients."""
+    """Views of an input and of a bias, and expanded gradients."""
     window = CASES[case][1]
     storage = torch.randn(2, 8, 9, 6, device=device)
     seed = torch.tensor(SEED, device=device)
     for x in (storage[:, ::2, 1:, 1::2], storage.transpose(1, 3), storage[:1].expand(3, 8, 9, 6)):
-        output, code = kernels.sample(x, None, seed, window)
-        expected, expected_code = reference.sample(x, None, seed, window)
+        bias = torch.randn(2 * x.shape[1], device=device)[::2]
+        output, code = kernels.sample(x, bias, seed, window)
+        expected, expected_code = reference.sample(x, bias, seed, window)
         assert torch.equal(code, expected_code)
         assert torch.equal(output, expected)
         grad = torch.ones((), device=device).expand(output.shape)
@@ -265,6 +266,28 @@ def test_planes_of_one_cell_with_codes_in_channels_last(sliding, device):
     expected = reference.sample_backward(grad, code, (1, 1), window, True)
     assert torch.equal(result[0], expected[0])
     assert torch.equal(result[1], expected[1])
+
+
+def test_what_32_bits_do_not_reach_does_not_slide(sliding):
+    """The gradient of an expanded input is larger than all that is given; columns may lie far
+    apart. The plans alone: there is no such memory."""
+    window = Window(3, 3, 1, 1, 0, 0, 1, 1, False)
+    number = torch.zeros((), dtype=torch.float16)
+
+    def name(call, input, output):
+        plan = sliding._plan(call, window, torch.contiguous_format, input, output, output)
+        return None if plan is None else plan.kernel.__name__
+
+    large = number.expand(2, 1024, 1024, 1026), number.expand(2, 1024, 1022, 1024)
+    assert name("gradient", *large) is None
+    small = number.expand(1, 1, 4, 4), number.expand(1, 1, 2, 2)
+    assert name("gradient", *small) == "gradient_sliding_kernel"
+    assert name("gather", *small) == "gather_sliding_kernel"
+    far = (
+        torch.empty(1, 1, 4, 4, device="meta"),
+        torch.empty_strided((1, 1, 2, 2), (1, 1, 1, 2**30), device="meta"),
+    )
+    assert name("gather", *far) == "gather_kernel"
 
 
 def test_64_bit_indices(kernels, device):

@@ -59,7 +59,7 @@ def backend_for(device: torch.device, volumes: bool = False) -> ModuleType:
         )
     if forced == "torch":
         return reference
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if forced == "triton" and device.type == "cpu" and not interpreted:
         raise RuntimeError(
             "STOCHASTIC_POOLING_BACKEND=triton cannot serve CPU tensors: set TRITON_INTERPRET=1 "
@@ -115,7 +115,13 @@ def wants_ops(*tensors: torch.Tensor | None) -> bool:
 
 def _is_special(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and (
-        type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor()
+        type(tensor) not in _PLAIN
+        or tensor.is_meta
+        or tensor.is_neg()
+        or tensor._is_zerotensor()
+        # Autograd's own batches (`is_grads_batched`), and functionalized tensors: of plain type.
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+        or torch._is_functional_tensor(tensor)
     )
 
 

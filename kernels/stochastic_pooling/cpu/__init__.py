@@ -176,11 +176,11 @@ def _empty(tensor: tuple[tuple[int, ...], torch.memory_format], dtype: torch.dty
 
 
 def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    return tensor.resolve_neg().contiguous(memory_format=plan.layout)
+    return tensor.contiguous(memory_format=plan.layout)
 
 
 def _bias(bias: torch.Tensor | None) -> torch.Tensor:
-    return _NOTHING if bias is None else bias.float().resolve_neg().contiguous()
+    return _NOTHING if bias is None else bias.float().contiguous()
 
 
 def _partial(plan: _Plan, with_bias: bool) -> torch.Tensor:
@@ -190,7 +190,7 @@ def _partial(plan: _Plan, with_bias: bool) -> torch.Tensor:
 
 def _grad_bias(partial: torch.Tensor, shape: Sequence[int], with_bias: bool) -> torch.Tensor:
     if not with_bias:
-        return _NOTHING
+        return _NOTHING.new_empty(0)  # a new one, for autograd makes it part of a graph
     # numpy, unlike torch, adds in an order that does not depend on a number of threads.
     sums = np.add.reduce(partial.numpy(), 1, np.float64).reshape(-1)
     sums = sums[: shape[0] * shape[1]].reshape(shape[:2])

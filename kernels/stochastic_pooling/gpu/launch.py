@@ -189,6 +189,8 @@ def _gather(
 
 def _launch(plan: Plan, device: torch.device, **tensors: torch.Tensor | None) -> None:
     if plan.grid[0] > 0:
+        if (bias := tensors.get("bias_ptr")) is not None:
+            tensors["bias_ptr"] = bias.contiguous()
         with _current(device):
             plan.kernel[plan.grid](**{**plan.numbers, **tensors})
 
@@ -233,6 +235,9 @@ def _planned(call: Call) -> Plan | None:
     # What all kernels of a call are compiled for.
     constants = {name: number for name, number in asdict(window).items() if name != "ceil_mode"}
     constants["dead"] = window.dead_code
+    columns = max(
+        strides[-1] for strides in (call.in_strides, call.out_strides, call.grad_strides or (0,))
+    )
     constants |= {"has_bias": call.has_bias, "bias_gradient": call.bias_gradient}
     if (
         call.name in _SLIDING
@@ -244,7 +249,8 @@ def _planned(call: Call) -> Plan | None:
         and (window.dilation_h, window.dilation_w) == (1, 1)
         and call.dtype != torch.float64
         and math.prod(call.in_shape) * math.prod(call.out_shape) > 0
-        and max(_extents(call, 0)) < 2**31  # indices are of 32 bits
+        # Indices are of 32 bits; those of a lane's columns begin beyond the last one.
+        and max(*_extents(call, 0), math.prod(call.in_shape)) + 4 * columns < 2**31
     ):
         return _slide(call, constants)
     return None if call.name == "gradient" else _tile(call, constants)
