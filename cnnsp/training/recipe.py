@@ -43,9 +43,7 @@ SHORT_RECIPE: dict[str, Any] = {
     "batch_size": 16,
     "opt": "adam",
     "lr": 1e-3,
-    "schedule": "cosine",
-    "warmup_epochs": 0.1,
-    "ema": 0.98,
+    "lr_step": 2,
 }
 
 
