@@ -94,6 +94,7 @@ def _default_backend(device_type: str, volumes: bool) -> ModuleType:
         return reference
 
 
+@functools.cache
 def _load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{_MODULES[name]}")
 

@@ -53,6 +53,9 @@ _REGISTERS = {
     "gradient": {(1, 1): 88, (1, 2): 80, (2, 1): 168, (2, 2): 160},
 }
 
+_SIZES = ("depth", "height", "width")
+_OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
+
 _INTERPRETED = triton.knobs.runtime.interpret
 _ALREADY_CURRENT = contextlib.nullcontext()
 Ints: TypeAlias = tuple[int, ...]
@@ -234,11 +237,11 @@ def _planned(call: Call) -> Plan | None:
     window = call.window
     # What all kernels of a call are compiled for.
     constants = {name: number for name, number in asdict(window).items() if name != "ceil_mode"}
-    constants["dead"] = window.dead_code
-    columns = max(
-        strides[-1] for strides in (call.in_strides, call.out_strides, call.grad_strides or (0,))
+    constants.update(
+        dead=window.dead_code, has_bias=call.has_bias, bias_gradient=call.bias_gradient
     )
-    constants |= {"has_bias": call.has_bias, "bias_gradient": call.bias_gradient}
+    strides = call.in_strides, call.out_strides, call.grad_strides or call.out_strides
+    step = max(w for *_, w in strides)
     if (
         call.name in _SLIDING
         and len(call.in_shape) == 4
@@ -250,7 +253,7 @@ def _planned(call: Call) -> Plan | None:
         and call.dtype != torch.float64
         and math.prod(call.in_shape) * math.prod(call.out_shape) > 0
         # Indices are of 32 bits; those of a lane's columns begin beyond the last one.
-        and max(*_extents(call, 0), math.prod(call.in_shape)) + 4 * columns < 2**31
+        and max(*_extents(call, 0), math.prod(call.in_shape)) + 4 * step < 2**31
     ):
         return _slide(call, constants)
     return None if call.name == "gradient" else _tile(call, constants)
@@ -410,9 +413,6 @@ def _tile(call: Call, constants: dict[str, Any]) -> Plan:
     )
 
 
-_SIZES = ("depth", "height", "width")
-
-
 def _for(kernel: Any, numbers: dict[str, Any]) -> dict[str, Any]:
     """Those of the numbers that a kernel takes, its options, and no tensors."""
     names = kernel.arg_names
@@ -423,8 +423,6 @@ def _for(kernel: Any, numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- devices
-
-_OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
 
 
 def _compiler_options(call: Call, registers: int = 128, lanes: int = 128) -> dict[str, Any]:
