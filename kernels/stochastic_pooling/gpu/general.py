@@ -89,10 +89,11 @@ def cell(windows, i, j, v: tl.constexpr, ACC: tl.constexpr):
     origin_ptr, bias, front, top, left, mask = windows[:6]
     depth, height, width, in_stride_d, in_stride_h, in_stride_w = windows[6:]
     if v.kernel_d > 1:
-        below = i // v.kernel_h * v.dilation_d
+        slice = front + i // v.kernel_h * v.dilation_d
         row = top + i % v.kernel_h * v.dilation_h
-        origin_ptr += below * in_stride_d
-        mask = masked((front + below >= 0) & (front + below < depth), mask)
+        # `slice` has the index's type, as a product with a wide stride needs.
+        origin_ptr += (slice - front) * in_stride_d
+        mask = masked((slice >= 0) & (slice < depth), mask)
     else:
         row = top + i * v.dilation_h
     col = left + j * v.dilation_w
