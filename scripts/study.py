@@ -11,6 +11,7 @@ from pathlib import Path
 from cnnsp import POOLINGS
 from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, number
 from cnnsp.data.folder import check_folder
+from cnnsp.errors import UserError
 from cnnsp.training.recipe import RECIPES
 
 PROG = "study.py"
@@ -55,9 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         check_folder(args.data_dir, "data folder")
-        with importing(PROG):
-            from cnnsp.results.study import Study, cases, machine_name
-            from cnnsp.training.devices import choose_device
+        try:
+            with importing(PROG):
+                from cnnsp.results.study import Study, cases, machine_name
+                from cnnsp.training.devices import choose_device
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error}: pip install -e '.[study]'") from None
 
         study = Study(
             script=Path(__file__).with_name("train.py"),

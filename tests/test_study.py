@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,8 @@ from cnnsp import CNN_SP
 from cnnsp.data.batches import ImageBank
 from cnnsp.data.images import load_folder
 from cnnsp.results import study
-from cnnsp.results.history import EpochResult
 from cnnsp.results.study import cases
-from cnnsp.results.study_report import Result, differences, draw, mean_and_deviation, origins, table
+from cnnsp.results.study_report import differences, draw, origins, read, table
 from cnnsp.training.interruption import Requests
 
 from .scripts import load_script
@@ -33,27 +32,28 @@ from .test_train import make_photographs
 main = load_script("study").main
 
 
-def result(pool: str, seed: int, accuracy: float, **others: Any) -> Result:
-    """One of a run whose other figures do not matter."""
-    values: dict[str, Any] = {
+def runs(*rows: tuple[str, int, float] | dict[str, Any], folder: Path) -> pd.DataFrame:
+    """Runs whose other figures do not matter: pool, seed and accuracy, or what differs besides."""
+    usual = {
         "recipe": "paper",
-        "flags": [],
         "epochs": 2,
         "train_images": 300,
         "test_images": 600,
-        "loss": 1.5,
-        "best_accuracy": accuracy,
-        "lowest_loss": 0.5,
-        "sensitivities": {"daisy": 80.0, "rose": 70.0},
+        "test_loss": 1.5,
+        "lowest_test_loss": 0.5,
         "train_accuracy": 100.0,
-        "train_loss": 0.01,
-        "seconds": 60.0,
+        "sensitivity daisy": 80.0,
+        "sensitivity rose": 70.0,
         "machine": "one",
-        "torch_version": "2.14.1",
+        "torch": "2.14.1",
         "threads": 2,
-        "date": "2026-11-25",
     }
-    return Result(pool=pool, seed=seed, accuracy=accuracy, **{**values, **others})
+    given = [r if isinstance(r, dict) else dict(zip(KEYS, r, strict=True)) for r in rows]
+    pd.DataFrame([{**usual, **r} for r in given]).to_csv(folder / "runs.csv", index=False)
+    return read(folder / "runs.csv")
+
+
+KEYS = ("pool", "seed", "test_accuracy")
 
 
 def rows_of(markdown: str) -> list[list[str]]:
@@ -69,54 +69,53 @@ def test_a_study_goes_seed_by_seed() -> None:
     ]
 
 
-def test_the_deviation_is_that_of_a_sample() -> None:
-    # Squares of the distances from 4: 4, 0, 4; divided by 2.
-    assert mean_and_deviation([2.0, 4.0, 6.0]) == (4.0, 2.0)
-    assert mean_and_deviation([3.5]) == (3.5, None)
+def test_table_has_means_and_sample_deviations_over_seeds(tmp_path: Path) -> None:
+    def ours(seed: int, accuracy: float, loss: float, training: float) -> dict[str, Any]:
+        row = dict(zip(KEYS, ("stochastic", seed, accuracy), strict=True))
+        return {**row, "test_loss": loss, "train_accuracy": training}
 
-
-def test_table_has_means_and_deviations_over_seeds() -> None:
-    results = [
-        result("max", 0, 70.0),
-        result("stochastic", 2, 84.0, loss=2.0, lowest_loss=1.0, train_accuracy=98.0),
-        result("stochastic", 0, 80.0, loss=1.0, lowest_loss=0.5),
-        result("stochastic", 1, 82.0, loss=1.5, lowest_loss=0.25),
-    ]
-    header, _, stochastic, largest = rows_of(table(results))
+    found = runs(
+        ("max", 0, 70.0),
+        ours(2, 84.0, 2.0, 98.0),
+        ours(0, 80.0, 1.0, 100.0),
+        ours(1, 82.0, 1.5, 100.0),
+        folder=tmp_path,
+    )
+    header, _, stochastic, largest = rows_of(table(found))
     assert header[:4] == ["recipe", "pooling", "seeds", "test accuracy, %"]
-    # The losses' ratios are 2, 2 and 6; the gaps 14, 20 and 18.
+    # Squares of the distances from 82: 4, 0, 4; divided by 2.
     assert stochastic == [
-        *("paper", "stochastic", "3", "82.00 ± 2.00", "1.500 ± 0.500", "0.583 ± 0.382"),
-        *("3.33 ± 2.31", "99.33 ± 1.15", "17.33 ± 3.06", "80.00 ± 0.00", "70.00 ± 0.00"),
+        *("paper", "stochastic", "3", "82.00 ± 2.00", "1.500 ± 0.500", "0.500 ± 0.000"),
+        *("99.33 ± 1.15", "80.00 ± 0.00", "70.00 ± 0.00"),
     ]
-    assert largest == [
-        *("paper", "max", "1", "70.00", "1.500", "0.500", "3.00", "100.00", "30.00"),
-        *("80.00", "70.00"),
-    ]
+    assert largest[1:] == ["max", "1", "70.00", "1.500", "0.500", "100.00", "80.00", "70.00"]
 
 
-def test_differences_pair_the_seeds() -> None:
-    results = [
-        *(result("stochastic", seed, a) for seed, a in enumerate([80.0, 81.0, 84.0, 90.0])),
-        *(result("max", seed, a) for seed, a in enumerate([79.0, 82.0, 81.0])),
-        *(result("avg", seed, a) for seed, a in enumerate([80.0])),
-    ]
-    text = differences(results)
+def test_differences_pair_the_seeds(tmp_path: Path) -> None:
+    found = runs(
+        *(("stochastic", seed, a) for seed, a in enumerate([80.0, 81.0, 84.0, 90.0])),
+        *(("max", seed, a) for seed, a in enumerate([79.0, 82.0, 81.0])),
+        ("avg", 0, 80.0),
+        folder=tmp_path,
+    )
+    text = differences(found)
     assert text is not None
     # 1, -1 and 3: the mean is 1, the squares of the distances 0, 4 and 4. Seed 3 has no partner.
     assert rows_of(text)[2:] == [
         ["paper", "stochastic minus max", "+1.00 ± 2.00", "2 of 3"],
         ["paper", "stochastic minus avg", "+0.00", "0 of 1, 1 equal"],
     ]
-    assert differences([r for r in results if r.pool != "stochastic"]) is None
+    assert differences(found[found["pool"] != "stochastic"]) is None
 
 
-def test_rows_that_mix_machines_are_marked() -> None:
-    alike = [result("stochastic", 0, 80.0), result("stochastic", 1, 81.0), result("max", 0, 79.0)]
-    assert origins(alike) == "All runs: one, torch 2.14.1, 2 threads."
-    assert "*" not in table(alike)
-    for other in ({"machine": "two"}, {"torch_version": "2.15"}, {"threads": 1}):
-        mixed = [alike[0], replace(alike[1], **other), alike[2]]
+def test_rows_that_mix_machines_are_marked(tmp_path: Path) -> None:
+    alike = [("stochastic", 0, 80.0), ("stochastic", 1, 81.0), ("max", 0, 79.0)]
+    found = runs(*alike, folder=tmp_path)
+    assert origins(found) == "All runs: one, torch 2.14.1, 2 threads."
+    assert "*" not in table(found)
+    for name, value in (("machine", "two"), ("torch", "2.15"), ("threads", 1)):
+        mixed = found.copy()
+        mixed.loc[1, name] = value
         _, _, stochastic, largest = rows_of(table(mixed))
         assert (stochastic[2], largest[2]) == (r"2 \*", "1")
         _, _, first, second = origins(mixed).splitlines()
@@ -127,12 +126,12 @@ def test_rows_that_mix_machines_are_marked() -> None:
 
 
 def test_figure_shows_accuracies_and_losses(tmp_path: Path) -> None:
-    results = [result(pool, seed, 80.0) for pool in ("stochastic", "max") for seed in range(2)]
-    histories = [
-        [EpochResult(n, 0.5, 1 / n + r.seed, 80.0, 0.01, 100.0, 1.0) for n in (1, 2)]
-        for r in results
-    ]
-    draw(results, histories, tmp_path / "study.png")
+    found = runs(
+        *((pool, seed, 80.0) for pool in ("stochastic", "max") for seed in range(2)),
+        folder=tmp_path,
+    )
+    epochs = found.merge(pd.DataFrame({"epoch": [1, 2]}), how="cross")
+    draw(found, epochs, tmp_path / "study.png")
     with Image.open(tmp_path / "study.png") as image:
         assert image.width > 900
         colours = image.convert("RGB").getcolors(2**24)
@@ -198,7 +197,7 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     printed = capsys.readouterr()
     assert "failed: paper-max-1 (exit status 3); the same command tries again" in printed.err
     assert f"--recipe paper --pool max --seed 0 --data-dir {photos}" in printed.out
-    assert [r["seed"] for r in json.loads((output / "results.json").read_text())] == [0]
+    assert list(read(output / "runs.csv")["seed"]) == [0]
 
     # The first is finished; now the second runs.
     runner.statuses.clear()
@@ -206,10 +205,10 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     assert main(given) == 0
     assert (output / "paper-max-0" / "result.json").read_bytes() == before
     assert [c[c.index("--seed") + 1] for c in runner.commands] == ["0", "1", "1"]
-    results = [Result(**r) for r in json.loads((output / "results.json").read_text())]
-    assert [r.seed for r in results] == [0, 1]
-    assert results[0].flags == [*TINY, "--epochs", "1"]
-    assert (results[0].machine, results[0].epochs) == ("here", 1)
+    results = read(output / "runs.csv")
+    assert list(results["seed"]) == [0, 1]
+    assert list(results["machine"]) == ["here", "here"]
+    assert list(read(output / "epochs.csv")["epoch"]) == [1, 1]
     page = (output / "study.md").read_text(encoding="utf-8")
     assert table(results) in page
     assert "4 training and 2 test images; epochs: 1 (paper)" in page
@@ -219,7 +218,7 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     (output / "paper-max-1" / "result.json").unlink()
     assert main(given) == 0
     assert len(runner.commands) == 3
-    assert Result.read(output / "paper-max-1" / "result.json") == results[1]
+    assert read(output / "runs.csv").equals(results)
 
     # Other flags are refused.
     capsys.readouterr()
@@ -247,11 +246,13 @@ def test_result_is_that_of_the_last_checkpoint(
     runner.statuses.clear()
     assert main(given) == 0
     assert runner.commands[1] == [*begun, "--resume", str(folder / "last.pt")]
-    ours = Result.read(folder / "result.json")
+    ours = json.loads((folder / "result.json").read_text())
     state = torch.load(folder / "last.pt", weights_only=True)
     last = state["progress"]["history"][-1]
-    assert (ours.epochs, ours.accuracy, ours.loss) == (2, last["test_accuracy"], last["test_loss"])
-    assert ours.lowest_loss == min(row["test_loss"] for row in state["progress"]["history"])
+    assert ours["epochs"] == 2
+    assert all(ours[name] == last[name] for name in ("test_accuracy", "test_loss"))
+    lowest = min(row["test_loss"] for row in state["progress"]["history"])
+    assert ours["lowest_test_loss"] == lowest
 
     model = CNN_SP(2, "max").eval()
     model.load_state_dict(state["model"])
@@ -260,10 +261,11 @@ def test_result_is_that_of_the_last_checkpoint(
         on_train, on_test = (
             model(ImageBank(images).batch(torch.arange(len(images)))[0]) for images in (train, test)
         )
-    assert ours.train_loss == pytest.approx(float(F.nll_loss(on_train, train.labels)), rel=1e-4)
+    assert ours["train_loss"] == pytest.approx(float(F.nll_loss(on_train, train.labels)), rel=1e-4)
     right = (on_test.argmax(1) == test.labels).tolist()  # one image of each class
-    assert ours.sensitivities == {"daisy": 100.0 * right[0], "rose": 100.0 * right[1]}
-    assert ours.train_accuracy == 25.0 * int((on_train.argmax(1) == train.labels).sum())
+    shares = [ours[f"sensitivity {name}"] for name in ("daisy", "rose")]
+    assert shares == [100.0 * r for r in right]
+    assert ours["train_accuracy"] == 25.0 * int((on_train.argmax(1) == train.labels).sum())
 
 
 @pytest.mark.parametrize(

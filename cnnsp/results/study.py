@@ -7,11 +7,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 
 from .. import files
@@ -23,9 +25,8 @@ from ..training.interruption import Interrupted, Requests
 from ..training.recipe import TrainOptions
 from . import study_report
 from .evaluation import evaluate
-from .history import EpochResult, read_summary
+from .history import EpochResult
 from .inference import load_network
-from .study_report import Result
 
 # Flags of train.py that the study itself gives.
 OWN_FLAGS = (
@@ -56,15 +57,13 @@ def cases(recipes: Sequence[str], pools: Sequence[str], seeds: int) -> list[Case
     return [Case(r, p, s) for s in range(seeds) for r in recipes for p in pools]
 
 
-def evaluate_run(folder: Path, case: Case, flags: Sequence[str], machine: str) -> Result:
-    """What came out of the run in ``folder``, by its ``last.pt``.
+def evaluate_run(folder: Path, case: Case, machine: str) -> dict[str, Any]:
+    """What came out of the run in ``folder``, by its ``last.pt``: a row of ``runs.csv``.
 
-    The sensitivities and the figures of the training images are computed here, on the CPU and in
-    fp32, so that no second process takes memory of the GPU.
-
-    Args:
-        folder: where train.py wrote.
-        case, flags, machine: recorded.
+    Accuracies and sensitivities are in per cent; those of the training images, as they are, and
+    the sensitivities are computed here, on the CPU and in fp32, so that no second process takes
+    memory of the GPU. ``seconds``: of training and evaluation; of an epoch that was interrupted,
+    only since then. ``machine``: of a run that went on elsewhere, where it ended.
 
     Raises:
         UserError: when the checkpoint or the images cannot be read.
@@ -80,22 +79,25 @@ def evaluate_run(folder: Path, case: Case, flags: Sequence[str], machine: str) -
     on_train, on_test = (
         evaluate(model, ImageBank(images, channels_last=True), _BATCH) for images in (train, test)
     )
-    return Result(
-        *case,
-        flags=list(flags),
-        epochs=history[-1].epoch,
-        train_images=len(train),
-        test_images=len(test),
-        accuracy=history[-1].test_accuracy,
-        loss=history[-1].test_loss,
-        best_accuracy=max(row.test_accuracy for row in history),
-        lowest_loss=min(row.test_loss for row in history),
-        sensitivities=dict(zip(network.classes, on_test.sensitivities, strict=True)),
-        train_accuracy=on_train.accuracy,
-        train_loss=on_train.loss,
-        seconds=sum(row.seconds for row in history),
-        machine=machine,
-    )
+    sensitivities = zip(network.classes, on_test.sensitivities, strict=True)
+    return {
+        **case._asdict(),
+        "epochs": history[-1].epoch,
+        "train_images": len(train),
+        "test_images": len(test),
+        "test_accuracy": history[-1].test_accuracy,
+        "test_loss": history[-1].test_loss,
+        "best_test_accuracy": max(row.test_accuracy for row in history),
+        "lowest_test_loss": min(row.test_loss for row in history),
+        "train_accuracy": on_train.accuracy,
+        "train_loss": on_train.loss,
+        **{f"sensitivity {name}": share for name, share in sensitivities},
+        "seconds": round(sum(row.seconds for row in history)),
+        "machine": machine,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def machine_name(device: torch.device) -> str:
@@ -188,15 +190,15 @@ class Study:
                     _stop_if_asked(requests, f"{case}, run {number} of {len(planned)}")
                     if status != 0:
                         raise UserError(f"exit status {status}")
-                    result = evaluate_run(folder, case, self.flags, self.machine)
+                    result = evaluate_run(folder, case, self.machine)
                 except UserError as error:
                     failures.append(f"{case} ({error})")
                     continue
-                result.write(folder / "result.json")
+                files.write_json(folder / "result.json", result)
                 self.write()
                 print(
-                    f"{place} {case}: test accuracy {result.accuracy:.2f} %, "
-                    f"training accuracy {result.train_accuracy:.2f} %",
+                    f"{place} {case}: test accuracy {result['test_accuracy']:.2f} %, "
+                    f"training accuracy {result['train_accuracy']:.2f} %",
                     flush=True,
                 )
         self.write()
@@ -211,23 +213,30 @@ class Study:
         return call(command, requests)
 
     def write(self) -> None:
-        """Write ``results.json``, ``study.md`` and ``study.png`` of all finished runs.
+        """Write ``runs.csv``, ``epochs.csv``, ``study.md`` and ``study.png`` of all finished runs.
 
         Raises:
             UserError: when one cannot be written, or a result cannot be read.
         """
-        results = [Result.read(path) for path in self.folder.glob("*/result.json")]
-        if not results:
+        paths = sorted(self.folder.glob("*/result.json"))
+        if not paths:
             return
-        results.sort(key=lambda result: result.place)
+        results = [files.read_json(path) for path in paths]
         histories = [
-            read_summary(self.folder / str(Case(r.recipe, r.pool, r.seed)) / "summary.csv")
-            for r in results
+            pd.read_csv(path.with_name("summary.csv")).assign(
+                recipe=row["recipe"], pool=row["pool"], seed=row["seed"]
+            )
+            for path, row in zip(paths, results, strict=True)
         ]
-        files.write_json(self.folder / "results.json", [asdict(result) for result in results])
-        text = study_report.document(results, self.started_with, self._recorded_flags())
+        tables = {"runs.csv": pd.DataFrame(results), "epochs.csv": pd.concat(histories)}
+        for name, rows in tables.items():
+            text = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+            files.write(self.folder / name, text.encode())
+        runs, epochs = (study_report.read(self.folder / name) for name in tables)
+        flags = shlex.join(self._recorded_flags())
+        text = study_report.document(runs, self.started_with, flags)
         files.write(self.folder / "study.md", text.encode())
-        study_report.draw(results, histories, self.folder / "study.png")
+        study_report.draw(runs, epochs, self.folder / "study.png")
 
 
 def _is_trained(folder: Path) -> bool:

@@ -1,319 +1,192 @@
-"""What came out of a study: the results of its runs, and a table and a figure of them."""
+"""A study's table and figure, from the rows of its ``runs.csv`` and ``epochs.csv``."""
 
 from __future__ import annotations
 
-import math
-import shlex
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .. import files
 from ..errors import UserError
 from ..network import POOLINGS
 from ..training.recipe import RECIPES
 from . import pictures
-from .history import EpochResult
 
 # Colours that the colour-blind can tell apart (Okabe and Ito).
-_COLOURS = {"stochastic": "#D55E00", "max": "#0072B2", "avg": "#009E73"}
+COLOURS = {"stochastic": "#D55E00", "max": "#0072B2", "avg": "#009E73"}
+_CASE = ["recipe", "pool", "seed"]
+# What runs must have in common to be compared without a word.
+_ORIGIN = ["machine", "torch", "threads"]
+# Columns of the table: title and decimals.
+_COLUMNS = {
+    "test_accuracy": ("test accuracy, %", 2),
+    "test_loss": ("test loss, last epoch", 3),
+    "lowest_test_loss": ("lowest test loss", 3),
+    "train_accuracy": ("training accuracy, %", 2),
+}
 
 
-@dataclass(frozen=True)
-class Result:
-    """What came out of one run; ``result.json`` in its folder.
-
-    Accuracies and sensitivities are in per cent.
-
-    Attributes:
-        recipe, pool, seed: what was run.
-        flags: the other flags of train.py.
-        epochs: epochs trained.
-        train_images, test_images: their numbers, without augmentation.
-        accuracy, loss: of the test images after the last epoch, as train.py computed them.
-        best_accuracy: highest test accuracy of an epoch.
-        lowest_loss: lowest test loss of an epoch.
-        sensitivities: of each class, the share of its test images that were recognised.
-        train_accuracy, train_loss: of the training images as they are, not augmented.
-        seconds: training and evaluation; of an epoch that was interrupted, only since then.
-        machine: what it ran on; for a run that went on elsewhere, where it ended.
-        torch_version: of PyTorch.
-        threads: of PyTorch on the CPU.
-        date: on which it was finished, year-month-day.
-    """
-
-    recipe: str
-    pool: str
-    seed: int
-    flags: list[str]
-    epochs: float
-    train_images: int
-    test_images: int
-    accuracy: float
-    loss: float
-    best_accuracy: float
-    lowest_loss: float
-    sensitivities: dict[str, float]
-    train_accuracy: float
-    train_loss: float
-    seconds: float
-    machine: str
-    torch_version: str = str(torch.__version__)
-    threads: int = field(default_factory=torch.get_num_threads)
-    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
-
-    @property
-    def gap(self) -> float:
-        """Training accuracy minus test accuracy, in points."""
-        return self.train_accuracy - self.accuracy
-
-    @property
-    def loss_ratio(self) -> float:
-        """The last test loss over the lowest, NaN where that is 0."""
-        return self.loss / self.lowest_loss if self.lowest_loss else math.nan
-
-    @property
-    def place(self) -> tuple[int, int, int]:
-        """Where it stands in tables: recipes and pools in the order of ``--help``."""
-        return list(RECIPES).index(self.recipe), POOLINGS.index(self.pool), self.seed
-
-    @property
-    def origin(self) -> str:
-        """What it was computed with."""
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.machine}, torch {self.torch_version}, {threads}"
-
-    def write(self, path: Path) -> None:
-        """Write to ``path`` as JSON; raises UserError."""
-        files.write_json(path, asdict(self))
-
-    @classmethod
-    def read(cls, path: Path) -> Result:
-        """Read what :meth:`write` wrote; raises UserError."""
-        content = files.read_json(path)
-        try:
-            return cls(**content)
-        except TypeError:
-            raise UserError(f"{path} is no result of study.py; delete it to make it anew") from None
+def read(path: Path) -> pd.DataFrame:
+    """``runs.csv`` or ``epochs.csv``, in the order of ``--help``; raises UserError."""
+    try:
+        rows = pd.read_csv(path)
+        rows["recipe"] = pd.Categorical(rows["recipe"], [*RECIPES])
+        rows["pool"] = pd.Categorical(rows["pool"], POOLINGS)
+        return rows.sort_values(_CASE, kind="stable", ignore_index=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (KeyError, ValueError):
+        raise UserError(f"{path} is none that study.py wrote") from None
 
 
-Groups = dict[tuple[str, str], list[Result]]
+def cell(values: pd.Series, digits: int = 2, sign: str = "") -> str:
+    """Mean ± sample standard deviation (n - 1) of values, or the only one."""
+    text = f"{values.mean():{sign}.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {values.std():.{digits}f}"
 
 
-def _groups(results: Iterable[Result]) -> Groups:
-    """The seeds of each recipe and pool."""
-    groups: Groups = {}
-    for result in sorted(results, key=lambda result: result.place):
-        groups.setdefault((result.recipe, result.pool), []).append(result)
-    return groups
+def markdown(table: pd.DataFrame) -> str:
+    """A table of texts; numbers stand to the right."""
+    sides = ["right" if texts.str.match(r"[+-]?\d").all() else "left" for _, texts in table.items()]
+    return table.to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n - 1); None in place of that of a single value."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-
-
-def _cell(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    mean, deviation = mean_and_deviation(values)
-    text = f"{mean:{sign}.{digits}f}"
-    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """A table whose first ``left`` columns stand to the left, the others to the right."""
-    rule = ["---" if place < left else "---:" for place in range(len(header))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
-
-
-def table(results: Sequence[Result]) -> str:
+def table(runs: pd.DataFrame) -> str:
     """Markdown: one row for each recipe and pool, mean ± sample standard deviation over seeds.
 
     A row whose runs were not all made on the same machine and PyTorch has a star;
     :func:`origins` names them.
     """
-    classes = list(results[0].sensitivities)
-    header = ["recipe", "pooling", "seeds", "test accuracy, %"]
-    header += ["test loss, last epoch", "lowest test loss", "last / lowest"]
-    header += ["training accuracy, %", "training minus test, points"]
-    header += [f"sensitivity {name}, %" for name in classes]
+    columns = dict(_COLUMNS)
+    for name in runs.columns[runs.columns.str.startswith("sensitivity ")]:
+        columns[name] = (f"{name}, %", 2)
     rows = []
-    for (recipe, pool), group in _groups(results).items():
-        star = r" \*" if len({r.origin for r in group}) > 1 else ""
-        row = [recipe, pool, f"{len(group)}{star}", _cell([r.accuracy for r in group])]
-        row += [_cell([r.loss for r in group], 3), _cell([r.lowest_loss for r in group], 3)]
-        row += [_cell([r.loss_ratio for r in group]), _cell([r.train_accuracy for r in group])]
-        row += [_cell([r.gap for r in group])]
-        row += [_cell([r.sensitivities[name] for r in group]) for name in classes]
-        rows.append(row)
-    return _markdown(header, rows, left=2)
+    for (recipe, pool), group in runs.groupby(_CASE[:2], observed=True):
+        star = r" \*" if len(group[_ORIGIN].drop_duplicates()) > 1 else ""
+        figures = {title: cell(group[name], digits) for name, (title, digits) in columns.items()}
+        rows.append({"recipe": recipe, "pooling": pool, "seeds": f"{len(group)}{star}", **figures})
+    return markdown(pd.DataFrame(rows))
 
 
-def origins(results: Sequence[Result]) -> str:
+def origins(runs: pd.DataFrame) -> str:
     """Markdown: which machines and versions of PyTorch the rows of :func:`table` come from."""
-    found: dict[str, Groups] = {}
-    for result in results:
-        group = found.setdefault(result.origin, {})
-        group.setdefault((result.recipe, result.pool), []).append(result)
-    if len(found) == 1:
-        return f"All runs: {next(iter(found))}."
-    lines = ["**Not all runs were made alike**; a row with a star mixes several of these:", ""]
-    for origin, group in found.items():
-        which = [
-            f"{recipe} {pool} (seed {', '.join(str(r.seed) for r in runs)})"
-            for (recipe, pool), runs in group.items()
-        ]
-        lines.append(f"- {origin}: {'; '.join(which)}")
-    return "\n".join(lines)
+    lines = []
+    for (machine, version, threads), group in runs.groupby(_ORIGIN, sort=False):
+        name = f"{machine}, torch {version}, {threads} thread{'s' * (threads > 1)}"
+        which = "; ".join(
+            f"{recipe} {pool} (seed {', '.join(map(str, seeds))})"
+            for (recipe, pool), seeds in group.groupby(_CASE[:2], observed=True)["seed"]
+        )
+        lines.append((name, which))
+    if len(lines) == 1:
+        return f"All runs: {lines[0][0]}."
+    head = "**Not all runs were made alike**; a row with a star mixes several of these:\n"
+    return "\n".join([head, *(f"- {name}: {which}" for name, which in lines)])
 
 
-def differences(results: Sequence[Result]) -> str | None:
+def differences(runs: pd.DataFrame) -> str | None:
     """Markdown: for each recipe, test accuracy with stochastic pooling minus the others', paired.
 
     The runs of one seed start from the same weights and take the images in the same order. None
     where there is nothing to compare.
     """
-    groups = _groups(results)
+    wide = runs.pivot(index=["recipe", "seed"], columns="pool", values="test_accuracy")
     rows = []
-    for (recipe, pool), others in groups.items():
-        ours = {r.seed: r.accuracy for r in groups.get((recipe, "stochastic"), [])}
-        points = [ours[r.seed] - r.accuracy for r in others if r.seed in ours]
-        if pool == "stochastic" or not points:
-            continue
-        better = f"{sum(p > 0 for p in points)} of {len(points)}"
-        if ties := points.count(0):
-            better += f", {ties} equal"
-        rows.append([recipe, f"stochastic minus {pool}", _cell(points, sign="+"), better])
+    for recipe, group in wide.groupby("recipe", observed=True):
+        for pool in POOLINGS:
+            if pool == "stochastic" or not {pool, "stochastic"} <= {*group.columns}:
+                continue
+            points = (group["stochastic"] - group[pool]).dropna()
+            if points.empty:
+                continue
+            better = f"{(points > 0).sum()} of {len(points)}"
+            if ties := (points == 0).sum():
+                better += f", {ties} equal"
+            name = f"stochastic minus {pool}"
+            rows.append((recipe, name, cell(points, sign="+"), better))
     header = ["recipe", "test accuracy", "points", "seeds that favour stochastic"]
-    return _markdown(header, rows, left=2) if rows else None
+    return markdown(pd.DataFrame(rows, columns=header)) if rows else None
 
 
-def document(results: Sequence[Result], started_with: str, flags: Sequence[str]) -> str:
+def document(runs: pd.DataFrame, started_with: str, flags: str) -> str:
     """``study.md``.
 
     Args:
-        results: of all finished runs.
+        runs: all finished runs.
         started_with: the command that started the study.
         flags: what each run of train.py was given, beside recipe, pool and seed.
     """
-    dates = sorted({result.date for result in results})
-    sizes = sorted({(r.train_images, r.test_images) for r in results})
-    epochs = {r.recipe: r.epochs for r in results}
     parts = [
         "# Pools and recipes compared",
-        table(results),
+        table(runs),
         "Mean ± sample standard deviation over the seeds. Test accuracy, training accuracy and "
         "sensitivities are those after the last epoch; training images as they are, not "
         "augmented. Sensitivities and training accuracy: in fp32 on the CPU.",
-        origins(results),
+        origins(runs),
     ]
-    if (paired := differences(results)) is not None:
+    if (paired := differences(runs)) is not None:
         parts += ["## Stochastic pooling against the others, seed by seed", paired]
-    images = " or ".join(f"{train} training and {test} test images" for train, test in sizes)
+    images = runs[["train_images", "test_images"]].drop_duplicates().itertuples(index=False)
+    epochs = runs.groupby("recipe", observed=True)["epochs"].max().items()
+    sizes = " or ".join(f"{train} training and {test} test images" for train, test in images)
+    dates = " to ".join(dict.fromkeys((runs["date"].min(), runs["date"].max())))
     parts += [
         "## Conditions",
-        "\n".join(
-            [
-                f"- started with `{started_with}`",
-                "- each run: `train.py --recipe RECIPE --pool POOL --seed SEED "
-                f"{shlex.join(flags)}`",
-                f"- {images}; epochs: {', '.join(f'{n} ({r})' for r, n in epochs.items())}",
-                f"- finished on {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
-                f"{sum(r.seconds for r in results) / 3600:.1f} hours of training in all",
-            ]
-        ),
+        f"- started with `{started_with}`\n"
+        f"- each run: `train.py --recipe RECIPE --pool POOL --seed SEED {flags}`\n"
+        f"- {sizes}; epochs: {', '.join(f'{number:g} ({recipe})' for recipe, number in epochs)}\n"
+        f"- finished on {dates}; {runs['seconds'].sum() / 3600:.1f} hours of training in all",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def draw(results: Sequence[Result], histories: Sequence[Sequence[EpochResult]], path: Path) -> None:
-    """Draw test accuracies, and test losses over the epochs, as PNG.
-
-    Args:
-        results: of all finished runs.
-        histories: theirs, in the same order.
-        path: file to write.
-    """
-    groups = _groups(results)
-    recipes = list(dict.fromkeys(recipe for recipe, _ in groups))
-    losses = {
-        (r.recipe, r.pool, r.seed): [row.test_loss for row in history]
-        for r, history in zip(results, histories, strict=True)
-    }
-    left = max(4.2, 0.85 * len(groups))  # inches
-    widths = [left, *[4.2] * len(recipes)]
+def draw(runs: pd.DataFrame, epochs: pd.DataFrame, path: Path) -> None:
+    """Draw the last test accuracies, and each recipe's test losses, as PNG."""
+    recipes: Sequence[str] = list(runs["recipe"].unique())
+    groups = runs.groupby(_CASE[:2], observed=True)["test_accuracy"]
+    widths = [max(4.2, 0.85 * len(groups)), *[4.2] * len(recipes)]
     figure = Figure(figsize=(sum(widths), 4), dpi=120, layout="constrained")
     accuracy, *curves = figure.subplots(1, len(widths), width_ratios=widths)
-    _draw_accuracies(accuracy, groups, recipes)
-    highest = max(max(values) for values in losses.values())
+    places = []
+    for place, ((recipe, pool), values) in enumerate(groups):
+        places.append(place + 0.5 * recipes.index(recipe))
+        dots(accuracy, places[-1], values, COLOURS[pool])
+    names = [f"{pool}\n{recipe if recipes[1:] else ''}" for (recipe, pool), _ in groups]
+    accuracy.set_xticks(places, names)
+    accuracy.tick_params(axis="x", length=0)
+    accuracy.margins(y=0.12)
+    accuracy.set_title("Last test accuracy (%): seeds and mean")
+    accuracy.grid(axis="y", alpha=0.3)
     for axis, recipe in zip(curves, recipes, strict=True):
-        for (of, pool), group in groups.items():
-            if of == recipe:
-                runs = [losses[recipe, pool, r.seed] for r in group]
-                _draw_losses(axis, runs, pool)
+        lines(axis, epochs[epochs["recipe"] == recipe], "test_loss")
         axis.set_title(f"Test loss, recipe {recipe}")
-        axis.set_xlabel("Epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.set_ylim(0, highest * 1.05)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.set_ylim(0, epochs["test_loss"].max() * 1.05)
     pictures.write(figure, path)
 
 
-def _draw_accuracies(axis: Axes, groups: Groups, recipes: Sequence[str]) -> None:
+def dots(axis: Axes, place: float, values: pd.Series, colour: str) -> None:
     """A dot for each seed, and a bar for the mean."""
-    place, ticks, names = 0.0, [], []
-    for recipe in recipes:
-        first = place
-        for (of, pool), group in groups.items():
-            if of != recipe:
-                continue
-            values = [r.accuracy for r in group]
-            # Side by side in the order of the seeds, so that equal ones do not hide each other.
-            step = 0.4 / max(len(values) - 1, 1)
-            x = [place + (n - (len(values) - 1) / 2) * step for n in range(len(values))]
-            mean, _ = mean_and_deviation(values)
-            axis.hlines(mean, place - 0.36, place + 0.36, color=_COLOURS[pool], linewidth=2.5)
-            axis.scatter(x, values, s=34, color=_COLOURS[pool], edgecolors="white", zorder=3)
-            axis.annotate(
-                f"{mean:.1f}",
-                (place, max(values)),
-                (0, 7),
-                textcoords="offset points",
-                ha="center",
-            )
-            ticks.append(place)
-            names.append(pool)
-            place += 1
-        axis.text(
-            (first + place - 1) / 2,
-            -0.085,
-            f"recipe {recipe}",
-            transform=axis.get_xaxis_transform(),
-            ha="center",
-            va="top",
-        )
-        place += 0.5
-    axis.set_xticks(ticks, names)
-    axis.tick_params(axis="x", length=0)
-    axis.set_xlim(-0.7, place - 0.8)
-    axis.margins(y=0.12)
-    axis.set_title("Last test accuracy (%): seeds and mean")
-    axis.grid(axis="y", alpha=0.3)
+    # Side by side in the order of the seeds, so that equal ones do not hide each other.
+    step = 0.4 / max(len(values) - 1, 1)
+    x = [place + (n - (len(values) - 1) / 2) * step for n in range(len(values))]
+    axis.hlines(values.mean(), place - 0.36, place + 0.36, color=colour, linewidth=2.5)
+    axis.scatter(x, values, s=34, color=colour, edgecolors="white", zorder=3)
+    top = (place, values.max())
+    axis.annotate(f"{values.mean():.1f}", top, (0, 7), textcoords="offset points", ha="center")
 
 
-def _draw_losses(axis: Axes, runs: Sequence[Sequence[float]], pool: str) -> None:
-    """A thin line for each seed, and a thick one for their mean."""
-    for losses in runs:
-        axis.plot(range(1, len(losses) + 1), losses, color=_COLOURS[pool], alpha=0.3, linewidth=0.8)
-    means = [math.fsum(column) / len(runs) for column in zip(*runs, strict=False)]
-    axis.plot(range(1, len(means) + 1), means, color=_COLOURS[pool], linewidth=2, label=pool)
+def lines(axis: Axes, epochs: pd.DataFrame, column: str) -> None:
+    """Over the epochs, for each pool, a thin line for each seed and a thick one for their mean."""
+    for pool, of_pool in epochs.groupby("pool", observed=True):
+        colour = COLOURS[str(pool)]
+        for _, run in of_pool.groupby("seed"):
+            axis.plot(run["epoch"], run[column], color=colour, alpha=0.3, linewidth=0.8)
+        mean = of_pool.groupby("epoch")[column].mean()
+        axis.plot(mean.index, mean, color=colour, linewidth=2, label=pool)
+    axis.set_xlabel("Epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
