@@ -23,12 +23,13 @@ from .sliding import (
     _bias,
     _elements,
     _in_plane,
-    _lane_index,
     _lanes,
     _largest,
     _load_columns,
     _pair,
+    _seen,
     _store,
+    _store_bias,
 )
 
 # Weights are taken times this, which the gradient is not: the least of them has a reciprocal.
@@ -39,14 +40,14 @@ SMALLEST_MEAN = tl.constexpr(2.0**-55)
 
 @triton.jit
 def _columns(
-    pointer, index, c, step, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
+    tensor, index, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
     INSIDE: tl.constexpr, MASK: tl.constexpr, t: tl.constexpr, v: tl.constexpr,
 ):  # fmt: skip
     """As `_load_columns`, but in pairs also where another lane owns them."""
     if (not v.channels_last) and t.unit == 2:
         columns = ()
         for j in tl.static_range(FIRST // 2 * 2, FIRST + COLUMNS, 2):
-            here = _pair(pointer, index, j)
+            here = _pair(tensor[0], index, j)
             if MASK and (j < 0 or j >= INSIDE):
                 inside = _in_plane(column, j, width, INSIDE)
                 columns = columns + tl.split(tl.load(here, mask=inside[:, :, None], other=0))
@@ -55,15 +56,14 @@ def _columns(
         columns = columns[FIRST % 2 : FIRST % 2 + COLUMNS]
     else:
         columns = _load_columns(
-            pointer, index, c, step, column, width, FIRST, COLUMNS, INSIDE, MASK, MASK, t, v
+            tensor, index, column, width, FIRST, COLUMNS, INSIDE, MASK, MASK, t, v
         )
     return columns
 
 
 @triton.jit
 def _input_row(
-    pointer, lane, row, height, c, pitch, step, pair, width, biases,
-    EDGE: tl.constexpr, START: tl.constexpr, v: tl.constexpr,
+    input, row, height, pair, width, biases, EDGE: tl.constexpr, v: tl.constexpr
 ):  # fmt: skip
     """Sums of the weights of a row in each window, those of their squares, and the weights of the
     lane's own columns. A row beyond the plane, which only an edge row may be, has weights of 0."""
@@ -71,7 +71,7 @@ def _input_row(
         present = (row >= 0) & (row < height)
         row = tl.minimum(tl.maximum(row, 0), height - 1)
     inputs = _columns(
-        pointer, lane + row * pitch, c, step, pair * 2, width, START, len(biases), v.in_inside,
+        input, input[1] + row * input[3], pair * 2, width, v.start, len(biases), v.in_inside,
         EDGE or v.read.masked, v.read, v,
     )  # fmt: skip
     weights = ()
@@ -92,24 +92,24 @@ def _input_row(
         w = weights[start + start // v.stride_w % 2 * (v.kernel_w - 1)]
         sums = sums + (row_sum + w,)
         squares = squares + (row_squared + w * w,)
-    return sums, squares, weights[-START : 2 - START]
+    return sums, squares, weights[-v.start : 2 - v.start]
 
 
 @triton.jit
-def _to_columns(per_window, START: tl.constexpr, v: tl.constexpr):
+def _to_columns(per_window, v: tl.constexpr):
     """Sums over the windows that hold each of the lane's two columns; the first window begins
-    `START` columns from these."""
+    `v.start` columns from these."""
     # Minus zero is what the compiler can leave out of a sum.
     both = tl.full(per_window[0].shape, -0.0, tl.float32)
     for c in tl.static_range(len(per_window)):
-        if START + c * v.stride_w <= 0 and START + c * v.stride_w + v.kernel_w >= 2:
+        if v.start + c * v.stride_w <= 0 and v.start + c * v.stride_w + v.kernel_w >= 2:
             both = both + per_window[c]
     first = both
     second = both
     for c in tl.static_range(len(per_window)):
-        if START + c * v.stride_w + v.kernel_w == 1:
+        if v.start + c * v.stride_w + v.kernel_w == 1:
             first = first + per_window[c]
-        if START + c * v.stride_w == 1:
+        if v.start + c * v.stride_w == 1:
             second = second + per_window[c]
     return first, second
 
@@ -132,23 +132,15 @@ def _to_rows(carried, added, v: tl.constexpr):
 
 @triton.jit
 def _row(
-    grad_output_ptr, input_ptr, grad_input_ptr, out_row, first_row, state,
-    height, width, out_height, out_width, in_lane, own_lane, grad_lane,
-    in_c, in_pitch, in_step, own_c, own_pitch, own_step, grad_c, grad_pitch, grad_step,
+    grad_output, input, grad_input, out_row, first_row, state, height, width, out_height, out_width,
     pair, exists, biases, EDGE: tl.constexpr, CHECK_LARGEST: tl.constexpr, v: tl.constexpr,
 ):  # fmt: skip
     """A row of outputs, with what it reads and completes. Edge rows are any, also those of the
     strip before, which complete nothing."""
     rows, carried, bias_sum, largest, smallest = state
-    FIRST: tl.constexpr = -((v.kernel_w - 1 - v.padding_w) // v.stride_w)
-    COLUMNS: tl.constexpr = (1 + v.padding_w) // v.stride_w - FIRST + 1
-    START: tl.constexpr = FIRST * v.stride_w - v.padding_w
     top = out_row * v.stride_h - v.padding_h
     for i in tl.static_range(v.kernel_h - v.stride_h, v.kernel_h):
-        row = _input_row(
-            input_ptr, in_lane, top + i, height, in_c, in_pitch, in_step, pair, width, biases,
-            EDGE, START, v,
-        )  # fmt: skip
+        row = _input_row(input, top + i, height, pair, width, biases, EDGE, v)
         rows = rows + (row,)
     row_inside = out_row
     if EDGE:
@@ -156,15 +148,15 @@ def _row(
         row_inside = tl.minimum(tl.maximum(out_row, 0), out_height - 1)
     column = pair * (2 // v.stride_w)
     grads = _columns(
-        grad_output_ptr, grad_lane + row_inside * grad_pitch, grad_c, grad_step, column, out_width,
-        FIRST, COLUMNS, v.inside, EDGE or v.grad.masked, v.grad, v,
+        grad_output, grad_output[1] + row_inside * grad_output[3], column, out_width,
+        v.first, v.columns, v.inside, EDGE or v.grad.masked, v.grad, v,
     )  # fmt: skip
     slopes = ()
     offsets = ()
-    for c in tl.static_range(COLUMNS):
+    for c in tl.static_range(v.columns):
         grad = grads[c].to(tl.float32)
-        if c + FIRST < 0 or c + FIRST >= v.inside:
-            grad = tl.where(_in_plane(column, c + FIRST, out_width, v.inside), grad, 0.0)
+        if c + v.first < 0 or c + v.first >= v.inside:
+            grad = tl.where(_in_plane(column, c + v.first, out_width, v.inside), grad, 0.0)
         if EDGE:
             grad = tl.where(present, grad, 0.0)
         total = rows[0][0][c]
@@ -179,9 +171,7 @@ def _row(
         if CHECK_LARGEST:
             largest = _largest(largest, total)
         smallest = tl.minimum(smallest, mean)  # NaN, which is no minimum, where the window is dead
-    slopes = _to_columns(slopes, START, v)
-    offsets = _to_columns(offsets, START, v)
-    sums = _to_rows(carried, (slopes, offsets), v)
+    sums = _to_rows(carried, (_to_columns(slopes, v), _to_columns(offsets, v)), v)
     for i in tl.static_range(v.stride_h):
         first_mask = exists
         if EDGE:
@@ -194,36 +184,32 @@ def _row(
             grad = tl.where(w > 0, (w + w) * sums[i][0][x] - sums[i][1][x], 0.0)
             two = two + (grad,)
             bias_sum += tl.where(inside, grad, 0.0) if EDGE else grad
-        _store(
-            grad_input_ptr, own_lane + (top + i) * own_pitch, two, own_c, own_step,
-            first_mask, second_mask, v.own, v,
-        )  # fmt: skip
+        index = grad_input[1] + (top + i) * grad_input[3]
+        _store(grad_input, index, two, first_mask, second_mask, v.own, v)
     return rows[v.stride_h :], sums[v.stride_h :], bias_sum, largest, smallest
 
 
 @triton.jit
+def _plane(tensor, image, channel, t: tl.constexpr, v: tl.constexpr):
+    """Pointer to each lane's plane, and how many elements lie from a row and a column to the
+    next."""
+    tensor = _seen(tensor, image, channel, 0, t, v)
+    _, lane, _, pitch, step = tensor
+    step = step * t.unit if v.channels_last else step
+    return _elements(tensor, lane, 0, t, v), pitch * t.unit, step
+
+
+@triton.jit
 def _differentiate_strip_again(
-    grad_output_ptr, input_ptr, bias_ptr, grad_input_ptr,
-    channels, height, width, out_height, out_width,
-    in_n, in_c, in_pitch, in_step, own_n, own_c, own_pitch, own_step,
-    grad_n, grad_c, grad_pitch, grad_step,
+    grad_output, input, bias_ptr, grad_input, channels, height, width, out_height, out_width,
     pairs, lanes, first_row, end_row, v: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a strip from expectations taken window by window; their sums by lanes."""
-    FIRST: tl.constexpr = -((v.kernel_w - 1 - v.padding_w) // v.stride_w)
-    COLUMNS: tl.constexpr = (1 + v.padding_w) // v.stride_w - FIRST + 1
     _, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
-    in_lane = _lane_index(image, channel, 0, in_n, in_c, in_step, v.read, v)
-    own_lane = _lane_index(image, channel, 0, own_n, own_c, own_step, v.own, v)
-    grad_lane = _lane_index(image, channel, 0, grad_n, grad_c, grad_step, v.grad, v)
-    # To the planes' first numbers, and the elements between two columns.
-    input_ptr = _elements(input_ptr, in_lane, 0, in_c, in_step, v.read, v)
-    grad_input_ptr = _elements(grad_input_ptr, own_lane, 0, own_c, own_step, v.own, v)
-    grad_output_ptr = _elements(grad_output_ptr, grad_lane, 0, grad_c, grad_step, v.grad, v)
-    if v.channels_last:
-        in_step = in_step * v.read.unit
-        own_step = own_step * v.own.unit
-        grad_step = grad_step * v.grad.unit
+    # Of each tensor, the planes' first numbers and the elements between two rows and two columns.
+    input_ptr, in_pitch, in_step = _plane(input, image, channel, v.read, v)
+    grad_input_ptr, own_pitch, own_step = _plane(grad_input, image, channel, v.own, v)
+    grad_output_ptr, grad_pitch, grad_step = _plane(grad_output, image, channel, v.grad, v)
     bias = _bias(bias_ptr, channel, v)
     nothing = tl.zeros([v.block, v.vector], tl.float32)
     exists = exists & (nothing == 0)  # [block, vector]
@@ -233,17 +219,17 @@ def _differentiate_strip_again(
         top = out_row * v.stride_h - v.padding_h
         slopes = (nothing, nothing)
         offsets = (nothing, nothing)
-        for c in range(FIRST, FIRST + COLUMNS):
+        for c in range(v.first, v.first + v.columns):
             out_column = pair * (2 // v.stride_w) + c
             left = out_column * v.stride_w - v.padding_w
             mask = exists & (out_column >= 0) & (out_column < out_width)
             mask = masked((out_row >= 0) & (out_row < out_height), mask)
             windows = (
                 input_ptr, bias, 0, top, left, mask,
-                1, height, width, 0, in_pitch * v.read.unit, in_step,
+                1, height, width, 0, in_pitch, in_step,
             )  # fmt: skip
             mean, total, infinite, scale = expect(windows, v, tl.float32)
-            here = grad_output_ptr + (out_row * grad_pitch * v.grad.unit + out_column * grad_step)
+            here = grad_output_ptr + (out_row * grad_pitch + out_column * grad_step)
             grad = tl.load(here, mask=mask, other=0.0).to(tl.float32)
             # See expectation_kernel.
             slope = tl.where(total < SMALLEST_SUM, 0.0, grad / tl.where(total == 0, 1.0, total))
@@ -264,18 +250,23 @@ def _differentiate_strip_again(
             inside = (out_row >= first_row) & (top + i >= 0) & (top + i < height)
             for x in tl.static_range(2):
                 mask = masked(inside, exists & (pair * 2 + x < width))
-                cell = (top + i) * in_pitch * v.read.unit + (pair * 2 + x) * in_step
+                cell = (top + i) * in_pitch + (pair * 2 + x) * in_step
                 w = rectified(tl.load(input_ptr + cell, mask=mask, other=0.0), bias, tl.float32)
                 slope, offset = sums[i][0][x], sums[i][1][x]
                 # See gather_kernel.
                 grad = tl.where(slope == 0, 0.0, w * (2 * slope)) - offset
                 grad = tl.where(w == float("inf"), offset, grad)
                 grad = tl.where(mask & (w != 0), grad, 0.0)
-                cell = (top + i) * own_pitch * v.own.unit + (pair * 2 + x) * own_step
+                cell = (top + i) * own_pitch + (pair * 2 + x) * own_step
                 tl.store(grad_input_ptr + cell, grad.to(grad_input_ptr.dtype.element_ty), mask=mask)
                 bias_sum += grad
         carried = sums[v.stride_h :]
     return bias_sum
+
+
+@triton.jit
+def _stepped(tensor, pitch):
+    return tensor[0], tensor[1], tensor[2], pitch, tensor[4]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -289,39 +280,31 @@ def gradient_sliding_kernel(
     pairs, lanes, strip_rows, inner_rows, start_row, stop_row,
     v: tl.constexpr,
 ):  # fmt: skip
-    FIRST: tl.constexpr = -((v.kernel_w - 1 - v.padding_w) // v.stride_w)
-    COLUMNS: tl.constexpr = (1 + v.padding_w) // v.stride_w - FIRST + 1
-    START: tl.constexpr = FIRST * v.stride_w - v.padding_w
-    KEPT: tl.constexpr = v.kernel_h - v.stride_h
     channels = channels if v.channels == 0 else v.channels
-    in_step = in_step if v.read.step == 0 else v.read.step
-    own_step = own_step if v.own.step == 0 else v.own.step
-    grad_step = grad_step if v.grad.step == 0 else v.grad.step
+    whole_grad_input = (grad_input_ptr, own_n, own_c, own_pitch, own_step)
+    whole_input = (input_ptr, in_n, in_c, in_pitch, in_step)
+    whole_grad = (grad_output_ptr, grad_n, grad_c, grad_pitch, grad_step)
     number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
-    own_lane = _lane_index(image, channel, pair * 2, own_n, own_c, own_step, v.own, v)
+    grad_input = _seen(whole_grad_input, image, channel, pair * 2, v.own, v)
     if v.same:  # one index serves both
-        in_pitch = own_pitch
-        in_lane = own_lane
+        input = (input_ptr,) + grad_input[1:]
     else:
-        in_lane = _lane_index(image, channel, pair * 2, in_n, in_c, in_step, v.read, v)
+        input = _seen(whole_input, image, channel, pair * 2, v.read, v)
     if v.grad_same:
-        grad_pitch = own_pitch
-        grad_lane = own_lane
+        grad = (grad_output_ptr,) + grad_input[1:]
     else:
-        grad_lane = _lane_index(
-            image, channel, pair * (2 // v.stride_w), grad_n, grad_c, grad_step, v.grad, v
-        )
+        grad = _seen(whole_grad, image, channel, pair * (2 // v.stride_w), v.grad, v)
     bias = _bias(bias_ptr, channel, v) * SCALE
     biases = ()
-    for j in tl.static_range((COLUMNS - 1) * v.stride_w + v.kernel_w):
-        if j + START < 0:  # both in the pair before
+    for j in tl.static_range((v.columns - 1) * v.stride_w + v.kernel_w):
+        if j + v.start < 0:  # both in the pair before
             biases = biases + (tl.where(pair > 0, bias, float("-inf")),)
-        elif j + START < v.in_inside:
+        elif j + v.start < v.in_inside:
             biases = biases + (bias,)
-        elif j + START == 3 and v.in_inside == 2:
+        elif j + v.start == 3 and v.in_inside == 2:
             biases = biases + (biases[j - 1],)
         else:
-            inside = pair * 2 + (j + START) < width
+            inside = pair * 2 + (j + v.start) < width
             biases = biases + (tl.where(inside, bias, float("-inf")),)
 
     first_row = start_row + tl.program_id(1) * strip_rows
@@ -333,43 +316,35 @@ def gradient_sliding_kernel(
     prior_row = first_row - (v.kernel_h - 1) // v.stride_h
 
     nothing = tl.zeros([v.block, v.vector], tl.float32)
-    carried = (((nothing, nothing),) * 2,) * KEPT
+    carried = (((nothing, nothing),) * 2,) * (v.kernel_h - v.stride_h)
     rows = ()
-    for i in tl.static_range(KEPT):
-        row = _input_row(
-            input_ptr, in_lane, prior_row * v.stride_h - v.padding_h + i, height,
-            in_c, in_pitch, in_step, pair, width, biases, True, START, v,
-        )  # fmt: skip
-        rows = rows + (row,)
+    for i in tl.static_range(v.kernel_h - v.stride_h):
+        row = prior_row * v.stride_h - v.padding_h + i
+        rows = rows + (_input_row(input, row, height, pair, width, biases, True, v),)
     state = (rows, carried, nothing, nothing, nothing + float("inf"))
     for out_row in range(prior_row, inner_row):
         state = _row(
-            grad_output_ptr, input_ptr, grad_input_ptr, out_row, first_row, state,
-            height, width, out_height, out_width, in_lane, own_lane, grad_lane,
-            in_c, in_pitch, in_step, own_c, own_pitch, own_step, grad_c, grad_pitch, grad_step,
-            pair, exists, biases, True, True, v,
+            grad, input, grad_input, out_row, first_row, state,
+            height, width, out_height, out_width, pair, exists, biases, True, True, v,
         )  # fmt: skip
     # See `_forward`.
-    own_row = own_pitch + (number >> 31)
-    in_row = own_row if v.same else in_pitch + (number >> 31)
-    grad_row = own_row if v.grad_same else grad_pitch + (number >> 31)
+    zero = number >> 31
+    inner_grad_input = _stepped(grad_input, grad_input[3] + zero)
+    inner_input = _stepped(input, inner_grad_input[3] if v.same else input[3] + zero)
+    inner_grad = _stepped(grad, inner_grad_input[3] if v.grad_same else grad[3] + zero)
     for group in range(groups):
         for k in tl.static_range(v.rows):
             # With stride 1 every row lies in one of the windows whose sums are looked at.
             state = _row(
-                grad_output_ptr, input_ptr, grad_input_ptr,
+                inner_grad, inner_input, inner_grad_input,
                 inner_row + group * v.rows + k, first_row, state,
-                height, width, out_height, out_width, in_lane, own_lane, grad_lane,
-                in_c, in_row, in_step, own_c, own_row, own_step, grad_c, grad_row, grad_step,
-                pair, exists, biases, False,
+                height, width, out_height, out_width, pair, exists, biases, False,
                 v.stride_h > 1 or k % v.kernel_h == v.kernel_h - 1 or k == v.rows - 1, v,
             )  # fmt: skip
     for out_row in range(edge_row, end_row):
         state = _row(
-            grad_output_ptr, input_ptr, grad_input_ptr, out_row, first_row, state,
-            height, width, out_height, out_width, in_lane, own_lane, grad_lane,
-            in_c, in_pitch, in_step, own_c, own_pitch, own_step, grad_c, grad_pitch, grad_step,
-            pair, exists, biases, True, True, v,
+            grad, input, grad_input, out_row, first_row, state,
+            height, width, out_height, out_width, pair, exists, biases, True, True, v,
         )  # fmt: skip
 
     _, _, bias_sum, largest, smallest = state
@@ -377,14 +352,8 @@ def gradient_sliding_kernel(
     any_unusual = tl.max(unusual.to(tl.int32))
     if any_unusual > 0:  # rare
         bias_sum = _differentiate_strip_again(
-            grad_output_ptr, input_ptr, bias_ptr, grad_input_ptr,
+            whole_grad, whole_input, bias_ptr, whole_grad_input,
             channels, height, width, out_height, out_width,
-            in_n, in_c, in_pitch, in_step, own_n, own_c, own_pitch, own_step,
-            grad_n, grad_c, grad_pitch, grad_step,
             pairs + (any_unusual >> 1), lanes, first_row, end_row, v,
         )  # fmt: skip
-    if v.bias_gradient:
-        # [strips, lanes, vector]
-        partial = (tl.program_id(1).to(tl.int64) * lanes + number) * v.vector
-        partial += tl.arange(0, v.vector)[None, :]
-        tl.store(partial_bias_ptr + partial, bias_sum, mask=exists)
+    _store_bias(partial_bias_ptr, bias_sum, number, lanes, exists, v)

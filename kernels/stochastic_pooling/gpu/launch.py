@@ -333,7 +333,12 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         strip_rows += 1  # whose first row belongs to no group
     strips = triton.cdiv(stop - start, strip_rows)
 
+    # Of the outputs whose windows reach the lane's columns of the input, counted from the first
+    # that begins in them or later, if nothing were padded; and where in the input they begin.
+    first = -((window.kernel_w - 1 - window.padding_w) // window.stride_w)
     constants.update(
+        first=first, columns=(1 + window.padding_w) // window.stride_w - first + 1,
+        start=first * window.stride_w - window.padding_w,
         channels=channels if channels_last and channels % 8 == 0 else 0,
         channels_last=channels_last, vector=vector, folded=folded, draws=call.name == "sample",
         block=call.block, rows=_ROWS[call.name],

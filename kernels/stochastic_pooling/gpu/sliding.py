@@ -25,8 +25,9 @@ Windows with a NaN, an infinity or a sum that could overflow are noticed, not ha
 that meets one repeats its strip with the device functions of `general.py`.
 
 `v` and `t` hold the numbers that a kernel is compiled for, of the launch and of a tensor: see
-`launch.py`. A tensor's strides are in units of `t.unit` elements, of which a step leads to the next
-column; those of a batch and a channel are `n` and `c`, that of a row is its pitch.
+`launch.py`. A tensor is a tuple of its pointer and its strides in units of `t.unit` elements, those
+of an image, a channel, a row (its pitch) and a column (a step). `_seen` makes of it what a lane
+sees: in place of the image's stride, the unit where the lane begins.
 """
 
 from __future__ import annotations
@@ -82,17 +83,18 @@ def _lanes(channels, pairs, lanes, v: tl.constexpr):
 
 
 @triton.jit
-def _lane_index(
-    image, channel, column, n, c, step, t: tl.constexpr, v: tl.constexpr
-):  # fmt: skip
-    """Index of each lane's `column` in the first row, in units of `t.unit` elements."""
+def _seen(tensor, image, channel, column, t: tl.constexpr, v: tl.constexpr):
+    """A tensor as a lane sees it that begins in `column` of the first row."""
+    pointer, n, c, pitch, step = tensor
+    step = step if t.step == 0 else t.step
     if v.channels_last:
         if t.unit == 1:
-            return image * n + channel * c + column * step
+            lane = image * n + channel * c + column * step
         else:
-            return image * n + channel // t.unit + column * step
+            lane = image * n + channel // t.unit + column * step
     else:
-        return image * n + channel * c + column * step // t.unit
+        lane = image * n + channel * c + column * step // t.unit
+    return pointer, lane, c, pitch, step
 
 
 @triton.jit
@@ -110,8 +112,9 @@ def _units(pointer, index, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _elements(pointer, index, at, c, step, t: tl.constexpr, v: tl.constexpr):
+def _elements(tensor, index, at, t: tl.constexpr, v: tl.constexpr):
     """Pointers to the numbers `at` columns from the unit `index`, [block, vector]."""
+    pointer, _, c, _, step = tensor
     pointer = _units(pointer, index, t.unit).to(pointer.dtype)
     if v.vector == 1:
         return pointer + at * step
@@ -142,7 +145,7 @@ def _in_plane(column, at: tl.constexpr, width, INSIDE: tl.constexpr):
 
 @triton.jit
 def _load_columns(
-    pointer, index, c, step, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
+    tensor, index, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
     INSIDE: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     t: tl.constexpr, v: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +158,7 @@ def _load_columns(
     """
     columns = ()
     for j in tl.static_range(COLUMNS):
-        here = _elements(pointer, index, j + FIRST, c, step, t, v)
+        here = _elements(tensor, index, j + FIRST, t, v)
         if j + FIRST < 0:
             if MASK_LEFT:
                 inside = _in_plane(column, j + FIRST, width, INSIDE)
@@ -164,7 +167,7 @@ def _load_columns(
                 columns = columns + (tl.load(here),)
         elif (not v.channels_last) and t.unit == 2 and j + FIRST < INSIDE // 2 * 2:
             if (j + FIRST) % 2 == 0:
-                columns = columns + tl.split(tl.load(_pair(pointer, index, j + FIRST)))
+                columns = columns + tl.split(tl.load(_pair(tensor[0], index, j + FIRST)))
         elif j + FIRST >= INSIDE and MASK_RIGHT:
             inside = _in_plane(column, j + FIRST, width, INSIDE)
             columns = columns + (tl.load(here, mask=inside, other=0),)
@@ -174,17 +177,24 @@ def _load_columns(
 
 
 @triton.jit
-def _store(pointer, index, two, c, step, exists, has_second, t: tl.constexpr, v: tl.constexpr):
+def _store(tensor, index, two, exists, has_second, t: tl.constexpr, v: tl.constexpr):
     """Store the numbers of the lane's two columns."""
-    ELEMENT: tl.constexpr = pointer.dtype.element_ty
+    ELEMENT: tl.constexpr = tensor[0].dtype.element_ty
     if (not v.channels_last) and t.unit == 2:
         both = tl.join(two[0], two[1]).to(ELEMENT)
-        tl.store(_pair(pointer, index, 0), both, mask=exists[:, :, None])
+        tl.store(_pair(tensor[0], index, 0), both, mask=exists[:, :, None])
     else:
-        here = _elements(pointer, index, 0, c, step, t, v)
-        tl.store(here, two[0].to(ELEMENT), mask=exists)
-        here = _elements(pointer, index, 1, c, step, t, v)
-        tl.store(here, two[1].to(ELEMENT), mask=has_second)
+        tl.store(_elements(tensor, index, 0, t, v), two[0].to(ELEMENT), mask=exists)
+        tl.store(_elements(tensor, index, 1, t, v), two[1].to(ELEMENT), mask=has_second)
+
+
+@triton.jit
+def _store_bias(partial_bias_ptr, bias_sum, number, lanes, exists, v: tl.constexpr):
+    """Store the lane's share of the bias's gradient: [strips, lanes, vector]."""
+    if v.bias_gradient:
+        partial = (tl.program_id(1).to(tl.int64) * lanes + number) * v.vector
+        partial += tl.arange(0, v.vector)[None, :]
+        tl.store(partial_bias_ptr + partial, bias_sum, mask=exists)
 
 
 # ---------------------------------------------------------------- rows of weights
@@ -268,27 +278,13 @@ def _row(inputs, biases, v: tl.constexpr):
 
 
 @triton.jit
-def _load_edge(
-    pointer, lane, row, height, c, pitch, step, column, width, biases, v: tl.constexpr
-):  # fmt: skip
+def _load_edge(input, row, height, column, width, biases, v: tl.constexpr):
     """The columns of any row of input and their biases; one beyond the plane has biases that undo
     it."""
     present = (row >= 0) & (row < height)
-    index = lane + tl.minimum(tl.maximum(row, 0), height - 1) * pitch
+    index = input[1] + tl.minimum(tl.maximum(row, 0), height - 1) * input[3]
     inputs = _load_columns(
-        pointer,
-        index,
-        c,
-        step,
-        column,
-        width,
-        -v.padding_w,
-        len(biases),
-        v.inside,
-        True,
-        True,
-        v.read,
-        v,
+        input, index, column, width, -v.padding_w, len(biases), v.inside, True, True, v.read, v
     )
     shifted = ()
     for j in tl.static_range(len(biases)):
@@ -385,29 +381,25 @@ def _largest(largest, total):
 
 
 @triton.jit
-def _draw_row(
-    output_ptr, code_ptr, index, c, step, word, rows, one, exists, has_second, v: tl.constexpr
-):  # fmt: skip
+def _draw_row(output, code, index, word, rows, one, exists, has_second, v: tl.constexpr):
     """Draw and store the lane's two windows; their larger sum, or NaN."""
     JOINED: tl.constexpr = (not v.channels_last) and v.own.unit == 2
     SCALE: tl.constexpr = 256 if JOINED else 1
     value0, row0, column0, total0 = _draw(word, rows, one, 0, 1, v)
     value1, row1, column1, total1 = _draw(word, rows, one, 1, SCALE, v)
-    _store(output_ptr, index, (value0, value1), c, step, exists, has_second, v.own, v)
+    _store(output, index, (value0, value1), exists, has_second, v.own, v)
     if JOINED:
         # One 16-bit number; the code of the second window is scaled by 256 already.
         codes = (row0 + column0) + (row1 + column1)
-        tl.store(_units(code_ptr, index, 2), codes.to(tl.uint16), mask=exists)
+        tl.store(_units(code[0], index, 2), codes.to(tl.uint16), mask=exists)
     else:
         codes = (row0 + column0, row1 + column1)
-        _store(code_ptr, index, codes, c, step, exists, has_second, v.own, v)
+        _store(code, index, codes, exists, has_second, v.own, v)
     return _largest(total0, total1)
 
 
 @triton.jit
-def _expect_row(
-    output_ptr, index, c, step, rows, largest, smallest, exists, has_second, v: tl.constexpr
-):  # fmt: skip
+def _expect_row(output, index, rows, largest, smallest, exists, has_second, v: tl.constexpr):
     """Store the lane's two expectations; the largest sum so far, or NaN, and the smallest one that
     is not 0, as its bits minus 1."""
     expectations = ()
@@ -420,38 +412,38 @@ def _expect_row(
         # 0 / 2**-126 is the 0 of a dead window.
         expectations = expectations + (squares / tl.maximum(total, 2.0**-126),)
         largest = _largest(largest, total)
-        if output_ptr.dtype.element_ty != tl.float16:
+        if output[0].dtype.element_ty != tl.float16:
             smallest = tl.minimum(smallest, total.to(tl.uint32, bitcast=True) - 1)
-    _store(output_ptr, index, expectations, c, step, exists, has_second, v.own, v)
+    _store(output, index, expectations, exists, has_second, v.own, v)
     return largest, smallest
 
 
 @triton.jit
 def _strip_again(
-    input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
-    channels, height, width, out_width,
-    in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
+    input, bias_ptr, seed_ptr, output, code_ptr, channels, height, width, out_width,
     pairs, lanes, first_row, end_row, v: tl.constexpr,
 ):  # fmt: skip
     """A strip window by window, with what NaN, infinities and overflow ask for."""
     _, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
-    origin = _lane_index(image, channel, 0, in_n, in_c, in_step, v.read, v)
-    lane = _lane_index(image, channel, pair * 2, out_n, out_c, out_step, v.own, v)
+    input = _seen(input, image, channel, 0, v.read, v)
+    output = _seen(output, image, channel, pair * 2, v.own, v)
+    code = (code_ptr,) + output[1:]
+    _, origin, _, in_pitch, in_step = input
     bias = _bias(bias_ptr, channel, v)
     for strip_row in range(end_row - first_row):
         out_row = first_row + strip_row
-        index = lane + out_row * out_pitch
+        index = output[1] + out_row * output[3]
         top = out_row * v.stride_h - v.padding_h
         for x in range(2):
             out_column = pair * 2 + x
             mask = tl.broadcast_to(exists & (out_column < out_width), [v.block, v.vector])
             window = (
-                _elements(input_ptr, origin, 0, in_c, in_step, v.read, v), bias,
+                _elements(input, origin, 0, v.read, v), bias,
                 0, top, out_column * v.stride_w - v.padding_w, mask,
                 1, height, width, 0, in_pitch * v.read.unit,
                 in_step * v.read.unit if v.channels_last else in_step,
             )  # fmt: skip
-            to = _elements(output_ptr, index, x, out_c, out_step, v.own, v)
+            to = _elements(output, index, x, v.own, v)
             if v.draws:
                 plane = tl.arange(0, v.vector)[None, :] + channel
                 plane += (out_row if v.folded else image) * channels
@@ -459,13 +451,12 @@ def _strip_again(
                     seed_ptr, plane.to(tl.int64), 0 * out_row if v.folded else out_row, out_column,
                     tl.float32,
                 )  # fmt: skip
-                value, code = draw_cells(window, number, v, tl.float32)
-                code_to = _elements(code_ptr, index, x, out_c, out_step, v.own, v)
-                tl.store(code_to, code.to(tl.uint8), mask=mask)
+                value, drawn = draw_cells(window, number, v, tl.float32)
+                tl.store(_elements(code, index, x, v.own, v), drawn.to(tl.uint8), mask=mask)
             else:
                 value, _total, infinite, scale = expect(window, v, tl.float32)
                 value = unscaled(value, infinite, scale, tl.float32)
-            tl.store(to, value.to(output_ptr.dtype.element_ty), mask=mask)
+            tl.store(to, value.to(output[0].dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------- forward
@@ -473,8 +464,7 @@ def _strip_again(
 
 @triton.jit
 def _load_rows(
-    input_ptr, lane, index, out_row, height, c, pitch, in_step, step, column, width, biases,
-    v: tl.constexpr,
+    input, index, row_step, out_row, height, column, width, biases, v: tl.constexpr
 ):  # fmt: skip
     """The rows of input that the windows of an inner row are the first to read, from the unit
     `index`, each with the biases of its columns."""
@@ -483,61 +473,36 @@ def _load_rows(
     for i in tl.static_range(KEPT, v.kernel_h):
         if i < v.padding_h:  # above the plane, for its first window
             row = out_row * v.stride_h - v.padding_h + i
-            edge = _load_edge(
-                input_ptr, lane, row, height, c, pitch, step, column, width, biases, v
-            )
-            rows = rows + (edge,)
+            rows = rows + (_load_edge(input, row, height, column, width, biases, v),)
         else:
             # The first of these rows is at least KEPT - padding_h: is there one above it?
             inputs = _load_columns(
-                input_ptr, index, c, step, column, width, -v.padding_w, len(biases), v.inside,
+                input, index, column, width, -v.padding_w, len(biases), v.inside,
                 KEPT - v.padding_h < 1 or v.read.masked, v.read.masked, v.read, v,
             )  # fmt: skip
             rows = rows + ((inputs, biases),)
-        index += in_step
+        index += row_step
     return rows
 
 
 @triton.jit
-def _finish_row(
-    output_ptr, code_ptr, index, c, step, word, rows, one, largest, smallest, exists, has_second,
-    LOOK: tl.constexpr, v: tl.constexpr,
-):  # fmt: skip
-    if v.draws:
-        row_largest = _draw_row(
-            output_ptr, code_ptr, index, c, step, word, rows, one, exists, has_second, v
-        )
-        if LOOK:
-            largest = _largest(largest, row_largest)
-    else:
-        largest, smallest = _expect_row(
-            output_ptr, index, c, step, rows, largest, smallest, exists, has_second, v
-        )
-    return largest, smallest
-
-
-@triton.jit
 def _forward(
-    input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
-    channels, height, width, out_height, out_width,
-    in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
-    pairs, lanes, strip_rows, inner_rows, one,
-    v: tl.constexpr,
+    input, bias_ptr, seed_ptr, output, code_ptr, channels, height, width, out_height, out_width,
+    pairs, lanes, strip_rows, inner_rows, one, v: tl.constexpr,
 ):  # fmt: skip
     """Draws, or expectations, of this program's lanes in its strip."""
     KEPT: tl.constexpr = v.kernel_h - v.stride_h
     channels = channels if v.channels == 0 else v.channels
-    in_step = in_step if v.read.step == 0 else v.read.step
-    out_step = out_step if v.own.step == 0 else v.own.step
+    whole_input, whole_output = input, output
     number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
     has_second = exists & (pair * 2 + 1 < out_width)
     column = pair * (2 * v.stride_w)
-    out_lane = _lane_index(image, channel, pair * 2, out_n, out_c, out_step, v.own, v)
+    output = _seen(output, image, channel, pair * 2, v.own, v)
+    code = (code_ptr,) + output[1:]
     if v.same:  # one index serves both
-        in_pitch = out_pitch
-        in_lane = out_lane
+        input = (input[0],) + output[1:]
     else:
-        in_lane = _lane_index(image, channel, column, in_n, in_c, in_step, v.read, v)
+        input = _seen(input, image, channel, column, v.read, v)
     biases = _biases(bias_ptr, channel, column, width, v)
     first_row = tl.program_id(1) * strip_rows
     end_row = tl.minimum(first_row + strip_rows, out_height)
@@ -548,9 +513,8 @@ def _forward(
     smallest = tl.full([v.block, v.vector], 0xFFFFFFFF, tl.uint32)
     for i in tl.static_range(KEPT):
         inputs, row_biases = _load_edge(
-            input_ptr, in_lane, first_row * v.stride_h - v.padding_h + i, height,
-            in_c, in_pitch, in_step, column, width, biases, v,
-        )  # fmt: skip
+            input, first_row * v.stride_h - v.padding_h + i, height, column, width, biases, v
+        )
         row = _row(inputs, row_biases, v)
         rows = rows + (row,)
         if v.draws:
@@ -561,10 +525,10 @@ def _forward(
     # rows would become as many registers instead of one.
     zero = number >> 31
     one = zero.to(tl.uint32) + one
-    out_row_step = out_pitch + zero
-    in_row_step = out_row_step if v.same else in_pitch + zero
-    in_index = in_lane + (first_row * v.stride_h - v.padding_h + KEPT) * in_pitch
-    out_index = out_lane + first_row * out_pitch
+    out_row_step = output[3] + zero
+    in_row_step = out_row_step if v.same else input[3] + zero
+    in_index = input[1] + (first_row * v.stride_h - v.padding_h + KEPT) * input[3]
+    out_index = output[1] + first_row * output[3]
     words = (tl.zeros([v.block, v.vector], tl.uint32),) * 4
     if v.draws:
         key = tl.load(seed_ptr)
@@ -580,8 +544,8 @@ def _forward(
                 if v.same:
                     in_index = out_index + out_row_step * (KEPT - v.padding_h + ahead)
                 loaded = _load_rows(
-                    input_ptr, in_lane, in_index, group_row + k + ahead, height, in_c, in_pitch,
-                    in_row_step, in_step, column, width, biases, v,
+                    input, in_index, in_row_step, group_row + k + ahead, height, column, width,
+                    biases, v,
                 )  # fmt: skip
                 if ahead == 0:
                     fresh = loaded
@@ -591,8 +555,8 @@ def _forward(
             if v.draws and v.folded:
                 words = _words(pair, group_row + k, image, channels, channel, key, v)
             largest, smallest = _finish_row(
-                output_ptr, code_ptr, out_index, out_c, out_step, words[0 if v.folded else k % 4],
-                rows, one, largest, smallest, exists, has_second,
+                output, code, out_index, words[0 if v.folded else k % 4], rows, one,
+                largest, smallest, exists, has_second,
                 # With stride 1 every row lies in one of these windows.
                 v.stride_h > 1 or v.kernel_h == 1 or k % v.kernel_h == v.kernel_h - 2
                 or k == v.rows - 1,
@@ -613,13 +577,12 @@ def _forward(
                 words = _words(pair, out_row, image, channels, channel, key, v)
         for i in tl.static_range(KEPT, v.kernel_h):
             inputs, row_biases = _load_edge(
-                input_ptr, in_lane, out_row * v.stride_h - v.padding_h + i, height,
-                in_c, in_pitch, in_step, column, width, biases, v,
-            )  # fmt: skip
+                input, out_row * v.stride_h - v.padding_h + i, height, column, width, biases, v
+            )
             rows = rows + (_row(inputs, row_biases, v),)
         largest, smallest = _finish_row(
-            output_ptr, code_ptr, out_lane + out_row * out_pitch, out_c, out_step, words[0], rows,
-            one, largest, smallest, exists, has_second, True, v,
+            output, code, output[1] + out_row * output[3], words[0], rows, one,
+            largest, smallest, exists, has_second, True, v,
         )  # fmt: skip
         rows = rows[v.stride_h :]
         words = words[1:] + words[:1]
@@ -628,17 +591,32 @@ def _forward(
         unusual = (largest < LARGEST_SUM) == 0
     else:
         unusual = (largest < LARGEST_SQUARED) == 0
-        if output_ptr.dtype.element_ty != tl.float16:  # where so small an expectation is 0
+        if output[0].dtype.element_ty != tl.float16:  # where so small an expectation is 0
             unusual = unusual | (smallest < SMALLEST_SQUARED)
     any_unusual = tl.max(unusual.to(tl.int32))
     if any_unusual > 0:  # rare
         # The added zero keeps the compiler from holding all that is needed here through the loops.
         _strip_again(
-            input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
+            whole_input, bias_ptr, seed_ptr, whole_output, code_ptr,
             channels, height, width, out_width,
-            in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
             pairs + (any_unusual >> 1), lanes, first_row, end_row, v,
         )  # fmt: skip
+
+
+@triton.jit
+def _finish_row(
+    output, code, index, word, rows, one, largest, smallest, exists, has_second,
+    LOOK: tl.constexpr, v: tl.constexpr,
+):  # fmt: skip
+    if v.draws:
+        row_largest = _draw_row(output, code, index, word, rows, one, exists, has_second, v)
+        if LOOK:
+            largest = _largest(largest, row_largest)
+    else:
+        largest, smallest = _expect_row(
+            output, index, rows, largest, smallest, exists, has_second, v
+        )
+    return largest, smallest
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -653,9 +631,9 @@ def sample_sliding_kernel(
     v: tl.constexpr,
 ):  # fmt: skip
     _forward(
-        input_ptr, bias_ptr, seed_ptr, output_ptr, code_ptr,
+        (input_ptr, in_n, in_c, in_pitch, in_step), bias_ptr, seed_ptr,
+        (output_ptr, out_n, out_c, out_pitch, out_step), code_ptr,
         channels, height, width, out_height, out_width,
-        in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
         pairs, lanes, strip_rows, inner_rows, one, v,
     )  # fmt: skip
 
@@ -669,9 +647,9 @@ def expectation_sliding_kernel(
     v: tl.constexpr,
 ):  # fmt: skip
     _forward(
-        input_ptr, bias_ptr, None, output_ptr, None,
+        (input_ptr, in_n, in_c, in_pitch, in_step), bias_ptr, None,
+        (output_ptr, out_n, out_c, out_pitch, out_step), None,
         channels, height, width, out_height, out_width,
-        in_n, in_c, in_pitch, in_step, out_n, out_c, out_pitch, out_step,
         pairs, lanes, strip_rows, inner_rows, 0, v,
     )  # fmt: skip
 
@@ -681,23 +659,19 @@ def expectation_sliding_kernel(
 
 @triton.jit
 def _load_outputs(
-    grad_ptr, code_ptr, grad_index, index, grad_c, grad_step, c, step, column, width,
-    MASK: tl.constexpr, v: tl.constexpr,
+    grad, code, grad_index, index, column, width, MASK: tl.constexpr, v: tl.constexpr
 ):  # fmt: skip
     """The gradients and the codes of the outputs in a row whose windows reach the lane's columns.
 
     Without `MASK` the row has one below it.
     """
-    # Counted from the output `column`.
-    FIRST: tl.constexpr = -((v.kernel_w - 1 - v.padding_w) // v.stride_w)
-    COLUMNS: tl.constexpr = (1 + v.padding_w) // v.stride_w - FIRST + 1
     LEFT: tl.constexpr = MASK or v.padding_h < v.stride_h  # or it has one above it
     grads = _load_columns(
-        grad_ptr, grad_index, grad_c, grad_step, column, width, FIRST, COLUMNS, v.inside,
+        grad, grad_index, column, width, v.first, v.columns, v.inside,
         LEFT or v.grad.masked, MASK or v.grad.masked, v.grad, v,
     )  # fmt: skip
     codes = _load_columns(
-        code_ptr, index, c, step, column, width, FIRST, COLUMNS, v.inside,
+        code, index, column, width, v.first, v.columns, v.inside,
         LEFT or v.read.masked, MASK or v.read.masked, v.read, v,
     )  # fmt: skip
     return grads, codes
@@ -711,12 +685,11 @@ def _gather_row(grads, codes, present, column, width, sums, MASK: tl.constexpr, 
     `sums` are those of the `kernel_h` rows of input that the windows reach, each of the lane's two
     columns.
     """
-    FIRST: tl.constexpr = -((v.kernel_w - 1 - v.padding_w) // v.stride_w)
     for c in tl.static_range(len(grads)):
         grad = grads[c].to(tl.float32)
         code = codes[c].to(tl.int32)
-        if c + FIRST < 0 or c + FIRST >= v.inside:
-            code = tl.where(_in_plane(column, c + FIRST, width, v.inside), code, v.dead)
+        if c + v.first < 0 or c + v.first >= v.inside:
+            code = tl.where(_in_plane(column, c + v.first, width, v.inside), code, v.dead)
         if MASK:
             code = tl.where(present, code, v.dead)
         added = ()
@@ -725,10 +698,10 @@ def _gather_row(grads, codes, present, column, width, sums, MASK: tl.constexpr, 
             for x in tl.static_range(2):
                 # The column of the window that the lane's column x is.
                 if (
-                    x + v.padding_w - v.stride_w * (c + FIRST) >= 0
-                    and x + v.padding_w - v.stride_w * (c + FIRST) < v.kernel_w
+                    x + v.padding_w - v.stride_w * (c + v.first) >= 0
+                    and x + v.padding_w - v.stride_w * (c + v.first) < v.kernel_w
                 ):
-                    drawn = code == i * v.kernel_w + x + v.padding_w - v.stride_w * (c + FIRST)
+                    drawn = code == i * v.kernel_w + x + v.padding_w - v.stride_w * (c + v.first)
                     row = row + (tl.where(drawn, sums[i][x] + grad, sums[i][x]),)
                 else:
                     row = row + (sums[i][x],)
@@ -750,23 +723,21 @@ def gather_sliding_kernel(
 ):  # fmt: skip
     PRIOR: tl.constexpr = (v.kernel_h - 1) // v.stride_h
     channels = channels if v.channels == 0 else v.channels
-    in_step = in_step if v.own.step == 0 else v.own.step
-    out_step = out_step if v.read.step == 0 else v.read.step
-    grad_step = grad_step if v.grad.step == 0 else v.grad.step
     number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
     has_second = exists & (pair * 2 + 1 < width)
     column = pair * (2 // v.stride_w)
-    in_lane = _lane_index(image, channel, pair * 2, in_n, in_c, in_step, v.own, v)
+    grad_input = (grad_input_ptr, in_n, in_c, in_pitch, in_step)
+    grad_input = _seen(grad_input, image, channel, pair * 2, v.own, v)
     if v.same:  # one index serves both
-        out_pitch = in_pitch
-        out_lane = in_lane
+        code = (code_ptr,) + grad_input[1:]
     else:
-        out_lane = _lane_index(image, channel, column, out_n, out_c, out_step, v.read, v)
+        code = (code_ptr, out_n, out_c, out_pitch, out_step)
+        code = _seen(code, image, channel, column, v.read, v)
     if v.grad_same:
-        grad_pitch = out_pitch
-        grad_lane = out_lane
+        grad = (grad_output_ptr,) + code[1:]
     else:
-        grad_lane = _lane_index(image, channel, column, grad_n, grad_c, grad_step, v.grad, v)
+        grad = (grad_output_ptr, grad_n, grad_c, grad_pitch, grad_step)
+        grad = _seen(grad, image, channel, column, v.grad, v)
     first_row = start_row + tl.program_id(1) * strip_rows
     end_row = tl.minimum(first_row + strip_rows, stop_row)
     groups = tl.maximum(tl.minimum(end_row, inner_rows) - first_row, 0) // v.rows
@@ -780,20 +751,19 @@ def gather_sliding_kernel(
         present = (out_row >= 0) & (out_row < out_height)
         row = tl.minimum(tl.maximum(out_row, 0), out_height - 1)
         grads, codes = _load_outputs(
-            grad_output_ptr, code_ptr, grad_lane + row * grad_pitch, out_lane + row * out_pitch,
-            grad_c, grad_step, out_c, out_step, column, out_width, True, v,
-        )  # fmt: skip
+            grad, code, grad[1] + row * grad[3], code[1] + row * code[3], column, out_width, True, v
+        )
         sums = _gather_row(grads, codes, present, column, out_width, sums, True, v)
         sums = sums[v.stride_h :] + empty
 
     # See `_forward`.
     zero = number >> 31
-    in_row_step = in_pitch + zero
-    out_row_step = in_row_step if v.same else out_pitch + zero
-    grad_row_step = out_row_step if v.grad_same else grad_pitch + zero
-    in_index = in_lane + (first_row * v.stride_h - v.padding_h) * in_pitch
-    out_index = out_lane + first_row * out_pitch
-    grad_index = grad_lane + first_row * grad_pitch
+    in_row_step = grad_input[3] + zero
+    out_row_step = in_row_step if v.same else code[3] + zero
+    grad_row_step = out_row_step if v.grad_same else grad[3] + zero
+    in_index = grad_input[1] + (first_row * v.stride_h - v.padding_h) * grad_input[3]
+    out_index = code[1] + first_row * code[3]
+    grad_index = grad[1] + first_row * grad[3]
     for group in range(groups):
         loaded = ()
         for k in tl.static_range(v.rows):
@@ -804,9 +774,8 @@ def gather_sliding_kernel(
                 if v.grad_same:
                     grad_index = out_index
                 loaded = _load_outputs(
-                    grad_output_ptr, code_ptr, grad_index, out_index,
-                    grad_c, grad_step, out_c, out_step, column, out_width, False, v,
-                )  # fmt: skip
+                    grad, code, grad_index, out_index, column, out_width, False, v
+                )
                 if ahead == 0:
                     fresh = loaded
                 out_index += out_row_step
@@ -821,10 +790,7 @@ def gather_sliding_kernel(
                     inside = (first_row + group * v.rows + k) * v.stride_h - v.padding_h + i >= 0
                     row_exists = masked(inside, exists)
                     row_has_second = masked(inside, has_second)
-                _store(
-                    grad_input_ptr, in_index, sums[i], in_c, in_step, row_exists, row_has_second,
-                    v.own, v,
-                )  # fmt: skip
+                _store(grad_input, in_index, sums[i], row_exists, row_has_second, v.own, v)
                 in_index += in_row_step
             sums = sums[v.stride_h :] + empty
 
@@ -833,23 +799,18 @@ def gather_sliding_kernel(
         out_row = edge_row + edge
         row = tl.minimum(out_row, out_height - 1)
         grads, codes = _load_outputs(
-            grad_output_ptr, code_ptr, grad_lane + row * grad_pitch, out_lane + row * out_pitch,
-            grad_c, grad_step, out_c, out_step, column, out_width, True, v,
-        )  # fmt: skip
+            grad, code, grad[1] + row * grad[3], code[1] + row * code[3], column, out_width, True, v
+        )
         sums = _gather_row(grads, codes, out_row < out_height, column, out_width, sums, True, v)
         for i in tl.static_range(v.stride_h):
             if v.bias_gradient:
                 bias_sum += sums[i][0] + sums[i][1]
             row = out_row * v.stride_h - v.padding_h + i
             inside = (row >= 0) & (row < height)
+            index = grad_input[1] + row * grad_input[3]
             _store(
-                grad_input_ptr, in_lane + row * in_pitch, sums[i], in_c, in_step,
-                masked(inside, exists), masked(inside, has_second), v.own, v,
+                grad_input, index, sums[i], masked(inside, exists), masked(inside, has_second),
+                v.own, v,
             )  # fmt: skip
         sums = sums[v.stride_h :] + empty
-
-    if v.bias_gradient:
-        # [strips, lanes, vector]
-        partial = (tl.program_id(1).to(tl.int64) * lanes + number) * v.vector
-        partial += tl.arange(0, v.vector)[None, :]
-        tl.store(partial_bias_ptr + partial, bias_sum, mask=exists)
+    _store_bias(partial_bias_ptr, bias_sum, number, lanes, exists, v)
