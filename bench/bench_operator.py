@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 from unittest import mock
@@ -116,10 +116,15 @@ class Pooling:
 
     def pool(self, name: str) -> Callable[..., Tensor]:
         """Bias, ReLU and pooling by that contestant."""
-        if name in ("stochastic", "reference"):
-            return partial(stochastic, layer=self.layer, training=self.step != "evaluation")
-        pool = partial(pool_of_relu, pool=POOLS[name], layer=self.layer)
-        return torch.compile(pool, dynamic=False) if name == "max_compiled" else pool
+        layer, training = self.layer, self.step != "evaluation"
+
+        def pool(x: Tensor, bias: Tensor | None = None) -> Tensor:
+            if name in ("stochastic", "reference"):
+                return stochastic_pool2d(x, *layer.window, bias=bias, training=training)
+            rectified = F.relu(x if bias is None else x + bias.view(-1, 1, 1))
+            return POOLS[name.removesuffix("_compiled")](rectified, layer)
+
+        return torch.compile(pool, dynamic=False) if name.endswith("_compiled") else pool
 
     def inputs(self, batch: int) -> list[Tensor]:
         """And a bias on a GPU, where to add one is a pass over memory; on a CPU a convolution adds
@@ -142,8 +147,8 @@ class Pooling:
         two images. The others are PyTorch's own."""
         if name == "gist":
             leaves = self.inputs(2)
-            expected = stochastic(*leaves, layer=self.layer, training=False).double().mean()
             drawn = self.pool(name)(*leaves).double().mean()
+            expected = replace(self, step="evaluation").pool("stochastic")(*leaves).double().mean()
             torch.testing.assert_close(drawn, expected, rtol=0.01, atol=0)
         if name == "stochastic":
             relative = 1e-4 if self.dtype == "fp32" else 2e-2
@@ -172,24 +177,6 @@ class Pooling:
         return round(per_output * batch * layer.channels * layer.outputs**2)
 
 
-def stochastic(x: Tensor, bias: Tensor | None = None, *, layer: Layer, training: bool) -> Tensor:
-    return stochastic_pool2d(x, *layer.window, bias=bias, training=training)
-
-
-def pool_of_relu(
-    x: Tensor, bias: Tensor | None = None, *, pool: Callable[[Tensor, Layer], Tensor], layer: Layer
-) -> Tensor:
-    return pool(F.relu(x if bias is None else x + bias.view(-1, 1, 1)), layer)
-
-
-def max_pool(x: Tensor, layer: Layer) -> Tensor:
-    return F.max_pool2d(x, *layer.window)
-
-
-def avg_pool(x: Tensor, layer: Layer) -> Tensor:
-    return F.avg_pool2d(x, *layer.window)
-
-
 def fractional(x: Tensor, layer: Layer) -> Tensor:
     size = layer.window[0]  # it knows no padding, so it may give a little less
     return F.fractional_max_pool2d(x, size, min(layer.outputs, layer.side - size + 1))
@@ -206,10 +193,9 @@ def gist(x: Tensor, layer: Layer) -> Tensor:
     return weights.gather(1, drawn).view(*x.shape[:2], layer.outputs, layer.outputs)
 
 
-POOLS = {
-    "max": max_pool,
-    "max_compiled": max_pool,
-    "avg": avg_pool,
+POOLS: dict[str, Callable[[Tensor, Layer], Tensor]] = {
+    "max": lambda x, layer: F.max_pool2d(x, *layer.window),
+    "avg": lambda x, layer: F.avg_pool2d(x, *layer.window),
     "fractional": fractional,
     "gist": gist,
 }

@@ -63,6 +63,7 @@ def hold(makers: Makers, device: torch.device, seconds: float) -> dict[str, Outc
     """
     # Else the compiled contestants of all cases together would meet dynamo's limit of versions.
     torch.compiler.reset()
+    copy_rate = copy_bandwidth(device)
     outcomes: dict[str, Outcome | Exception] = {}
     contestants, peaks = {}, {}
     for name, make in makers.items():
@@ -82,7 +83,7 @@ def hold(makers: Makers, device: torch.device, seconds: float) -> dict[str, Outc
         if contestant.moved is not None:
             rate = contestant.moved / median
             info["bytes"], info["gb_per_second"] = contestant.moved, rate / 1e9
-            info["share_of_copy_bandwidth"] = rate / copy_bandwidth(device)
+            info["share_of_copy_bandwidth"] = rate / copy_rate
         if contestant.images is not None:
             info["images_per_second"] = contestant.images / median
         outcomes[name] = Outcome(rounds[name], info)

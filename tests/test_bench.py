@@ -56,13 +56,13 @@ def test_a_pool_that_computes_something_else_is_not_timed(bench, monkeypatch) ->
     small = operator.Layer("small", 3, 8, (3, 1, 1), 2, 2)
     work = operator.Pooling(small, "fp32", "contiguous", "training", CPU)
     work.contestant("stochastic")
-    pool = operator.stochastic
+    pool = operator.stochastic_pool2d
 
     def skewed(*arguments, **options):
         wrong = os.environ.get("STOCHASTIC_POOLING_BACKEND") != "torch"
         return pool(*arguments, **options) * (1.01 if wrong else 1)
 
-    monkeypatch.setattr(operator, "stochastic", skewed)
+    monkeypatch.setattr(operator, "stochastic_pool2d", skewed)
     with pytest.raises(AssertionError, match="stochastic differs from the reference"):
         work.contestant("stochastic")
 
