@@ -1,5 +1,9 @@
 """`pytest bench/ --benchmark-only`: every module here has `cases(device)`, whose contestants are
-timed in turn (contest.py) and recorded by pytest-benchmark, one test each."""
+timed in turn (contest.py) and recorded by pytest-benchmark, one test each.
+
+On the GPU where there is one: with CUDA_VISIBLE_DEVICES= on the CPU. OMP_NUM_THREADS sets the
+threads of PyTorch and of the CPU kernels.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,13 @@ from cnnsp.training.devices import keep_freed_memory
 # As train.py does: else page faults take a good part of every step on a CPU.
 keep_freed_memory()
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # What pytest-benchmark's clock shows next, from the end: the rounds that were timed before.
 readings: list[float] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("contests", "Contests of bench/")
-    cuda = torch.cuda.is_available()
-    group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    group.addoption(
-        "--threads", type=int, help="of PyTorch and the CPU kernels; default: PyTorch's"
-    )
-    group.addoption(
+    parser.getgroup("contests", "Contests of bench/").addoption(
         "--budget",
         type=float,
         default=90.0,
@@ -38,15 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config.option, "budget"):
-        raise pytest.UsageError("name the folder, as in `pytest bench/`: it has options of its own")
-    if config.option.device == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: this machine, or this PyTorch, has no CUDA")
-    if config.option.threads:
-        torch.set_num_threads(config.option.threads)
+        raise pytest.UsageError(
+            "name the folder, as in `pytest bench/`: it has an option of its own"
+        )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = metafunc.module.cases(torch.device(metafunc.config.option.device))
+    cases = metafunc.module.cases(DEVICE)
     entries = [(case, name) for case, makers in cases.items() for name in makers]
     metafunc.parametrize(("case", "contestant"), entries)
 
@@ -73,9 +70,8 @@ def record(
             selected = [item.callspec.params for item in request.session.items]  # type: ignore[attr-defined]
             seconds = request.config.option.budget / len({chosen["case"] for chosen in selected})
             names = [chosen["contestant"] for chosen in selected if chosen["case"] == case]
-            device = torch.device(request.config.option.device)
-            makers = request.module.cases(device)[case]
-            outcomes[case] = hold({name: makers[name] for name in names}, device, seconds)
+            makers = request.module.cases(DEVICE)[case]
+            outcomes[case] = hold({name: makers[name] for name in names}, DEVICE, seconds)
         outcome = outcomes[case][contestant]
         if isinstance(outcome, torch.OutOfMemoryError):
             pytest.skip("out of GPU memory")
@@ -90,17 +86,17 @@ def record(
     return record
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
     # Names of computers are nobody's business.
     for name in ("node", "release", "python_build"):
         machine_info.pop(name, None)
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     machine_info |= {name: installed.get(name) for name in ("triton", "numba", "torchvision")}
-    machine_info["device"] = config.option.device
+    machine_info["device"] = DEVICE.type
     machine_info["threads"] = torch.get_num_threads()
     machine_info["torch"] = torch.__version__
     machine_info["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    if config.option.device == "cuda":
+    if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         machine_info["gpu"] = properties.name
         machine_info["gpu_memory_bytes"] = properties.total_memory
@@ -109,9 +105,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info["driver"] = subprocess.getoutput(query)
 
 
-def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+def pytest_benchmark_update_json(output_json: dict) -> None:
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)  # the quartiles tell enough
     # Not part of the machine: it differs from run to run.
-    rate = copy_bandwidth(torch.device(config.option.device))
-    output_json["copy_bandwidth_gb_per_second"] = rate / 1e9
+    output_json["copy_bandwidth_gb_per_second"] = copy_bandwidth(DEVICE) / 1e9

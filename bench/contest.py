@@ -11,8 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,21 +21,11 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 100
 FLUSH_BYTES, FLUSHES = 256 * 2**20, 10
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """What is timed.
-
-    Attributes:
-        run: takes what ``prepare`` returned.
-        prepare: runs before every ``run``, outside the clock.
-        moved: bytes that ``run`` reads and writes at least, or None where nobody counted.
-        images: that ``run`` processes, or None where that is not the point.
-    """
-
-    run: Callable[[Any], object]
-    prepare: Callable[[], Any] = lambda: None
-    moved: float | None = None
-    images: int | None = None
+class Contestant(NamedTuple):
+    run: Callable[[Any], object]  # what is timed; takes what `prepare` returned
+    prepare: Callable[[], Any] = lambda: None  # runs before every `run`, outside the clock
+    moved: float | None = None  # bytes that `run` reads and writes at least, where that is counted
+    images: int | None = None  # that `run` processes, where that is the point
 
 
 # What makes a contestant, by name; it raises AssertionError where that one computes something else
@@ -44,12 +33,9 @@ class Contestant:
 Makers = Mapping[str, Callable[[], Contestant]]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Of a contestant: seconds of each round, and what follows from their median."""
-
-    seconds: list[float]
-    info: dict[str, float]
+class Outcome(NamedTuple):
+    seconds: list[float]  # of each round
+    info: dict[str, float]  # what follows from their median
 
 
 def hold(makers: Makers, device: torch.device, seconds: float) -> dict[str, Outcome | Exception]:

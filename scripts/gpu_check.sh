@@ -130,11 +130,11 @@ if [ "$device" = cuda ]; then
     # Compiling is most of it, and in channels_last every layer has kernels of its own. All of bench/
     # takes longer than there is here.
     few="(network and float16 and not avg) or (operator and cnnsp_pool1 and fp16)"
-    bench+=(--device cuda --budget 40 -k "$few or (operator and resnet_stem and training)")
+    bench+=(--budget 40 -k "$few or (operator and resnet_stem and training)")
     small=(-b 256 --gpu-memory-gb 6)
 else
     tests+=("any_strides or same_cells or a_volume_of_one_slice or agrees_with_a_gpu")
-    bench+=(--device cpu --budget 5 -k cnnsp_pool3to5)
+    bench+=(--budget 5 -k cnnsp_pool3to5)
     small=(-b 8 --max-steps 2)
 fi
 # There are more synthetic flowers than photographs: as many images an epoch in the end.
