@@ -272,8 +272,7 @@ def compare(
     rows: list[dict[str, Any]], before: list[dict[str, Any]]
 ) -> tuple[list[str], list[str]]:
     """What is worse than before and what is better or new, of the variants, dtypes and targets that
-    `rows` has."""
-
+    `rows` has. What was counted before and is not now, is worse."""
     names = ("target", "dtype", "kernel", "variant")
     now, then = ({tuple(row[n] for n in names): row for row in found} for found in (rows, before))
     compiled = {(target, dtype, variant) for target, dtype, _, variant in now}
@@ -284,11 +283,11 @@ def compare(
         for name in CHECKED:
             new, old = now[key][name], then[key][name]
             change = f"{' '.join(key)}: {name} {old} -> {new}"
-            if new is None or old is None:  # not counted
+            if new == old:
                 continue
-            if new > old * (1 + TOLERANCE):
+            if new is None or (old is not None and new > old * (1 + TOLERANCE)):
                 worse.append(change)
-            elif new < old:
+            elif old is None or new < old:
                 better.append(change)
     return sorted(worse), sorted(better)
 
@@ -309,18 +308,18 @@ def main() -> None:
     rows = []
     for row in report(arguments.target, arguments.dtype, arguments.window):
         rows.append(row)
-        figures = (f"{value} {name}" for name, value in list(row.items())[4:9])
+        figures = (f"{name} {value}" for name, value in list(row.items())[4:11])
         print(row["target"], row["dtype"], row["kernel"], row["variant"], *figures, flush=True)
     if arguments.json:
         arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    print(*summary(rows), sep="\n")
     spilling = sum(row["spills"] > 0 for row in rows)
-    print(f"{len(rows)} kernels compiled, {spilling} spill registers")
+    lines = [*summary(rows), f"{len(rows)} kernels compiled, {spilling} spill registers"]
     worse: list[str] = []
     if arguments.check:
         worse, better = compare(rows, before)
-        print(*(f"better: {change}" for change in better), sep="\n")
-        print(*(f"WORSE: {change}" for change in worse), sep="\n")
+        lines += [f"better: {change}" for change in better]
+        lines += [f"WORSE: {change}" for change in worse]
+    print(*lines, sep="\n")
     sys.exit(1 if spilling or worse else 0)
 
 

@@ -92,6 +92,7 @@ done
 [[ $device = cuda || $device = cpu ]] || fail "--device is cuda or cpu, not $device"
 python=${PYTHON:-$(command -v python3 || command -v python)}
 "$python" -c 'import torch' || fail "no Python with torch here; PYTHON=... names one"
+command -v timeout > /dev/null || fail "no timeout here, which is part of GNU coreutils"
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$root" || exit 2
 : | tee "$out/checks.log" "$work/table" > "$work/ends"

@@ -178,6 +178,12 @@ def test_check_lists_what_is_worse(bench: ModuleType) -> None:
     worse, better = bench.compare([{**row, "spills": 4, "registers": 30}], [row])
     assert worse == ["sm_86 float16 k v: spills 0 -> 4"]
     assert better == ["sm_86 float16 k v: registers 40 -> 30"]
+    # One side not counted.
+    uncounted = {**row, "instructions_per_output": None}
+    change = "sm_86 float16 k v: instructions_per_output"
+    assert bench.compare([uncounted], [row]) == ([f"{change} 50.0 -> None"], [])
+    assert bench.compare([row], [uncounted]) == ([], [f"{change} None -> 50.0"])
+    assert bench.compare([uncounted], [uncounted]) == ([], [])
     # A report of some targets and windows says nothing of the others.
     others = [{**row, "target": "sm_90"}, {**row, "variant": "w"}]
     worse, _ = bench.compare([{**row, "kernel": "l"}], [row, *others])
