@@ -6,202 +6,128 @@ them; what is compared are medians.
 
 from __future__ import annotations
 
-import math
+import functools
+import itertools
 import statistics
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
-NO_MEMORY = "out of GPU memory"
-# The GPU overwrites this much memory before each timed run, and for this long: no cache keeps what
-# the run reads, and the CPU is done launching before the clock starts.
-_FLUSH_BYTES = 256 * 2**20
-_FLUSH_SECONDS = 1e-3
+# The GPU overwrites this much memory before each timed run, so often: no cache keeps what the run
+# reads, and the CPU is done launching before the clock starts.
+FLUSH_BYTES, FLUSHES = 256 * 2**20, 10
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """What is timed.
-
-    Attributes:
-        run: takes what ``prepare`` returned.
-        prepare: runs before every ``run``, outside the clock.
-        moved: bytes that ``run`` reads and writes at least, or None where nobody counted.
-        images: that ``run`` processes, or None where that is not the point.
-    """
-
-    run: Callable[[Any], object]
-    prepare: Callable[[], Any] = lambda: None
-    moved: int | None = None
-    images: int | None = None
+class Contestant(NamedTuple):
+    run: Callable[[Any], object]  # what is timed; takes what `prepare` returned
+    prepare: Callable[[], Any] = lambda: None  # runs before every `run`, outside the clock
+    moved: float | None = None  # bytes that `run` reads and writes at least, where that is counted
+    images: int | None = None  # that `run` processes, where that is the point
 
 
-class Case(ABC):
-    """A question with several answers: its contestants do the same work.
-
-    Attributes:
-        names: of the contestants, in the order in which they are listed.
-    """
-
-    names: tuple[str, ...]
-
-    @abstractmethod
-    def __str__(self) -> str:
-        """Its name, in letters that a command line takes."""
-
-    @abstractmethod
-    def contestants(self) -> dict[str, Callable[[], Contestant]]:
-        """What makes each of them, by name, ready to run on the device."""
-
-    @abstractmethod
-    def check(self, name: str, contestant: Contestant) -> None:
-        """Assert that a contestant computes what it should, before it is timed."""
+# What makes a contestant, by name; it raises AssertionError where that one computes something else
+# than it should. A case is a question with several answers: its contestants do the same work.
+Makers = Mapping[str, Callable[[], Contestant]]
 
 
-@dataclass
-class Outcome:
-    """What came of a contestant: seconds of each round, or why there are none.
-
-    Attributes:
-        skipped: why it could not take part, for no fault of its own.
-        error: what is wrong with it.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    info: dict[str, float] = field(default_factory=dict)
-    skipped: str | None = None
-    error: Exception | None = None
+class Outcome(NamedTuple):
+    seconds: list[float]  # of each round
+    info: dict[str, float]  # what follows from their median
 
 
-def hold(
-    case: Case, names: list[str], device: torch.device, seconds: float, copy_rate: float
-) -> dict[str, Outcome]:
-    """Check the contestants of a case, then time them in turn.
+def hold(makers: Makers, device: torch.device, seconds: float) -> dict[str, Outcome | Exception]:
+    """Check the contestants of a case, then time them in turn; the outcome of one that fails is its
+    exception, and takes none of the others with it.
 
     Args:
-        case: what is compared.
-        names: of the contestants that take part.
+        makers: of the contestants that take part.
         device: where they run.
         seconds: for the rounds; there are :data:`MIN_ROUNDS` of them even if that takes longer.
-        copy_rate: bytes per second, see :func:`copy_bandwidth`.
     """
     # Else the compiled contestants of all cases together would meet dynamo's limit of versions.
     torch.compiler.reset()
-    outcomes = {name: Outcome() for name in names}
-    contestants = {}
-    # One that fails takes none of the others with it.
-    for name, make in case.contestants().items():
-        if name in names:
-            try:
-                contestant = make()
-                case.check(name, contestant)
-                outcomes[name].info = {"peak_memory_bytes": peak_memory(contestant, device)}
-                contestants[name] = contestant
-            except torch.OutOfMemoryError:
-                outcomes[name].skipped = NO_MEMORY
-            except Exception as error:
-                outcomes[name].error = error
-    times = _cuda_rounds if device.type == "cuda" else _cpu_rounds
+    copy_rate = copy_bandwidth(device)
+    outcomes: dict[str, Outcome | Exception] = {}
+    contestants, peaks = {}, {}
+    for name, make in makers.items():
+        try:
+            contestants[name] = make()
+            peaks[name] = peak_memory(contestants[name], device)
+        except Exception as error:
+            contestants.pop(name, None)
+            outcomes[name] = error
     try:
-        rounds = times(contestants, seconds, copy_rate) if contestants else {}
-    except torch.OutOfMemoryError:
-        rounds = {}
-        for name in contestants:
-            outcomes[name].skipped = NO_MEMORY
-    for name, measured in rounds.items():
-        contestant, outcome = contestants[name], outcomes[name]
-        outcome.seconds = measured
-        median = statistics.median(measured)
+        rounds = time_in_turn(contestants, device, seconds)
+    except torch.OutOfMemoryError as error:  # of all of them together
+        return outcomes | dict.fromkeys(contestants, error)
+    for name, contestant in contestants.items():
+        median = statistics.median(rounds[name])
+        info: dict[str, float] = {"peak_memory_bytes": peaks[name]}
         if contestant.moved is not None:
-            outcome.info["bytes"] = contestant.moved
-            outcome.info["gb_per_second"] = contestant.moved / median / 1e9
-            outcome.info["share_of_copy_bandwidth"] = contestant.moved / median / copy_rate
+            rate = contestant.moved / median
+            info["bytes"], info["gb_per_second"] = contestant.moved, rate / 1e9
+            info["share_of_copy_bandwidth"] = rate / copy_rate
         if contestant.images is not None:
-            outcome.info["images_per_second"] = contestant.images / median
+            info["images_per_second"] = contestant.images / median
+        outcomes[name] = Outcome(rounds[name], info)
     return outcomes
 
 
-def _turns(
-    contestants: Mapping[str, Contestant], seconds: float, one_run: Mapping[str, float]
-) -> Iterator[str]:
+def time_in_turn(
+    contestants: Mapping[str, Contestant], device: torch.device, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each run of each contestant."""
+    cuda = device.type == "cuda"
+    flush = torch.empty(FLUSH_BYTES if cuda else 0, dtype=torch.uint8, device=device)
+
+    def once(contestant: Contestant) -> Callable[[], float]:
+        """What tells how long it took, once the GPU is done."""
+        prepared = contestant.prepare()
+        if not cuda:
+            start = time.perf_counter()
+            result = contestant.run(prepared)
+            took = time.perf_counter() - start
+            del result  # what it takes to free it is not timed
+            return lambda: took
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(FLUSHES):
+            flush.zero_()
+        begin.record()
+        contestant.run(prepared)
+        end.record()
+        return lambda: begin.elapsed_time(end) / 1e3  # events tell milliseconds
+
+    one_run = {}
+    for name, contestant in contestants.items():
+        for _ in range(2):  # the first compiles
+            start = time.perf_counter()
+            once(contestant)
+            if cuda:
+                torch.cuda.synchronize()
+            one_run[name] = time.perf_counter() - start
+    runs: dict[str, list[Callable[[], float]]] = {name: [] for name in contestants}
+    for name in turns(seconds, one_run):
+        runs[name].append(once(contestants[name]))
+    if cuda:
+        torch.cuda.synchronize()
+    return {name: [seconds() for seconds in told] for name, told in runs.items()}
+
+
+def turns(seconds: float, one_run: Mapping[str, float]) -> Iterator[str]:
     """Who runs, turn after turn: as often as the time allows, the slow less often than the fast,
     and everybody spread over the whole time."""
-    share = seconds / len(contestants)
     counts = {
-        name: max(MIN_ROUNDS, min(MAX_ROUNDS, int(share / max(took, 1e-9))))
+        name: max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / len(one_run) / max(took, 1e-9))))
         for name, took in one_run.items()
     }
-    most = max(counts.values())
+    most = max(counts.values(), default=0)
     for turn in range(most):
         for name, count in counts.items():
             if (turn + 1) * count // most > turn * count // most:
                 yield name
-
-
-def _cpu_rounds(
-    contestants: Mapping[str, Contestant], seconds: float, _: float
-) -> dict[str, list[float]]:
-    def once(name: str) -> float:
-        contestant = contestants[name]
-        prepared = contestant.prepare()
-        start = time.perf_counter()
-        result = contestant.run(prepared)
-        end = time.perf_counter()
-        del result  # what it takes to free it is not timed
-        return end - start
-
-    one_run = {}
-    for name in contestants:
-        once(name)
-        start = time.perf_counter()
-        once(name)
-        one_run[name] = time.perf_counter() - start
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for name in _turns(contestants, seconds, one_run):
-        times[name].append(once(name))
-    return times
-
-
-def _cuda_rounds(
-    contestants: Mapping[str, Contestant], seconds: float, copy_rate: float
-) -> dict[str, list[float]]:
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    flushes = math.ceil(_FLUSH_SECONDS * copy_rate / _FLUSH_BYTES)
-
-    def once(name: str) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        prepared = contestants[name].prepare()
-        for _ in range(flushes):
-            flush.zero_()
-        start.record()
-        contestants[name].run(prepared)
-        end.record()
-        return start, end
-
-    one_run = {}
-    for name in contestants:
-        for _ in range(3):  # kernels are compiled, cuDNN chooses its own
-            once(name)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        once(name)
-        torch.cuda.synchronize()
-        one_run[name] = time.perf_counter() - start
-    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]
-    pairs = {name: [] for name in contestants}
-    for name in _turns(contestants, seconds, one_run):
-        pairs[name].append(once(name))
-    torch.cuda.synchronize()
-    # Events tell milliseconds.
-    return {
-        name: [start.elapsed_time(end) / 1e3 for start, end in events]
-        for name, events in pairs.items()
-    }
 
 
 def peak_memory(contestant: Contestant, device: torch.device) -> int:
@@ -223,34 +149,14 @@ def peak_memory(contestant: Contestant, device: torch.device) -> int:
         once()
     # The profiler's own tables have sums of allocations, not what was there at a time.
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes, initial=0))
 
 
+@functools.cache
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, of a copy that no cache holds; measured."""
     source = torch.empty(256 * 2**20, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    contestants = {"copy": Contestant(lambda _: target.copy_(source))}
-    if device.type == "cuda":
-        times = _cuda_rounds(contestants, 0.2, 1e12)
-    else:
-        times = _cpu_rounds(contestants, 1.0, 0)
-    return 2 * source.numel() / statistics.median(times["copy"])
-
-
-class ReplayClock:
-    """A clock for pytest-benchmark, which asks it at the start and at the end of each round: it
-    shows the durations of rounds that were timed before, in turn with others."""
-
-    def __init__(self) -> None:
-        self._readings: list[float] = []
-
-    def load(self, seconds: list[float]) -> None:
-        self._readings = [reading for duration in reversed(seconds) for reading in (duration, 0.0)]
-
-    def __call__(self) -> float:
-        return self._readings.pop()
+    copy = Contestant(lambda _: target.copy_(source))
+    return 2 * source.numel() / statistics.median(time_in_turn({"": copy}, device, 0.5)[""])

@@ -24,7 +24,7 @@ import torch
 
 from cnnsp.data.augment import PAPER_VARIANTS
 from cnnsp.data.batches import ImageBank
-from cnnsp.data.images import ImageSet, load_folder
+from cnnsp.data.images import load_folder
 from cnnsp.network import POOLINGS
 from cnnsp.training.devices import keep_freed_memory
 from cnnsp.training.processes import Team
@@ -32,35 +32,29 @@ from cnnsp.training.recipe import TrainOptions
 from cnnsp.training.run import Trainer
 from cnnsp.training.step import Learner
 
-RESULTS = Path(__file__).resolve().parent / "results"
 
-
-def measure(folder: Path, pool: str, steps: int, rounds: int) -> dict[str, float]:
+def measure(images: Path, pool: str, steps: int, rounds: int) -> dict[str, float]:
     """Median images per second of both, and their ratio."""
-    train, test = load_folder(folder)
-    assert isinstance(train, ImageSet), "a set for this bench fits in memory"
+    train, test = load_folder(images)
     options = TrainOptions(pool=pool, channels_last=True, max_steps=steps)
-    banks = [
-        ImageBank(train, PAPER_VARIANTS, channels_last=True),
-        ImageBank(test, channels_last=True),
-    ]
-    form = torch.channels_last
-    images = torch.randn(options.batch_size, 3, 256, 256).contiguous(memory_format=form)
+    bank = ImageBank(train, PAPER_VARIANTS, channels_last=True)
+    test_bank = ImageBank(test, channels_last=True)
+    batch = torch.randn(options.batch_size, 3, 256, 256).to(memory_format=torch.channels_last)
     labels = torch.randint(len(train.classes), (options.batch_size,))
     bare = Learner(options, len(train.classes), torch.device("cpu"), Team())
-    rates: dict[str, list[float]] = {"script": [], "bare": []}
+    by_script, by_steps = [], []
     with tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(options, *banks, Path(output))
-        # The first round is left out: it compiles, and gets memory from the system.
+        trainer = Trainer(options, bank, test_bank, Path(output))
         for _ in range(rounds + 1):
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer.run()
-            rates["script"].append(trainer.progress.history[-1].images_per_second)
+            by_script.append(trainer.progress.history[-1].images_per_second)
             start = time.perf_counter()
             for number in range(steps):
-                bare.step(images, labels, batch_size=len(images), number=number, lr=options.lr)
-            rates["bare"].append(steps * len(images) / (time.perf_counter() - start))
-    script, alone = (statistics.median(values[1:]) for values in rates.values())
+                bare.step(batch, labels, batch_size=len(batch), number=number, lr=options.lr)
+            by_steps.append(steps * len(batch) / (time.perf_counter() - start))
+    # The first round is left out: it compiles, and gets memory from the system.
+    script, alone = statistics.median(by_script[1:]), statistics.median(by_steps[1:])
     return {"script_images_per_s": script, "bare_images_per_s": alone, "ratio": script / alone}
 
 
@@ -74,23 +68,23 @@ def main() -> None:
     parser.add_argument(
         "--output", metavar="NAME", help="also write to results/training_ratio-NAME.json"
     )
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     keep_freed_memory()
-    result = measure(arguments.images, arguments.pool, arguments.steps, arguments.rounds)
+    result = measure(args.images, args.pool, args.steps, args.rounds)
     print(", ".join(f"{name} {value:.3g}" for name, value in result.items()))
-    if arguments.output:
+    if args.output:
         conditions = {
             "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
             "cores": os.cpu_count(),
-            "threads": arguments.threads,
+            "threads": args.threads,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "pool": arguments.pool,
-            "steps": arguments.steps,
-            "rounds": arguments.rounds,
+            "pool": args.pool,
+            "steps": args.steps,
+            "rounds": args.rounds,
         }
-        path = RESULTS / f"training_ratio-{arguments.output}.json"
+        path = Path(__file__).with_name("results") / f"training_ratio-{args.output}.json"
         path.write_text(json.dumps({**conditions, **result}, indent=1) + "\n")
 
 
