@@ -1,9 +1,9 @@
-"""Turn what `pytest bench/ --benchmark-only --benchmark-json FILE` wrote into tables.
+"""Turn what `pytest bench/ --benchmark-only --benchmark-json FILE` wrote into tables and a chart.
 
     python bench/report.py FILE.json
 
-Writes FILE.md. Times are medians; a ratio is a time over that of the contestant that the case is
-measured against, which ran in turn with it.
+Writes FILE.md and, of the operator, FILE.png. Times are medians; a ratio is a time over that of the
+contestant that the case is measured against, which ran in turn with it.
 """
 
 # ruff: noqa: RUF001 - a multiplication sign in a table
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 # For each file of bench/: what its contestants are measured against, which of them is ours, and
@@ -98,17 +100,43 @@ def conditions(machine: dict[str, Any]) -> str:
     )
 
 
+def chart(content: dict[str, Any], path: Path) -> None:
+    """Draw the operator's training cases as PNG: of each contestant, its times' ratios."""
+    times: dict[str, dict[str, float]] = {}
+    for found in content["benchmarks"]:
+        if "bench_operator.py" in found["fullname"] and found["group"].endswith("training"):
+            case = times.setdefault(found["group"].removesuffix("-training"), {})
+            case[found["params"]["contestant"]] = found["stats"]["median"]
+    times = {title: case for title, case in times.items() if "max" in case}
+    if not times:
+        return
+    figure = Figure(figsize=(8, 1.4 + 0.25 * len(times)), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for name in dict.fromkeys(name for case in times.values() for name in case if name != "max"):
+        ratios = [case.get(name, math.nan) / case["max"] for case in times.values()]
+        axis.plot(ratios, range(len(times)), "oD"[name == "stochastic"], label=name)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(xscale="log", xlabel="time over that of eager ReLU + max pooling: less is better")
+    axis.set_yticks(range(len(times)), times)
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("file", type=Path, metavar="FILE.json")
     path = parser.parse_args(arguments).file
     try:
-        text = markdown(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        text = markdown(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(
             f"report.py: {path} is no file of bench/'s --benchmark-json: {error!r}", file=sys.stderr
         )
         return 2
+    chart(content, path.with_suffix(".png"))
     output = path.with_suffix(".md")
     output.write_text(text, encoding="utf-8")
     print(f"{text}\nWritten: {output}")

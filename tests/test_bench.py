@@ -126,6 +126,7 @@ def test_report_gives_ratios(bench, tmp_path, capsys) -> None:
     file = tmp_path / "one.json"
     file.write_text(json.dumps({"machine_info": machine, "benchmarks": rows}))
     assert report.main([str(file)]) == 0
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "one.md").read_text(encoding="utf-8")
     (line,) = [line for line in table.splitlines() if "pool-training" in line]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
