@@ -52,29 +52,19 @@ def test_a_damaged_exif_spoils_no_picture(tmp_path: Path) -> None:
         assert np.array_equal(decode(path, 32), resized(image))
 
 
-@pytest.mark.parametrize(
-    ("pixels", "suffix"),
-    [
-        ((RAMP * 65535).astype(np.uint16), ".png"),
-        ((RAMP * 65535).astype(np.uint16), ".tif"),
-        ((RAMP * 65535).astype(">u2"), ".tif"),
-        ((RAMP * 4095).astype(np.uint16), ".tif"),
-        ((RAMP * 65535).astype(np.int32), ".tif"),
-        (RAMP.astype(np.float32), ".tif"),
-        ((RAMP * 255).astype(np.float32), ".tif"),
-        ((RAMP * 65535).astype(np.float32), ".tif"),
-    ],
-    ids=[
-        "16-png",
-        "16-tif",
-        "16-tif-big",
-        "12-in-16",
-        "32-int",
-        "float-to-1",
-        "float-to-255",
-        "float-16",
-    ],
-)
+DEEP = {
+    "16-png": ((RAMP * 65535).astype(np.uint16), ".png"),
+    "16-tif": ((RAMP * 65535).astype(np.uint16), ".tif"),
+    "16-tif-big": ((RAMP * 65535).astype(">u2"), ".tif"),
+    "12-in-16": ((RAMP * 4095).astype(np.uint16), ".tif"),
+    "32-int": ((RAMP * 65535).astype(np.int32), ".tif"),
+    "float-to-1": (RAMP.astype(np.float32), ".tif"),
+    "float-to-255": ((RAMP * 255).astype(np.float32), ".tif"),
+    "float-16": ((RAMP * 65535).astype(np.float32), ".tif"),
+}
+
+
+@pytest.mark.parametrize(("pixels", "suffix"), DEEP.values(), ids=DEEP)
 def test_more_than_eight_bits_are_scaled(tmp_path: Path, pixels: np.ndarray, suffix: str) -> None:
     path = tmp_path / f"deep{suffix}"
     Image.fromarray(pixels).save(path)

@@ -273,16 +273,8 @@ def test_evaluation_counts_what_a_loop_counts() -> None:
 def test_evaluate_script(
     make_checkpoint: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        make_checkpoint("stochastic"),
-        "--data-dir",
-        photos,
-        "--output-dir",
-        tmp_path / "new",
-        "-b",
-        "3",
-    ]
-    assert run(evaluate, *arguments, "--json") == 0
+    arguments = ["--data-dir", photos, "--output-dir", tmp_path / "new", "-b", "3", "--json"]
+    assert run(evaluate, make_checkpoint("stochastic"), *arguments) == 0
     told = json.loads(capsys.readouterr().out)
     model, pairs, losses = make_model("stochastic"), Counter[tuple[int, int]](), []
     for label, name in enumerate(CLASSES):
