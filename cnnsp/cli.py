@@ -34,14 +34,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(
         self, prog: str, description: str | None, examples: str = "", add_help: bool = True
     ) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=f"examples:\n{examples}" if examples else None,
-            formatter_class=_Formatter,
-            allow_abbrev=False,
-            add_help=add_help,
-        )
+        epilog = f"examples:\n{examples}" if examples else None
+        options: Any = {"formatter_class": _Formatter, "allow_abbrev": False, "add_help": add_help}
+        super().__init__(prog, None, description, epilog, **options)
 
     def add_common(self, *names: str) -> None:
         """Options of :data:`COMMON`."""
@@ -53,11 +48,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type[int] | type[float],
-    least: float,
-    *,
-    exclusive: bool = False,
-    most: float = math.inf,
+    kind: type[int] | type[float], least: float, *, exclusive: bool = False, most: float = math.inf
 ) -> Callable[[str], float]:
     """An argument type: a finite ``kind``, at least ``least`` or above it, at most ``most``."""
 
@@ -103,37 +94,27 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
+        return 0
     except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
+        status, message = 2, f"error: {error}"
     except Interrupted as interruption:
-        print(f"{prog}: {interruption}", file=sys.stderr)
-        _drop_what_nobody_reads()
-        return 128 + interruption.signal
+        status, message = 128 + interruption.signal, str(interruption)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        status, message = 130, "interrupted"
     except BrokenPipeError:  # as `| head` leaves it
-        _drop_what_nobody_reads()
-        return 141
+        status, message = 141, ""
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _drop_what_nobody_reads()
-        print(f"{prog}: error: cannot write the output: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _drop_what_nobody_reads() -> None:
-    """What is in the buffer and cannot be written would raise an error again at the end."""
+        status, message = 2, f"error: cannot write the output: {error.strerror}"
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
+        print(end="", flush=True)
+    except OSError:  # what is in the buffer would raise it again at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message:
+        print(f"{prog}: {message}", file=sys.stderr)
+    return status
 
 
 @contextlib.contextmanager
@@ -159,14 +140,9 @@ def importing(prog: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def patience(message: str, seconds: float = 3.0, *, log: bool = False) -> Iterator[None]:
-    """Say ``message`` if the block takes longer: on a terminal, or with ``log`` on stdout."""
-
-    def say() -> None:
-        if log or sys.stderr.isatty():
-            print(message, file=sys.stdout if log else sys.stderr, flush=True)
-
-    timer = threading.Timer(seconds, say)
+def patience(message: str, seconds: float = 3.0) -> Iterator[None]:
+    """Say ``message`` if the block takes longer."""
+    timer = threading.Timer(seconds, print, [message], {"flush": True})
     timer.daemon = True
     timer.start()
     try:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,14 @@ def claimed(folder: Path, *, rename: bool = False) -> Iterator[Path]:
         raise UserError(f"output folder {folder}: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"output folder {folder}: {above} is not writable")
-    number, wanted, made = 1, folder, []
+    wanted, numbers, made = folder, count(2), []
     try:
         for path in (*reversed(folder.parents), folder):
             with suppress(FileExistsError):
                 path.mkdir()
                 made.append(path)
         while rename and folder not in made:
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
+            folder = wanted.with_name(f"{wanted.name}-{next(numbers)}")
             with suppress(FileExistsError):
                 folder.mkdir()
                 made.append(folder)
@@ -117,22 +117,19 @@ def claimed(folder: Path, *, rename: bool = False) -> Iterator[Path]:
 
 def _lock(folder: Path) -> int | None:
     """A lock on a folder, which ends with the process at the latest; None where there are none."""
-    if sys.platform == "win32":
-        try:
-            return os.open(folder / ".running", os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
-        except FileExistsError:
-            raise _in_use(folder) from None
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise _in_use(folder) from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _in_use(folder: Path) -> UserError:
-    return UserError(f"another run is writing to {folder}: choose another --output-dir")
+        if sys.platform == "win32":
+            return os.open(folder / ".running", os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise
+            return None  # a file system without locks
+        return descriptor
+    except (FileExistsError, BlockingIOError):
+        raise UserError(
+            f"another run is writing to {folder}: choose another --output-dir"
+        ) from None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnnsp import files
-from cnnsp.cli import ArgumentParser, align, exit_status, importing, patience
+from cnnsp.cli import ArgumentParser, align, exit_status, importing
 from cnnsp.data import folder
 from cnnsp.training import checkpoint
 from cnnsp.training.recipe import SYNTHETIC
@@ -50,15 +50,17 @@ def run(arguments: Sequence[str] | None) -> None:
         from cnnsp.data.images import load_split
         from cnnsp.results import pictures
         from cnnsp.results.evaluation import confusion_rows, evaluate
-        from cnnsp.results.inference import network_of
+        from cnnsp.results.inference import load_network
         from cnnsp.training.devices import choose_device
 
     device = choose_device(args.device)
-    state = checkpoint.load(path)
-    network = network_of(state, path, device)
+    network = load_network(path, device)
+    state = network.state
     data_dir = args.data_dir or state["options"]["data_dir"]
     if data_dir == SYNTHETIC:
-        images = synthetic.begin(args.workers)()[folder.SPLITS.index(args.split)]
+        split = args.split.removesuffix("_data")
+        number = synthetic.PER_CLASS[split]
+        images = synthetic.synthetic_flowers(number, split=split, workers=args.workers)
     else:
         named_by = path if args.data_dir is None else None
         splits = folder.list_folder(data_dir, splits=[args.split], named_by=named_by)
@@ -69,16 +71,13 @@ def run(arguments: Sequence[str] | None) -> None:
     bank = ImageBank(
         images, device=device, channels_last=device.type == "cpu", workers=args.workers
     )
-    with patience("evaluating; the first time on a machine, kernels are compiled first …"):
-        result = evaluate(network.model, bank, args.batch_size)
+    result = evaluate(network.model, bank, args.batch_size)
     picture = (args.output_dir or path.parent) / f"confusion-{args.split}.png"
     files.make_folder(picture.parent)
     title = f"CNN_SP, {network.pooling} pooling, {data_dir}/{args.split}"
-    heading = f"{title}\naccuracy {result.accuracy:.2f} %"
-    pictures.write(pictures.confusion(result, images.classes, heading), picture)
+    pictures.write(pictures.confusion(result, images.classes, title), picture)
 
     if args.json:
-        sensitivities = dict(zip(images.classes, result.sensitivities, strict=True))
         summary = {
             "checkpoint": str(path),
             "data_dir": str(data_dir),
@@ -89,7 +88,7 @@ def run(arguments: Sequence[str] | None) -> None:
             "correct": result.correct,
             "total": result.total,
             "classes": list(images.classes),
-            "sensitivities": sensitivities,
+            "sensitivities": dict(zip(images.classes, result.sensitivities, strict=True)),
             "confusion": result.confusion.tolist(),
         }
         print(json.dumps(summary, indent=2, allow_nan=False))

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnsp import UserError
-from cnnsp.cli import ArgumentParser, align, exit_status, importing, number, patience, printable
+from cnnsp.cli import ArgumentParser, align, exit_status, importing, number, printable
 from cnnsp.data.folder import find_images
 from cnnsp.training import checkpoint
 
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str] | None) -> None:
         import torch
         from tqdm import tqdm
 
-        from cnnsp.results.inference import Prediction, load_network, predict
+        from cnnsp.results.inference import load_network, predict
         from cnnsp.training.devices import choose_device
 
     network = load_network(path, choose_device(args.device))
@@ -59,36 +59,33 @@ def run(arguments: Sequence[str] | None) -> None:
     for reason in passed_over:
         print(f"skipped: {printable(reason)}", file=sys.stderr)
     torch.manual_seed(args.seed)
-    results = predict(
-        network, sources, batch_size=args.batch_size, workers=args.workers, draws=args.mc
-    )
+    paths = [source.path for source in sources]
+    results = predict(network, paths, args.batch_size, args.workers, args.mc)
+    bar = tqdm(results, "images", len(sources), unit="", leave=False, disable=None)
     predictions, failures = [], []
-    with patience("the first time on a machine, kernels are compiled first …"):
-        first = list(itertools.islice(results, 1))
-    results = itertools.chain(first, results)
-    for result in tqdm(results, "images", len(sources), unit="", leave=False, disable=None):
-        if isinstance(result, Prediction):
-            predictions.append(result)
-        elif result.source.in_folder:
-            tqdm.write(f"skipped: {printable(result.reason)}", file=sys.stderr)
+    for source, result in zip(sources, bar, strict=True):
+        if not isinstance(result, UserError):
+            predictions.append((source.path, result))
+        elif source.in_folder:
+            tqdm.write(f"skipped: {printable(str(result))}", file=sys.stderr)
         else:
-            failures.append(result)
+            failures.append(printable(str(result)))
 
     if args.json:
-        entries = [as_entry(prediction, network.classes) for prediction in predictions]
+        entries = [as_entry(*prediction, network.classes) for prediction in predictions]
         print(json.dumps(entries, indent=2, allow_nan=False))
     elif predictions:
         print(*align(table(predictions, network.classes), left=2), sep="\n")
     if failures:
-        raise UserError("; ".join(printable(failure.reason) for failure in failures))
+        raise UserError("; ".join(failures))
     if not predictions:
         raise UserError(f"no images in {', '.join(map(printable, args.images))}")
 
 
-def as_entry(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+def as_entry(path: Path, prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
     """What JSON has on one file."""
     entry: dict[str, Any] = {
-        "file": str(prediction.source.path),
+        "file": str(path),
         "class": classes[prediction.position],
         "probabilities": dict(zip(classes, prediction.probabilities, strict=True)),
     }
@@ -97,17 +94,18 @@ def as_entry(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
     return entry
 
 
-def table(predictions: Sequence[Prediction], classes: Sequence[str]) -> list[list[str]]:
+def table(
+    predictions: Sequence[tuple[Path, Prediction]], classes: Sequence[str]
+) -> list[list[str]]:
     """The cells of the table: file, class, and the probability of each class."""
     names = [printable(name) for name in classes]
     rows = [["file", "class", *names]]
-    for prediction in predictions:
+    for path, prediction in predictions:
         cells = [f"{p:.4f}" for p in prediction.probabilities]
         if prediction.spread:
             pairs = zip(cells, prediction.spread, strict=True)
             cells = [f"{cell} ± {spread:.4f}" for cell, spread in pairs]
-        name = printable(str(prediction.source.path))
-        rows.append([name, names[prediction.position], *cells])
+        rows.append([printable(str(path)), names[prediction.position], *cells])
     return rows
 
 

@@ -1,24 +1,71 @@
 #!/usr/bin/env python
-"""Turn an unpacked Kaggle folder of flowers into the folders that train.py reads."""
+"""Turn an unpacked Kaggle folder of flowers into the folders that train.py reads.
+
+Exact duplicates (the same bytes) and near duplicates (the same picture at another size or quality)
+are left out, across all classes, so no picture is in both splits. The choice depends on the names
+of the files and the seed only.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import os
+import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from cnnsp.cli import ArgumentParser, exit_status, importing, number
+import numpy as np
+from PIL import Image
+
+from cnnsp import UserError
+from cnnsp.cli import ArgumentParser, exit_status, number
+from cnnsp.data.decoding import naming, read
+from cnnsp.data.folder import SPLITS, check_folder, is_junk
 
 PROG = "prepare_flowers.py"
 EXAMPLES = """\
   prepare_flowers.py flowers
   prepare_flowers.py flowers --classes tulip rose --train 200 --test 100 --output tulips"""
+# Thumbnails whose correlation exceeds this show the same picture. Among 900 photographs of flowers
+# it was 0.93 at most for two different ones, and 0.99 at least for one of them and its copy at two
+# thirds of the size and JPEG quality 50.
+_SAME_LOOK = 0.97
+
+
+class Photo(NamedTuple):
+    """A readable photograph."""
+
+    path: Path
+    digest: str  # SHA-256 of the file
+    # 16 by 16 RGB pixels as a vector, float64 [768], of mean 0 and length 1: the product of two is
+    # their correlation. One colour gives zeros, so nothing but the same file is its twin.
+    look: np.ndarray
+
+    @classmethod
+    def of(cls, path: Path) -> Photo:
+        """Decode ``path`` whole and hash it; raises UserError."""
+        with naming(path):
+            small = read(path).resize((16, 16), Image.Resampling.BOX)
+        look = np.asarray(small, dtype=np.float64).ravel()
+        look = look - look.mean()
+        look /= max(float(np.linalg.norm(look)), 1e-9)
+        return cls(path, hashlib.sha256(path.read_bytes()).hexdigest(), look)
+
+    def is_twin(self, other: Photo) -> bool:
+        """Whether both show the same picture."""
+        return self.digest == other.digest or float(self.look @ other.look) > _SAME_LOOK
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(PROG, __doc__, EXAMPLES)
     add = parser.add_argument
-    add("source", help="the unpacked folder; it holds a folder for each class")
-    add("--output", default="datasets", help="folder to make")
+    add("source", type=Path, help="the unpacked folder; it holds a folder for each class")
+    add("--output", type=Path, default="datasets", help="folder to make")
     add("--classes", nargs="+", default=["daisy", "dandelion", "rose"], help="folders to take")
     add("--train", type=number(int, 1), default=100, help="training images of each class")
     add("--test", type=number(int, 1), default=200, help="test images of each class")
@@ -26,17 +73,88 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+def run(args: argparse.Namespace) -> None:
+    output: Path = args.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; remove it or choose another --output")
+    chosen: dict[str, list[Photo]] = {}
+    for folder in class_folders(args.source, args.classes):
+        chosen[folder.name] = []
+        choose(folder, chosen, args.train + args.test, args.seed)
+        if (found := len(chosen[folder.name])) < args.train + args.test:
+            raise UserError(
+                f"{folder} has {found} usable photographs; {args.train} for training and "
+                f"{args.test} for testing make {args.train + args.test}"
+            )
+    try:
+        write(chosen, output, args.train)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from None
+    print(
+        f"wrote {output}: {args.train} training and {args.test} test images of "
+        f"{', '.join(args.classes)}"
+    )
+
+
+def choose(folder: Path, chosen: dict[str, list[Photo]], most: int, seed: int) -> None:
+    """Add photographs of ``folder`` to those ``chosen``, and say which were left out and why."""
+    paths = sorted(path for path in folder.iterdir() if not is_junk(path))
+    for path in paths:
+        if not path.is_file():
+            print(f"left out {path}: a folder, or a link to nothing")
+    paths = [path for path in paths if path.is_file()]
+    random.Random(f"{seed}/{folder.name}").shuffle(paths)
+    for path in paths:
+        if len(chosen[folder.name]) == most:
+            break
+        try:
+            photo = Photo.of(path)
+        except UserError as error:
+            print(f"left out {path}: not a readable image ({error})")
+            continue
+        seen = (other for others in chosen.values() for other in others)
+        if (twin := next(filter(photo.is_twin, seen), None)) is None:
+            chosen[folder.name].append(photo)
+        else:
+            how = "the same file as" if twin.digest == photo.digest else "looks the same as"
+            print(f"left out {path}: {how} {twin.path}")
+
+
+def class_folders(source: Path, classes: Sequence[str]) -> list[Path]:
+    """The folders of ``classes`` in what was unpacked; raises UserError."""
+    check_folder(source, "source folder")
+    # Kaggle's archive unpacks to flowers/, which in some versions holds another flowers/.
+    for root in (source, source / "flowers", source / "flowers" / "flowers"):
+        if any((root / name).is_dir() for name in classes):
+            break
+    else:
+        raise UserError(f"{source} holds none of the class folders {', '.join(classes)}")
+    for name in classes:
+        if not (root / name).is_dir():
+            raise UserError(f"class folder {root / name} does not exist")
+    return [root / name for name in classes]
+
+
+def write(chosen: dict[str, list[Photo]], output: Path, train: int) -> None:
+    """Copy the photographs of each class, the first ``train`` to train on; all or none of them."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that the rename at the end stays on one file system.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        whole = Path(temporary) / "data"
+        for name, photos in chosen.items():
+            for split, some in zip(SPLITS, (photos[:train], photos[train:]), strict=True):
+                (whole / split / name).mkdir(parents=True)
+                for photo in some:
+                    shutil.copyfile(photo.path, whole / split / name / photo.path.name)
+        if output.exists():
+            output.rmdir()
+        os.replace(whole, output)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run with ``arguments`` (default: the command line); returns the exit status."""
     args = make_parser().parse_args(arguments)
-
-    def work() -> None:
-        with importing(PROG):
-            from cnnsp.data.prepare import prepare_flowers
-        for line in prepare_flowers(**vars(args)):
-            print(line)
-
-    return exit_status(PROG, work)
+    return exit_status(PROG, lambda: run(args))
 
 
 if __name__ == "__main__":

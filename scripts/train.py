@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -21,10 +21,7 @@ from cnnsp.training.interruption import Interrupted
 from cnnsp.training.recipe import CUDA_GRAPHS, SYNTHETIC, TrainOptions, add_options, defaults
 
 if TYPE_CHECKING:
-    import torch
-
     from cnnsp.data.augment import Variant
-    from cnnsp.data.batches import ImageBank
     from cnnsp.data.images import Images
 
 PROG = "train.py"
@@ -125,12 +122,9 @@ def check_output(output: Path, resumed: Path | None) -> None:
 
 
 def load_images(
-    args: argparse.Namespace, splits: Mapping[str, folder.Split], rehearse: Callable[..., None]
+    args: argparse.Namespace, splits: Mapping[str, folder.Split]
 ) -> tuple[Images, Images, tuple[Variant, ...]]:
-    """Training images, those to evaluate on, and the paper's variants of a training image.
-
-    While flowers are drawn, ``rehearse`` is called with images of their kind, and the variants.
-    """
+    """Training images, those to evaluate on, and the paper's variants of a training image."""
     from cnnsp.data import synthetic
     from cnnsp.data.augment import PAPER_VARIANTS
     from cnnsp.data.images import load_split
@@ -138,7 +132,6 @@ def load_images(
     if args.data_dir != SYNTHETIC:
         train, test = (load_split(split, args.workers) for split in splits.values())
         return train, test, PAPER_VARIANTS
-    finish = synthetic.begin(args.workers)
     print(
         "Training on synthetic flowers, which the program draws itself: the accuracy says nothing "
         "about photographs.\n"
@@ -156,8 +149,11 @@ def load_images(
             f"({paper.opt}, {paper.lr:g}).",
             flush=True,
         )
-    rehearse(synthetic.blank(), variants)
-    return *finish(), variants
+    train, test = (
+        synthetic.synthetic_flowers(number, split=split, workers=args.workers)
+        for split, number in synthetic.PER_CLASS.items()
+    )
+    return train, test, variants
 
 
 def run(arguments: Sequence[str] | None) -> None:
@@ -169,7 +165,10 @@ def run(arguments: Sequence[str] | None) -> None:
         state = checkpoint.load(path)
         args = parse(arguments, state["options"])
         args.resume, args.named_by = path, args.named_by and path
-        checkpoint.check_pooling(state, path, args.pool)
+        if state["pooling"] != args.pool:
+            raise UserError(
+                f"checkpoint {path} was trained with --pool {state['pooling']}, not {args.pool}"
+            )
     splits = {}
     if args.data_dir != SYNTHETIC:
         splits = folder.list_folder(args.data_dir, validate=args.validate, named_by=args.named_by)
@@ -191,11 +190,15 @@ def train(
     with importing(PROG):
         import torch
 
+        from cnnsp.data.augment import AS_IS, RandomAugment
+        from cnnsp.data.batches import ImageBank
+        from cnnsp.data.images import GPU_BUDGET
         from cnnsp.training import devices, memory, processes
         from cnnsp.training.run import Trainer
     devices.keep_freed_memory()
     device = processes.own_device(devices.choose_device(args.device))
     team = processes.start(device)
+
     try:
         # Without a standard output, print does nothing: one process speaks for all.
         with nullcontext() if team.leads else redirect_stdout(None):
@@ -204,22 +207,28 @@ def train(
             if args.channels_last is None:
                 args.channels_last = device.type == "cpu" or args.amp_dtype is not None
             options = TrainOptions.of(vars(args))
-
-            def rehearse(blank: Images, variants: Sequence[Variant]) -> None:
-                if device.type == "cpu" and team.size == 1 and options.torchcompile is None:
-                    banks = make_banks(args, device, blank, blank, variants)
-                    Trainer(options, *banks, args.output_dir).rehearse()
-
-            images = load_images(args, splits, rehearse)
-            bank, test_bank = make_banks(args, device, *images)
-            if state is not None:
-                checkpoint.check_classes(state, args.resume, bank.images.classes)
+            train_images, test_images, variants = load_images(args, splits)
+            last = args.channels_last
+            common: Any = {"device": device, "channels_last": last, "workers": args.workers}
+            random = None
+            if args.augment == "random":
+                random, variants = RandomAugment(repeats=args.repeats, seed=args.seed), AS_IS
+            bank = ImageBank(
+                train_images,
+                variants,
+                augment=random,
+                dtype=getattr(torch, args.amp_dtype or "float32"),
+                **common,
+            )
+            budget = GPU_BUDGET - bank.images.device_bytes
+            test_bank = ImageBank(test_images, budget_bytes=budget, **common)
             trainer = Trainer(options, bank, test_bank, args.output_dir, team)
             if state is not None:
+                checkpoint.check_classes(state, args.resume, bank.images.classes)
                 trainer.restore(state, args.resume)
-            made = f"drawn {args.repeats} times an epoch"
-            if args.augment == "paper":
-                made = f"in {bank.repeats} variants"
+            made = f"in {bank.repeats} variants"
+            if args.augment == "random":
+                made = f"drawn {args.repeats} times an epoch"
             print(
                 f"CNN_SP with {args.pool} pooling on {device}, {args.amp_dtype or 'float32'}, "
                 f"{'channels_last' if args.channels_last else 'contiguous'}"
@@ -232,15 +241,10 @@ def train(
             try:
                 trainer.run()
             except torch.OutOfMemoryError:
-                raise UserError(
-                    memory.advice(
-                        card_bytes,
-                        options,
-                        processes=team.size,
-                        num_classes=len(bank.images.classes),
-                        image_bank_bytes=bank.device_bytes + test_bank.device_bytes,
-                    )
-                ) from None
+                held = bank.images.device_bytes + test_bank.images.device_bytes
+                others = {"num_classes": len(bank.images.classes), "image_bank_bytes": held}
+                advice = memory.advice(card_bytes, options, processes=team.size, **others)
+                raise UserError(advice) from None
             if device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(device) / 2**20
                 print(f"Peak GPU memory: {peak:.0f} MiB allocated")
@@ -251,32 +255,6 @@ def train(
         raise SystemExit(128 + interruption.signal) from None
     finally:
         processes.stop()
-
-
-def make_banks(
-    args: argparse.Namespace,
-    device: torch.device,
-    train: Images,
-    test: Images,
-    variants: Sequence[Variant],
-) -> tuple[ImageBank, ImageBank]:
-    """What makes the batches to train on, and those to evaluate on."""
-    import torch
-
-    from cnnsp.data.augment import AS_IS, RandomAugment
-    from cnnsp.data.batches import ImageBank
-    from cnnsp.data.images import GPU_BUDGET
-
-    random = RandomAugment(repeats=args.repeats, seed=args.seed)
-    options = {"device": device, "channels_last": args.channels_last, "workers": args.workers}
-    bank = ImageBank(
-        train,
-        AS_IS if args.augment == "random" else variants,
-        augment=random if args.augment == "random" else None,
-        dtype=getattr(torch, args.amp_dtype or "float32"),
-        **options,
-    )
-    return bank, ImageBank(test, budget_bytes=GPU_BUDGET - bank.device_bytes, **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

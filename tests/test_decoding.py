@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,8 @@ from cnnsp import UserError
 from cnnsp.data.decoding import decode
 from cnnsp.data.folder import check_folder, find_images, list_folder
 from cnnsp.data.images import load_folder
+
+from .scripts import ENVIRONMENT
 
 RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
 GREY = np.repeat((RAMP * 255).round().astype(np.uint8)[..., None], 3, 2)
@@ -49,29 +52,19 @@ def test_a_damaged_exif_spoils_no_picture(tmp_path: Path) -> None:
         assert np.array_equal(decode(path, 32), resized(image))
 
 
-@pytest.mark.parametrize(
-    ("pixels", "suffix"),
-    [
-        ((RAMP * 65535).astype(np.uint16), ".png"),
-        ((RAMP * 65535).astype(np.uint16), ".tif"),
-        ((RAMP * 65535).astype(">u2"), ".tif"),
-        ((RAMP * 4095).astype(np.uint16), ".tif"),
-        ((RAMP * 65535).astype(np.int32), ".tif"),
-        (RAMP.astype(np.float32), ".tif"),
-        ((RAMP * 255).astype(np.float32), ".tif"),
-        ((RAMP * 65535).astype(np.float32), ".tif"),
-    ],
-    ids=[
-        "16-png",
-        "16-tif",
-        "16-tif-big",
-        "12-in-16",
-        "32-int",
-        "float-to-1",
-        "float-to-255",
-        "float-16",
-    ],
-)
+DEEP = {
+    "16-png": ((RAMP * 65535).astype(np.uint16), ".png"),
+    "16-tif": ((RAMP * 65535).astype(np.uint16), ".tif"),
+    "16-tif-big": ((RAMP * 65535).astype(">u2"), ".tif"),
+    "12-in-16": ((RAMP * 4095).astype(np.uint16), ".tif"),
+    "32-int": ((RAMP * 65535).astype(np.int32), ".tif"),
+    "float-to-1": (RAMP.astype(np.float32), ".tif"),
+    "float-to-255": ((RAMP * 255).astype(np.float32), ".tif"),
+    "float-16": ((RAMP * 65535).astype(np.float32), ".tif"),
+}
+
+
+@pytest.mark.parametrize(("pixels", "suffix"), DEEP.values(), ids=DEEP)
 def test_more_than_eight_bits_are_scaled(tmp_path: Path, pixels: np.ndarray, suffix: str) -> None:
     path = tmp_path / f"deep{suffix}"
     Image.fromarray(pixels).save(path)
@@ -146,17 +139,28 @@ def test_heic_is_read_where_its_package_is(tmp_path: Path, monkeypatch) -> None:
     assert np.array_equal(decode(path, 32), resized(opened))
 
 
-def test_warnings_name_their_files(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_warnings_name_their_files(tmp_path: Path) -> None:
     """Each of them, from several threads at once, and none of other code."""
-    paths = [tmp_path / f"{number}.png" for number in range(6)]
+    paths = [str(tmp_path / f"{number}.png") for number in range(6)]
     for path in paths:
         picture().save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(decode, paths))
-    lines = capsys.readouterr().err.splitlines()
-    assert sorted(line.split(": ")[1] for line in lines) == [str(path) for path in paths]
-    assert all(line.startswith("warning: ") and "6144 pixels" in line for line in lines)
+    code = """if True:
+        import sys, warnings
+        from concurrent.futures import ThreadPoolExecutor
+        from pathlib import Path
+        from PIL import Image
+        from cnnsp.data.decoding import decode
+        Image.MAX_IMAGE_PIXELS = 5000
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(decode, map(Path, sys.argv[1:])))
+        warnings.warn("of other code")
+    """
+    command = [sys.executable, "-c", code, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    lines = [line.split(": ") for line in done.stderr.splitlines() if "6144 pixels" in line]
+    assert sorted(path for _, path, _ in lines) == paths
+    assert all(start == "warning" for start, *_ in lines)
+    assert "UserWarning: of other code" in done.stderr
 
 
 def test_errors_name_their_files(tmp_path: Path, monkeypatch) -> None:

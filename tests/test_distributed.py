@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .scripts import load_script
+from .scripts import ENVIRONMENT, ROOT, load_script
 from .test_train import load, make_photographs, read_summary
 
-ROOT = Path(__file__).resolve().parents[1]
 main = load_script("train").main
 
 
@@ -29,12 +27,11 @@ def test_two_processes_and_then_one_make_the_run_of_one(tmp_path: Path) -> None:
     flags += ["--device", "cpu", "--data-dir", str(photos), "--output-dir"]
     assert main([*flags, str(tmp_path / "one")]) == 0
 
-    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = [str(ROOT / "scripts/train.py"), *flags, str(tmp_path / "two"), "--max-steps", "3"]
     result = subprocess.run(
         [*launch, *script],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -25,11 +25,12 @@ from cnnsp.results import board
 from cnnsp.training import checkpoint, run
 from cnnsp.training.step import Learner
 
-from .scripts import load_script
+from .scripts import ENVIRONMENT, ROOT, load_script
 from .test_train import assert_equal, load, make_photographs
 
-ROOT = Path(__file__).resolve().parents[1]
+TRAIN = str(ROOT / "scripts/train.py")
 KILLS = int(os.environ.get("CNNSP_KILLS", "2"))
+EPOCHS = 1 + KILLS
 main = load_script("train").main
 
 
@@ -46,6 +47,14 @@ def recipe(photos: Path, output: Path, epochs: int) -> list[str]:
     return [*flags, "--data-dir", str(photos), "--output-dir", str(output)]
 
 
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run."""
+    output = tmp_path_factory.mktemp("whole")
+    assert main([*recipe(photos, output, EPOCHS), "--checkpoint-interval", "3600"]) == 0
+    return output
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     a, b = load(one / "last.pt"), load(other / "last.pt")
     for part in ("model", "average", "optimizer"):
@@ -58,20 +67,15 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
-def test_killed_run_equals_undisturbed_run(photos: Path, tmp_path: Path) -> None:
+def test_killed_run_equals_undisturbed_run(photos: Path, whole: Path, tmp_path: Path) -> None:
     """Killed at random moments, in steps, evaluations and checkpoints, and resumed each time."""
-    epochs = 3 + KILLS
-    assert main(recipe(photos, tmp_path / "whole", epochs)) == 0
-
     output = tmp_path / "parts"
-    first = [sys.executable, str(ROOT / "scripts/train.py"), *recipe(photos, output, epochs)]
+    first = [sys.executable, TRAIN, *recipe(photos, output, EPOCHS)]
     resume = [*first[:2], "--device", "cpu", "--resume", str(output / "last.pt")]
-    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path}
     moments = random.Random(0)
     for kill in range(KILLS):
         command = resume if (output / "last.pt").exists() else first
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         assert process.stdout is not None
         for line in process.stdout:
             if "  step " in line:
@@ -81,45 +85,43 @@ def test_killed_run_equals_undisturbed_run(photos: Path, tmp_path: Path) -> None
         process.wait()
         process.stdout.close()
         assert process.returncode == -signal.SIGKILL, f"the run was over before kill {kill + 1}"
-    if (output / "last.pt").exists():
-        assert main(["--device", "cpu", "--resume", str(output / "last.pt")]) == 0
-    else:
-        assert main(first[2:]) == 0
-    assert_same_run(tmp_path / "whole", output)
+    assert main((resume if (output / "last.pt").exists() else first)[2:]) == 0
+    assert_same_run(whole, output)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_the_run_and_ends_it(
     photos: Path,
+    whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    number: signal.Signals,
-    status: int,
 ) -> None:
-    before = signal.getsignal(number)
-    assert main(recipe(photos, tmp_path / "whole", 2)) == 0
-    step = Learner.step
+    """Ctrl-C in the first epoch, SIGTERM in the second."""
+    step, last = Learner.step, tmp_path / "last.pt"
+    arguments = [*recipe(photos, tmp_path, EPOCHS), "--checkpoint-interval", "3600"]
+    for number, status, when, where in [
+        (signal.SIGINT, 130, 3, "1 after step 4"),
+        (signal.SIGTERM, 143, 8, "2 after step 2"),
+    ]:
+        before = signal.getsignal(number)
 
-    def step_and_signal(self: Learner, *args, **kwargs) -> torch.Tensor:
-        if kwargs["number"] == 3:
-            signal.raise_signal(number)
-        return step(self, *args, **kwargs)
+        def step_and_signal(self: Learner, *args, sent=number, at=when, **kwargs):
+            if kwargs["number"] == at:
+                signal.raise_signal(sent)
+            return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Learner, "step", step_and_signal)
-        arguments = [*recipe(photos, tmp_path / "parts", 2), "--checkpoint-interval", "3600"]
-        assert main(arguments) == status
-    error = capsys.readouterr().err
-    heard = f"{number.name}: a checkpoint is written as soon as the step is done"
-    assert heard in error
-    assert ("Ctrl-C again ends it without" in error) == (number == signal.SIGINT)
-    assert f"{number.name}: stopped in epoch 1 after step 4" in error
-    assert f"--resume {tmp_path / 'parts' / 'last.pt'}" in error
-    assert load(tmp_path / "parts" / "last.pt")["progress"]["total_steps"] == 4
-    assert signal.getsignal(number) == before
-    assert main(["--device", "cpu", "--resume", str(tmp_path / "parts" / "last.pt")]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+        with monkeypatch.context() as patch:
+            patch.setattr(Learner, "step", step_and_signal)
+            assert main(arguments) == status
+        error = capsys.readouterr().err
+        assert f"{number.name}: a checkpoint is written as soon as the step is done" in error
+        assert ("Ctrl-C again ends it without" in error) == (number == signal.SIGINT)
+        assert f"{number.name}: stopped in epoch {where}; --resume {last} goes on" in error
+        assert load(last)["progress"]["total_steps"] == when + 1
+        assert signal.getsignal(number) == before
+        arguments = ["--device", "cpu", "--resume", str(last)]
+    assert main(arguments) == 0
+    assert_same_run(whole, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["decoding", "evaluation"])
@@ -145,7 +147,7 @@ def test_a_signal_acts_while_the_run_waits(
     if where == "decoding":
         monkeypatch.setattr(images, "decode", block)
     else:
-        monkeypatch.setattr(run, "log_probabilities", block)
+        monkeypatch.setattr(run, "evaluate", block)
     start = time.monotonic()
     flags = ["--augment", "random", "--repeats", "1", "--epochs", "1", "-b", "4"]
     flags += ["--device", "cpu", "--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
@@ -193,35 +195,22 @@ def test_ctrl_c_during_imports_is_one_line() -> None:
         "    try: os.kill(os.getpid(), signal.SIGINT); print('went on')\n"
         "    except BaseException: print('a library caught it')"
     )
-    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "train.py: interrupted\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a mount namespace is Linux's")
 def test_little_shared_memory_is_enough(photos: Path, tmp_path: Path) -> None:
     """Docker gives 64 MiB; here it is 64 KiB, less than an image."""
-    code = "import sys; from cnnsp.data import images; images.HOST_BUDGET = 0\n"
-    command = [str(ROOT / "scripts/train.py"), *recipe(photos, tmp_path / "run", 1)]
-    code += f"import runpy; sys.argv = {command!r}\n"
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    mount = "mount -t tmpfs -o size=64k none /dev/shm"
-    shell = f'{mount} || exit 77; exec "$0" -c "$1"'
-    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     if shutil.which("unshare") is None:
         pytest.skip("no unshare here")
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", shell, sys.executable, code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        timeout=300,
-    )
+    code = "import sys; from cnnsp.data import images; images.HOST_BUDGET = 0\n"
+    code += f"import runpy; sys.argv = {[TRAIN, *recipe(photos, tmp_path / 'run', 1)]!r}\n"
+    code += "sys.argv += ['--max-steps', '2']; runpy.run_path(sys.argv[0], run_name='__main__')"
+    shell = 'mount -t tmpfs -o size=64k none /dev/shm || exit 77; exec "$0" -c "$1"'
+    command = ["unshare", "--mount", "sh", "-c", shell, sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     if done.returncode in (1, 77):
         pytest.skip(f"no mount namespace here: {done.stderr}")
     assert done.returncode == 0, done.stderr

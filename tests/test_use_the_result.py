@@ -24,7 +24,7 @@ from cnnsp.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from cnnsp.data.batches import ImageBank
 from cnnsp.data.decoding import decode
 from cnnsp.data.images import ImageSet
-from cnnsp.results.evaluation import Evaluation, log_probabilities
+from cnnsp.results.evaluation import Evaluation
 from cnnsp.results.inference import load_network
 from cnnsp.training import checkpoint
 from stochastic_pooling import StochasticPool
@@ -270,32 +270,11 @@ def test_evaluation_counts_what_a_loop_counts() -> None:
     assert result.most_wrong(99).tolist() == worst
 
 
-def test_log_probabilities_of_chosen_items() -> None:
-    images = torch.randint(0, 256, (4, 3, 256, 256), dtype=torch.uint8)
-    bank = ImageBank(ImageSet(images, torch.zeros(4, dtype=torch.int64), CLASSES))
-    model = make_model("stochastic").train()
-    result = log_probabilities(model, bank, torch.tensor([3, 0, 3]), batch_size=2)
-    assert model.training
-    assert result.dtype == torch.float32
-    normalised = tv.normalize(images[[3, 0, 3]] / 255, IMAGENET_MEAN, IMAGENET_STD)
-    with torch.no_grad():
-        expected = model.eval()(normalised)
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
-
-
 def test_evaluate_script(
     make_checkpoint: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        make_checkpoint("stochastic"),
-        "--data-dir",
-        photos,
-        "--output-dir",
-        tmp_path / "new",
-        "-b",
-        "3",
-    ]
-    assert run(evaluate, *arguments, "--json") == 0
+    arguments = ["--data-dir", photos, "--output-dir", tmp_path / "new", "-b", "3", "--json"]
+    assert run(evaluate, make_checkpoint("stochastic"), *arguments) == 0
     told = json.loads(capsys.readouterr().out)
     model, pairs, losses = make_model("stochastic"), Counter[tuple[int, int]](), []
     for label, name in enumerate(CLASSES):

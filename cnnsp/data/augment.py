@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -50,22 +51,15 @@ PAPER_VARIANTS = (
 
 
 class Draw(NamedTuple):
-    """What :class:`RandomAugment` drew for some items: float64 ``[B]`` each.
+    """What :class:`RandomAugment` drew for some items: float64 ``[B]`` each."""
 
-    Attributes:
-        top, left, height, width: the crop, whole pixels of the original.
-        angle: of the rotation, in degrees, counter-clockwise.
-        flip: 1 where the image is mirrored, else 0.
-        brightness, contrast, saturation, gamma: torchvision's factors.
-    """
-
-    top: Tensor
+    top: Tensor  # of the crop, whole pixels of the original
     left: Tensor
     height: Tensor
     width: Tensor
-    angle: Tensor
-    flip: Tensor
-    brightness: Tensor
+    angle: Tensor  # of the rotation, in degrees, counter-clockwise
+    flip: Tensor  # 1 where the image is mirrored, else 0
+    brightness: Tensor  # this and the others: torchvision's factors
     contrast: Tensor
     saturation: Tensor
     gamma: Tensor
@@ -105,57 +99,19 @@ class RandomAugment:
 
     What item ``i`` gets in epoch ``e`` depends on ``(seed, e, i)`` alone: Philox4x32 with the key
     ``seed`` and the counter ``(i mod 2**32, i div 2**32, e, 0…2)``.
-
-    Attributes:
-        repeats: items that each image makes in an epoch.
-        degrees: largest angle of rotation, either way.
-        scale: smallest and largest area of the crop, as a share of the image's.
-        ratio: smallest and largest ratio of the crop's width to its height.
-        flip: probability of a mirror image.
-        gamma: smallest and largest exponent.
-        brightness, contrast, saturation: the factor is between ``max(0, 1 - value)`` and
-            ``1 + value``.
-        interpolation: ``"bilinear"`` or ``"nearest"``.
-        seed: of everything drawn, at least 0.
-
-    Raises:
-        ValueError: naming the argument that is out of range.
     """
 
-    repeats: int = 61
-    degrees: float = 15
-    scale: tuple[float, float] = (0.6, 1.0)
-    ratio: tuple[float, float] = (0.8, 1.25)
-    flip: float = 0.5
-    gamma: tuple[float, float] = (0.7, 1.3)
-    brightness: float = 0.2
+    repeats: int = 61  # items that each image makes in an epoch
+    degrees: float = 15  # largest angle of rotation, either way, at most 180
+    scale: tuple[float, float] = (0.6, 1.0)  # area of the crop, as a share of the image's
+    ratio: tuple[float, float] = (0.8, 1.25)  # of the crop's width to its height
+    flip: float = 0.5  # probability of a mirror image
+    gamma: tuple[float, float] = (0.7, 1.3)  # exponent, above 0
+    brightness: float = 0.2  # factors are between max(0, 1 - this) and 1 + this
     contrast: float = 0.2
     saturation: float = 0.2
-    interpolation: str = "bilinear"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
-        if not 0 <= self.degrees <= 180:
-            raise ValueError(f"degrees must be between 0 and 180, got {self.degrees}")
-        for name in ("scale", "ratio", "gamma"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high < math.inf:
-                raise ValueError(f"{name} must be two ascending positive numbers, got {low, high}")
-        if self.scale[1] > 1:
-            raise ValueError(f"scale must not exceed 1, the whole image, got {self.scale}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is a probability between 0 and 1, got {self.flip}")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.interpolation not in ("bilinear", "nearest"):
-            raise ValueError(
-                f'interpolation must be "bilinear" or "nearest", got {self.interpolation!r}'
-            )
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {self.seed}")
+    interpolation: str = "bilinear"  # or "nearest"
+    seed: int = 0  # of everything drawn, from 0 to 2**64 - 1
 
     def draw(self, items: Tensor, epoch: int, height: int, width: int) -> Draw:
         """What ``items``, int64 ``[B]``, get in ``epoch``, for images of that size."""
@@ -243,11 +199,22 @@ def level_table(gamma: float) -> Tensor:
     The corrected level is rounded to uint8 as ``torchvision.transforms.functional.adjust_gamma``
     rounds it.
     """
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    corrected = ((256 - 1e-3) * levels**gamma).floor().clamp(max=255) / 255
-    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64)[:, None]
-    std = torch.tensor(IMAGENET_STD, dtype=torch.float64)[:, None]
-    return ((corrected - mean) / std).float()
+    levels = torch.arange(256, dtype=torch.float64)
+    corrected = ((256 - 1e-3) * (levels / 255) ** gamma).floor().clamp(max=255) / 255
+    mean, std = normalisation(levels.device, levels.dtype).flatten(2)
+    table = ((corrected - mean) / std).float()
+    if gamma == 1:
+        # A straight line, which is drawn in fp32: runs go on from older checkpoints to the last
+        # bit.
+        first, last = table[:, :1], table[:, 255:]
+        table = first + (last - first) / 255 * levels.float()
+    return table
+
+
+@cache
+def normalisation(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """ImageNet's mean and standard deviation of each channel: ``[2, 3, 1, 1]``."""
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=dtype, device=device)[..., None, None]
 
 
 def _parts(output: Tensor) -> Iterator[slice]:
@@ -270,17 +237,15 @@ def look_up(
     Args:
         pixels: uint8 ``[M, H*W, 3]``.
         rows: int64 ``[B]``, the image of each output.
-        sources: int32 ``[maps, H*W]``, see :func:`rotation_map`; the first is that of no rotation,
-            which the compiled loop does not read.
+        sources: int32 ``[maps, H*W]``, see :func:`rotation_map`.
         source_of: int64 ``[B]``, the map of each output.
         levels: ``[tables, 4, 256]`` of the output's dtype; the fourth channel is unused.
         level_of: int64 ``[B]``, the table of each output.
     """
     by_pixel = output.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H*W, 3], a view in either format
     # Where the table of each byte's channel starts: [H*W*4].
-    channel = (torch.arange(4, dtype=torch.int32, device=output.device) * 256).repeat(
-        pixels.shape[1]
-    )
+    channel = torch.arange(0, 1024, 256, dtype=torch.int32, device=output.device)
+    channel = channel.repeat(pixels.shape[1])
     table = level_of.int() * 1024
     for part in _parts(output):
         # [b, 1 + H*W, 4]: pixel 0 is black, the source of what a rotation brings in from outside,
@@ -294,15 +259,7 @@ def look_up(
         by_pixel[part] = values.view(len(level), -1, 4)[..., :3]
 
 
-def draw(
-    pixels: Tensor,
-    rows: Tensor,
-    numbers: Tensor,
-    nearest: bool,
-    mean: Tensor,
-    std: Tensor,
-    output: Tensor,
-) -> None:
+def draw(pixels: Tensor, rows: Tensor, numbers: Tensor, nearest: bool, output: Tensor) -> None:
     """Write randomly augmented images to ``output``, ``[B, 3, H, W]`` in either memory format.
 
     Args:
@@ -310,10 +267,9 @@ def draw(
         rows: int64 ``[B]``, the image of each output.
         numbers: float32 ``[B, 16]``, see :meth:`Draw.numbers`.
         nearest: whether to take the nearest pixel, rather than to interpolate.
-        mean, std: float32 ``[3]``.
     """
     _, _, height, width = output.shape
+    mean, std = normalisation(output.device)
     for part in _parts(output):
         images = pixels[rows[part]].unflatten(1, (height, width)).permute(0, 3, 1, 2).float()
-        images = _augment(images, numbers[part], nearest)
-        output[part] = (images - mean[:, None, None]) / std[:, None, None]
+        output[part] = (_augment(images, numbers[part], nearest) - mean) / std

@@ -1,176 +1,59 @@
 """The batches of `augment.py` on the CPU, compiled by numba: one pass from bytes to numbers.
 
 The compiled functions make the images `begin` to `end` of a batch and write them where they belong,
-in either memory format: number `c` of pixel `p` lies at `p * pixel_step + c * channel_step`. The
-images of a batch are shared out among `torch.get_num_threads()` threads.
+in either memory format: number `c` of pixel `p` lies at `p * pixel_step + c * channel_step`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 # Where numba is missing or unusable, this import says so with an ImportError.
 from stochastic_pooling.cpu.compiling import compiled, inlined
 
-from .threads import share_out
+from .augment import IMAGENET_MEAN, IMAGENET_STD
 
 # Table entries are moved as their bits, for numba has no 16-bit floats.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 # Positions are unsigned, for numba would test whether signed ones count from the end.
 _place = np.uint64
-_ONE, _TWO, _THREE, _FOUR = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)
-
-
-_FOUR_BYTES, _FOUR_FLOATS = ir.VectorType(ir.IntType(8), 4), ir.VectorType(ir.FloatType(), 4)
-
-
-def _place_of(context, builder, array_type, array, index, kind):
-    """The pointer to what lies at an index of an array, as that to an LLVM type."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
-
-
-@intrinsic
-def _copy_four(context, target, source, to, at):
-    """Copy four bytes at once, from `source[at]` to `target[to]`."""
-
-    def generate(context, builder, signature, arguments):
-        kinds, (target, source, to, at) = signature.args, arguments
-        place = _place_of(context, builder, kinds[1], source, at, _FOUR_BYTES)
-        value = builder.load(place, align=1)
-        place = _place_of(context, builder, kinds[0], target, to, _FOUR_BYTES)
-        builder.store(value, place, align=1)
-        return context.get_dummy_value()
-
-    return types.none(target, source, to, at), generate
-
-
-@intrinsic
-def _scale_four(context, target, source, to, at, slope, start):
-    """Write four numbers at once, from `target[to]`: four bytes from `source[at]` on a line each.
-
-    Their slopes and starts are the first four in fp32 of two arrays.
-    """
-
-    def generate(context, builder, signature, arguments):
-        kinds, (target, source, to, at, slope, start) = signature.args, arguments
-        place = _place_of(context, builder, kinds[1], source, at, _FOUR_BYTES)
-        value = builder.uitofp(builder.load(place, align=1), _FOUR_FLOATS)
-        zero = ir.Constant(ir.IntType(64), 0)
-        place = _place_of(context, builder, kinds[4], slope, zero, _FOUR_FLOATS)
-        value = builder.fmul(value, builder.load(place, align=4))
-        place = _place_of(context, builder, kinds[5], start, zero, _FOUR_FLOATS)
-        value = builder.fadd(value, builder.load(place, align=4))
-        place = _place_of(context, builder, kinds[0], target, to, _FOUR_FLOATS)
-        builder.store(value, place, align=4)
-        return context.get_dummy_value()
-
-    return types.none(target, source, to, at, slope, start), generate
+_MEAN, _STD = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
+_BYTE, _EIGHT, _SIXTEEN = np.uint32(255), np.uint32(8), np.uint32(16)
 
 
 @inlined
-def _widen(words, image):
-    """Copy an image of three bytes a pixel to words of four; word 0 is black, pixel 0 word 1.
-
-    It brings the image into the cache in order, and rotation then finds black like any pixel.
-    """
-    last = image.size // 3 - 1
-    words[:4] = 0
-    for pixel in range(last):
-        # The fourth byte is the next pixel's, which is never used.
-        _copy_four(words, image, _FOUR * _place(pixel + 1), _THREE * _place(pixel))
-    for c in range(3):
-        words[4 * (last + 1) + c] = image[3 * last + c]
-
-
-@inlined
-def _gather_row(line, words, source):
-    """The bytes of one row of a rotated image; `line` has one byte more."""
-    for x in range(source.size):
-        # The fourth byte is written over in its turn.
-        _copy_four(line, words, _THREE * _place(x), _FOUR * _place(source[x]))
-
-
-@inlined
-def _scale_gathered_row(out, words, source, slopes, starts):
-    """Gather and scale a row at once, in channels_last; `out` goes on beyond the row, or ends."""
-    whole = source.size if out.size > 3 * source.size else source.size - 1
-    for x in range(whole):
-        # The fourth number is written over in its turn; the very last pixel must not write it.
-        _scale_four(out, words, _THREE * _place(x), _FOUR * _place(source[x]), slopes, starts)
-    for x in range(whole, source.size):
-        for c in range(3):
-            out[3 * x + c] = slopes[c] * np.float32(words[4 * source[x] + c]) + starts[c]
-
-
-@inlined
-def _look_up_row(out, line, table, width, pixel_step, channel_step):
+def _write(out, words, source, table, pixel_step, channel_step):
     red, green, blue = table[0], table[1], table[2]
     out_green, out_blue = out[channel_step:], out[2 * channel_step :]
-    for x in range(width):
-        at, to = _THREE * _place(x), _place(x * pixel_step)
-        out[to] = red[line[at]]
-        out_green[to] = green[line[at + _ONE]]
-        out_blue[to] = blue[line[at + _TWO]]
-
-
-@inlined
-def _scale_row(out, line, slopes, starts, width, pixel_step, channel_step):
-    """What `_look_up_row` does with tables that are straight lines, in vector instructions."""
-    if pixel_step == 3:
-        for at in range(3 * width):
-            out[at] = slopes[at] * np.float32(line[at]) + starts[at]
-    else:
-        for c in range(3):
-            plane = out[c * channel_step :]
-            for x in range(width):
-                plane[x] = slopes[c] * np.float32(line[3 * x + c]) + starts[c]
+    for p in range(source.size):
+        word, to = words[np.uint32(source[p])], _place(p * pixel_step)
+        out[to] = red[word & _BYTE]
+        out_green[to] = green[(word >> _EIGHT) & _BYTE]
+        out_blue[to] = blue[word >> _SIXTEEN]
 
 
 @compiled
 def _look_up(
-    begin, end, pixels, rows, sources, source_of, levels, level_of, straight, slope, start, output,
-    pixel_step, channel_step, width,
+    begin, end, pixels, rows, sources, source_of, levels, level_of, output, pixel_step,
+    channel_step, width,
 ):  # fmt: skip
-    gathered = np.empty(3 * width + 1, np.uint8)
-    words = np.empty(4 * (sources.shape[1] + 1), np.uint8)
-    slopes, starts = np.empty(3 * width, np.float32), np.empty(3 * width, np.float32)
+    # A pixel is moved as one word of its three bytes; word 0 is black.
+    words = np.zeros(sources.shape[1] + 1, np.uint32)
     for n in range(begin, end):
         image, source, table = pixels[rows[n]], sources[source_of[n]], levels[level_of[n]]
-        if source_of[n] > 0:
-            _widen(words, image)
-        if straight[level_of[n]]:
-            for at in range(3 * width):
-                slopes[at] = slope[level_of[n], at % 3]
-                starts[at] = start[level_of[n], at % 3]
-        for first in range(0, source.size, width):
-            out = output[n, first * pixel_step :]
-            line = image[3 * first :]
-            if source_of[n] > 0 and straight[level_of[n]] and pixel_step == 3:
-                moved = source[first : first + width]
-                _scale_gathered_row(out.view(np.float32), words, moved, slopes, starts)
-                continue
-            if source_of[n] > 0:
-                # Two loops are faster than one: loads need not wait for where stores may go.
-                _gather_row(gathered, words, source[first : first + width])
-                line = gathered[0:]
-            # Constant steps make faster loops.
-            if straight[level_of[n]]:
-                numbers = out.view(np.float32)
-                _scale_row(numbers, line, slopes, starts, width, pixel_step, channel_step)
-            elif pixel_step == 3:
-                _look_up_row(out, line, table, width, 3, 1)
-            else:
-                _look_up_row(out, line, table, width, 1, channel_step)
+        for p in range(source.size):
+            red, green = np.uint32(image[3 * p]), np.uint32(image[3 * p + 1])
+            words[p + 1] = red | green << _EIGHT | np.uint32(image[3 * p + 2]) << _SIXTEEN
+        # Constant steps make faster loops.
+        if pixel_step == 3:
+            _write(output[n], words, source, table, 3, 1)
+        else:
+            _write(output[n], words, source, table, 1, channel_step)
 
 
 @inlined
@@ -220,10 +103,10 @@ def _power(line, exponent, whole, mantissa):
 def _locate_row(at, part_x, part_y, factor, y, height, width, numbers, nearest):
     """Where row `y` of the warped image comes from.
 
-    Pixel `x` is `factor[x]` times the image's at byte `at[x]`, or times what lies `part_x[x]` and
-    `part_y[x]` of the way from there to its neighbours on the right and below.
+    Pixel `x` is `factor[x]` times what lies `part_x[x]` and `part_y[x]` of the way from the image's
+    byte `at[x]` to its neighbours on the right and below.
     """
-    one, half, zero = np.float32(1), np.float32(0.5), np.float32(0)
+    one, half = np.float32(1), np.float32(0.5)
     a, b, c, d = numbers[0], numbers[1], numbers[2], numbers[3]
     scale_x, scale_y, middle_x, middle_y = numbers[4], numbers[5], numbers[6], numbers[7]
     left, top, right, bottom = numbers[8], numbers[9], numbers[10], numbers[11]
@@ -239,22 +122,17 @@ def _locate_row(at, part_x, part_y, factor, y, height, width, numbers, nearest):
         source_x = min(max(u * scale_x + middle_x, left), right)
         source_y = min(max(v * scale_y + middle_y, top), bottom)
         if nearest:
-            at[x] = 3 * (np.int32(source_y + half) * width + np.int32(source_x + half))
-            factor[x] = unit if covered >= half else zero
-        else:
-            x0, y0 = min(np.int32(source_x), last_x), min(np.int32(source_y), last_y)
-            at[x] = 3 * (y0 * width + x0)
-            part_x[x], part_y[x] = source_x - np.float32(x0), source_y - np.float32(y0)
-            factor[x] = unit * covered
+            covered = np.float32(covered >= half)
+            source_x, source_y = np.floor(source_x + half), np.floor(source_y + half)
+        x0, y0 = min(np.int32(source_x), last_x), min(np.int32(source_y), last_y)
+        at[x] = 3 * (y0 * width + x0)
+        part_x[x], part_y[x] = source_x - np.float32(x0), source_y - np.float32(y0)
+        factor[x] = unit * covered
 
 
 @inlined
-def _sample_row(line, channel, at, part_x, part_y, factor, height, width, nearest):
+def _sample_row(line, channel, at, part_x, part_y, factor, height, width):
     """One channel of the row that is located so, its brightness adjusted."""
-    if nearest:
-        for x in range(width):
-            line[x] = _clamp(np.float32(channel[_place(at[x])]) * factor[x])
-        return
     step_x, step_y = _place(3 * min(width - 1, 1)), _place(3 * width * min(height - 1, 1))
     for x in range(width):
         here = _place(at[x])
@@ -267,9 +145,7 @@ def _sample_row(line, channel, at, part_x, part_y, factor, height, width, neares
 
 
 @compiled
-def _draw(
-    begin, end, pixels, rows, numbers, nearest, mean, std, output, pixel_step, channel_step, width
-):
+def _draw(begin, end, pixels, rows, numbers, nearest, output, pixel_step, channel_step, width):
     size = pixels.shape[1] // 3
     height = size // width
     planes = np.empty((3, height, width), np.float32)
@@ -283,9 +159,7 @@ def _draw(
         for y in range(height):
             _locate_row(at, part_x, part_y, factor, y, height, width, numbers[n], nearest)
             for c in range(3):
-                _sample_row(
-                    planes[c, y], image[c:], at, part_x, part_y, factor, height, width, nearest
-                )
+                _sample_row(planes[c, y], image[c:], at, part_x, part_y, factor, height, width)
             red, green, blue = planes[0, y], planes[1, y], planes[2, y]
             row_total = np.float32(0)
             for x in range(width):
@@ -309,62 +183,28 @@ def _draw(
                 _power(line, gamma, whole, mantissa)
                 first = y * width * pixel_step + c * channel_step
                 for x in range(width):
-                    out[first + x * pixel_step] = (line[x] - mean[c]) / std[c]
+                    out[first + x * pixel_step] = (line[x] - _MEAN[c]) / _STD[c]
 
 
-def look_up(
-    pixels: Tensor,
-    rows: Tensor,
-    sources: Tensor,
-    source_of: Tensor,
-    levels: Tensor,
-    level_of: Tensor,
-    output: Tensor,
-) -> None:
-    """See :func:`cnnsp.augment.look_up`."""
+def look_up(pixels, rows, sources, source_of, levels, level_of, output) -> None:
+    """See :func:`cnnsp.data.augment.look_up`."""
     bits = _BITS[output.element_size()]
-    arguments = (
-        pixels.flatten(1), rows, sources, source_of, levels.view(bits), level_of,
-        *_lines(levels), _flat(output).view(bits),
-    )  # fmt: skip
-    _run(_look_up, output, arguments)
+    tables = sources, source_of, levels.view(bits), level_of
+    _run(_look_up, output, pixels.flatten(1), rows, *tables, _flat(output).view(bits))
 
 
-def _lines(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tables are straight lines in fp32, their slopes and their first levels: ``[T, 3]``."""
-    start = levels[:, :3, 0].float()
-    slope = (levels[:, :3, 255].float() - start) / 255
-    line = start[:, :, None] + slope[:, :, None] * torch.arange(256)
-    straight = ((line - levels[:, :3]).abs() < 1e-6).flatten(1).all(1)
-    return straight & (levels.dtype == torch.float32), slope, start
-
-
-def draw(
-    pixels: Tensor,
-    rows: Tensor,
-    numbers: Tensor,
-    nearest: bool,
-    mean: Tensor,
-    std: Tensor,
-    output: Tensor,
-) -> None:
-    """See :func:`cnnsp.augment.draw`."""
+def draw(pixels, rows, numbers, nearest, output) -> None:
+    """See :func:`cnnsp.data.augment.draw`."""
     # The compiled loop writes fp32: other dtypes are converted a few images at a time.
     part = len(output) if output.dtype == torch.float32 else 8 * torch.get_num_threads()
     for start in range(0, len(output), max(part, 1)):
-        target = output[start : start + part]
-        made = (
-            target
-            if target.dtype == torch.float32
-            else torch.empty_like(target, dtype=torch.float32)
-        )
-        arguments = (
-            pixels.flatten(1), rows[start : start + part], numbers[start : start + part], nearest,
-            mean, std, _flat(made),
-        )  # fmt: skip
-        _run(_draw, made, arguments)
-        if made is not target:
-            target.copy_(made)
+        some = slice(start, start + part)
+        made = output[some]
+        if output.dtype != torch.float32:
+            made = torch.empty_like(made, dtype=torch.float32)
+        _run(_draw, made, pixels.flatten(1), rows[some], numbers[some], nearest, _flat(made))
+        if output.dtype != torch.float32:
+            output[some] = made
 
 
 def _flat(output: Tensor) -> Tensor:
@@ -372,11 +212,16 @@ def _flat(output: Tensor) -> Tensor:
     return output.flatten(1) if output.is_contiguous() else output.permute(0, 2, 3, 1).flatten(1)
 
 
-def _run(function: Any, output: Tensor, tensors: tuple[Any, ...]) -> None:
+def _run(function, output: Tensor, *arguments) -> None:
     count, _, height, width = output.shape
     if count == 0:
         return
-    steps = (1, height * width) if output.is_contiguous() else (3, 1)
-    arrays = tuple(t.numpy() if isinstance(t, Tensor) else t for t in tensors)
+    arrays = [t.numpy() if isinstance(t, Tensor) else t for t in arguments]
+    arrays += [1, height * width, width] if output.is_contiguous() else [3, 1, width]
     threads = min(torch.get_num_threads(), count)
-    share_out(function, count, threads, (*arrays, *steps, width))
+    step = math.ceil(count / (8 * threads))
+    # Threads for this call alone: there is nothing that a fork or other threads could break, as
+    # numba's own abort the process when two Python threads enter at once.
+    with ThreadPoolExecutor(threads) as pool:
+        parts = range(0, count, step)
+        list(pool.map(lambda begin: function(begin, min(begin + step, count), *arrays), parts))

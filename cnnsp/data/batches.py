@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-from collections import deque
+import importlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from types import ModuleType
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from . import augment
-from .augment import (
-    AS_IS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    RandomAugment,
-    Variant,
-    level_table,
-    rotation_map,
-)
+from . import augment as plain
+from .augment import AS_IS, RandomAugment, Variant
 from .images import GPU_BUDGET, Images, send
-
-
-def _loops(compiled: bool) -> ModuleType:
-    """The module whose ``look_up`` and ``draw`` make the images: compiled, where numba is."""
-    if compiled:
-        try:
-            from . import augment_numba
-        except ImportError:
-            pass
-        else:
-            return augment_numba
-    return augment
 
 
 class ImageBank:
     """Images of one split, made into augmented batches on the training device.
 
-    Item ``p`` is image ``p // len(variants)`` in variant ``p % len(variants)``; with ``augment``,
-    image ``p // augment.repeats``.
-
-    Of a variant, the rotation is a gather with a table of positions, and the gamma correction with
-    the normalisation a gather from a table of 256 levels, so uint8 becomes normalised float without
-    arithmetic.
-
-    The images stay uint8. On a GPU they lie in its memory if they take no more than
-    ``budget_bytes``; otherwise in the host's, or in their files (``images.py``).
+    Item ``p`` is image ``p // repeats``, in variant ``p % repeats`` if there are variants. The
+    images stay uint8: on a GPU in its memory if they take no more than ``budget_bytes``; otherwise
+    in the host's, or in their files (``images.py``). Of a variant, the rotation is a gather with a
+    table of positions, and the gamma correction with the normalisation a gather from a table of 256
+    levels, so uint8 becomes normalised float without arithmetic.
 
     Args:
         images: the split.
-        variants: what to make of each image.
+        variants: what to make of each image, at least one.
         augment: random augmentation, in place of variants.
         device: where batches are made.
         channels_last: whether batches come in that memory format.
@@ -63,10 +40,6 @@ class ImageBank:
         images: the split.
         labels: int64 ``[N]``, on the device.
         repeats: items that each image makes.
-        device_bytes: bytes of images in the memory of a device that has one of its own.
-
-    Raises:
-        ValueError: when both variants and random augmentation are given.
     """
 
     def __init__(
@@ -82,31 +55,26 @@ class ImageBank:
         workers: int = 2,
         compiled: bool = True,
     ) -> None:
-        if augment is not None and tuple(variants) != AS_IS:
-            raise ValueError("give variants or augment, not both")
-        if not variants:
-            raise ValueError("variants must not be empty")
-        self.variants, self.augment = tuple(variants), augment
-        self.device, self.dtype, self.workers = torch.device(device), dtype, workers
+        self.augment, self.device = augment, torch.device(device)
+        self.dtype, self.workers = dtype, workers
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.images = images.to(self.device, budget_bytes)
         self.labels = images.labels.to(self.device)
-        self.repeats = augment.repeats if augment else len(self.variants)
-        self._loops = _loops(compiled and self.device.type == "cpu")
-        self.device_bytes = self.images.device_bytes
+        self.repeats = augment.repeats if augment else len(variants)
+        self._loops = plain
+        if compiled and self.device.type == "cpu":
+            with suppress(ImportError):  # where there is no numba
+                self._loops = importlib.import_module("cnnsp.data.augment_numba")
 
-        self._mean = torch.tensor(IMAGENET_MEAN, device=self.device)
-        self._std = torch.tensor(IMAGENET_STD, device=self.device)
-        # The compiled loops take it that the first map moves nothing.
-        angles = [0, *sorted({variant.angle for variant in self.variants} - {0})]
-        gammas = sorted({variant.gamma for variant in self.variants})
-        maps = torch.stack([rotation_map(angle, *self.images.size) for angle in angles])
+        angles = sorted({variant.angle for variant in variants})
+        gammas = sorted({variant.gamma for variant in variants})
+        maps = [plain.rotation_map(angle, *self.images.size) for angle in angles]
         tables = torch.zeros(len(gammas), 4, 256)
-        tables[:, :3] = torch.stack([level_table(gamma) for gamma in gammas])
-        self._maps = maps.to(self.device)  # [angles, H*W]
+        tables[:, :3] = torch.stack([plain.level_table(gamma) for gamma in gammas])
+        self._maps = torch.stack(maps).to(self.device)  # [angles, H*W]
         self._levels = tables.to(self.device, dtype)  # [gammas, 4, 256]
-        self._angle_of = torch.tensor([angles.index(v.angle) for v in self.variants])
-        self._gamma_of = torch.tensor([gammas.index(v.gamma) for v in self.variants])
+        self._angle_of = torch.tensor([angles.index(v.angle) for v in variants])
+        self._gamma_of = torch.tensor([gammas.index(v.gamma) for v in variants])
 
     def __len__(self) -> int:
         return len(self.labels) * self.repeats
@@ -130,23 +98,20 @@ class ImageBank:
         Raises:
             UserError: when a file cannot be decoded.
         """
-        begun: deque[Tensor] = deque()
-
-        def numbers() -> Iterator[Tensor]:
-            for items in batches:
-                if len(items) > 0 and not 0 <= int(items.min()) <= int(items.max()) < len(self):
-                    raise IndexError(f"items must be in range({len(self)})")
-                begun.append(items)
-                yield items // self.repeats
-
+        here, there = itertools.tee(batches)
+        decoded = self.images.batches(map(self._images_of, there), self.device, self.workers)
         memory = self._empty(0)
-        for pixels, rows in self.images.batches(numbers(), self.device, self.workers):
-            items = begun.popleft()
+        for items, (pixels, rows) in zip(here, decoded, strict=True):
             if not reuse or len(memory) < len(items):
                 memory = self._empty(len(items))
             output = memory[: len(items)]
             self._make(items, epoch, pixels, rows, output)
             yield items, output, self.labels[send(items // self.repeats, self.device)]
+
+    def _images_of(self, items: Tensor) -> Tensor:
+        if len(items) > 0 and not 0 <= int(items.min()) <= int(items.max()) < len(self):
+            raise IndexError(f"items must be in range({len(self)})")
+        return items // self.repeats
 
     def _empty(self, count: int) -> Tensor:
         shape, form = (count, 3, *self.images.size), self.memory_format
@@ -165,7 +130,7 @@ class ImageBank:
             drawn = self.augment.draw(items, epoch, *self.images.size)
             numbers = send(drawn.numbers(*self.images.size), self.device)
             nearest = self.augment.interpolation == "nearest"
-            self._loops.draw(pixels, rows, numbers, nearest, self._mean, self._std, output)
+            self._loops.draw(pixels, rows, numbers, nearest, output)
 
 
 def epoch_batches(
@@ -187,12 +152,7 @@ def epoch_batches(
     ``world_size``-th item of each batch. All get as many batches; where a batch does not divide
     evenly, the first ranks get one item more, and a batch of fewer items than ranks gives the
     others an empty tensor.
-
-    Raises:
-        ValueError: when ``rank`` is not in ``range(world_size)``.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be between 0 and {world_size - 1}, got {rank}")
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(length, generator=generator)
     for start in range(first * batch_size, length, batch_size):

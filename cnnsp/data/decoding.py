@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import struct
 import sys
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .. import IMAGE_SIZE
 from ..errors import UserError
 
-# What Pillow raises for a damaged file, beside OSError (truncated, or no image at all).
-_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-# By the value of EXIF's tag 274: what stands the picture upright.
-_ORIENTATION, _UPRIGHT = 274, {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
 # Formats that Pillow needs a package for, by the bytes that follow "ftyp", and its name.
 _PACKAGES = {
     **dict.fromkeys(
@@ -72,10 +47,9 @@ def read(path: Path) -> Image.Image:
         if not path.is_file():
             raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
         with _open(path) as image:
-            with contextlib.suppress(*_ERRORS):  # a picture is whole, though its EXIF be damaged
-                orientation = image.getexif().get(_ORIENTATION)
-                if orientation in _UPRIGHT:
-                    image = image.transpose(_UPRIGHT[orientation])
+            image.load()
+            with contextlib.suppress(Exception):  # a picture is whole, though its EXIF be damaged
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":
                 return _scaled(image, path)
             if image.has_transparency_data:
@@ -83,7 +57,9 @@ def read(path: Path) -> Image.Image:
                 white = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(white, image).convert("RGB")
             return image.convert("RGB")
-    except _ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # what a changed byte can lead to in Pillow
         raise UserError(f"cannot decode {path}: {error}") from None
 
 
@@ -120,41 +96,30 @@ def _scaled(image: Image.Image, path: Path) -> Image.Image:
     return Image.fromarray((values * (255 / top)).round().astype(np.uint8)).convert("RGB")
 
 
-_named, _lock = threading.local(), threading.Lock()
-_inside = 0
-_filters: warnings.catch_warnings[None]
+_decoded, _show_others = threading.local(), warnings.showwarning
+
+
+def _show(message: Warning | str, *details: Any) -> None:
+    if (path := getattr(_decoded, "path", None)) is None:
+        _show_others(message, *details)
+    else:
+        print(f"warning: {path}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Within this context, Pillow's warnings go to stderr in one line with the file's name.
 
-    Python's own context for warnings is no use to several threads at once, and Pillow's texts name
-    no files, so that one warning would stand for all files that lead to it.
+    In this thread alone, and for each file, though Pillow's texts name none.
     """
-    global _inside, _filters
-    with _lock:
-        if _inside == 0:
-            others = warnings.showwarning
-
-            def show(message: Warning | str, *details: Any, **more: Any) -> None:
-                name = getattr(_named, "path", None)
-                if name is None:
-                    others(message, *details, **more)
-                else:
-                    print(f"warning: {name}: {' '.join(str(message).split())}", file=sys.stderr)
-
-            _filters = warnings.catch_warnings()
-            _filters.__enter__()
-            warnings.showwarning = show
-            warnings.filterwarnings("always", module=r"(PIL|cnnsp)\.")
-        _inside += 1
-    _named.path = path
+    _decoded.path = path
     try:
         yield
     finally:
-        _named.path = None
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                _filters.__exit__(None, None, None)
+        del _decoded.path
+
+
+# Python's own context for warnings is no use to several threads at once.
+warnings.showwarning = _show  # type: ignore[assignment]
+for category in (UserWarning, RuntimeWarning):
+    warnings.filterwarnings("always", category=category, module=r"(PIL|cnnsp)\.")

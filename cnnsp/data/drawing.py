@@ -7,7 +7,6 @@ tilt, light and background, so a network has to look at the petals.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -48,12 +47,7 @@ _LEAVES = np.array([(70, 118, 52), (104, 148, 70), (44, 84, 48), (134, 150, 84),
 
 def draw(seed: int, split: int, label: int, number: int, size: int = IMAGE_SIZE) -> np.ndarray:
     """A picture that depends on these numbers only: uint8 ``[size, size, 3]``, RGB."""
-    rng = np.random.default_rng([seed, split, label, number])
-    return draw_flower(CLASSES[label], rng, size)
-
-
-def draw_flower(kind: str, rng: Generator, size: int = IMAGE_SIZE) -> np.ndarray:
-    """One picture of a ``kind`` in :data:`CLASSES`: uint8 ``[size, size, 3]``, RGB."""
+    rng, kind = np.random.default_rng([seed, split, label, number]), CLASSES[label]
     canvas = size * _SUPERSAMPLE
     image = _background(rng, canvas)
     draw = ImageDraw.Draw(image)
@@ -238,9 +232,3 @@ def _rotation(angle: float) -> np.ndarray:
 def _shade(colour: Sequence[float] | np.ndarray, light: float) -> Colour:
     red, green, blue = (int(min(max(value * light, 0), 255)) for value in colour)
     return red, green, blue
-
-
-if __name__ == "__main__":  # for synthetic.py: SEED SPLIT SIZE LABEL NUMBER LABEL NUMBER …
-    seed, split, size, *keys = map(int, sys.argv[1:])
-    for label, number in zip(keys[::2], keys[1::2], strict=True):
-        sys.stdout.buffer.write(draw(seed, split, label, number, size).tobytes())

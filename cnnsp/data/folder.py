@@ -11,6 +11,7 @@ from ..errors import UserError, raise_all
 SPLITS = ("train_data", "test_data")
 # What operating systems leave in folders. Hidden files are ignored too.
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
+_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
 _LAYOUT = "expected {0}/train_data/<class>/ and {0}/test_data/<class>/"
 
 Split = dict[str, list[Path]]  # the files of each class, both in alphabetical order
@@ -23,15 +24,11 @@ def is_junk(path: Path) -> bool:
 
 def check_folder(path: Path, what: str, hint: str = "") -> None:
     """Check that ``path`` is a folder; raises UserError, with ``hint`` where there is nothing."""
-    if path.is_dir():
-        return
     if not path.exists():
         raise UserError(f"{what} {path} does not exist{hint}")
-    unpack = "; unpack it, and name the folder" if path.suffix.lower() in _ARCHIVES else ""
-    raise UserError(f"{what} {path} is a file, not a folder{unpack}")
-
-
-_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
+    if not path.is_dir():
+        unpack = "; unpack it, and name the folder" if path.suffix.lower() in _ARCHIVES else ""
+        raise UserError(f"{what} {path} is a file, not a folder{unpack}")
 
 
 def list_split(folder: Path, problems: list[str]) -> Split:
@@ -101,22 +98,17 @@ def list_folder(
     if len(classes[0]) < 2 and len(found) > 1:
         name = next(iter(classes[0]))
         raise UserError(f"{data_dir} holds one class, {name!r}; it takes two or more")
-    if validate is not None:
-        whole = found[SPLITS[0]]
-        raise_all(
-            [
-                f"class {name!r} has {len(paths)} images: too few for quarters"
-                for name, paths in whole.items()
-                if len(paths) < 4
-            ]
-        )
-        held = {name: paths[validate::4] for name, paths in whole.items()}
-        kept = {
-            name: [path for number, path in enumerate(paths) if number % 4 != validate]
-            for name, paths in whole.items()
-        }
-        return dict(zip(SPLITS, (kept, held), strict=True))
-    return found
+    if validate is None:
+        return found
+    (whole,) = found.values()
+    few = {name: len(paths) for name, paths in whole.items() if len(paths) < 4}
+    raise_all([f"class {name!r} has {n} images: too few for quarters" for name, n in few.items()])
+    held = {name: paths[validate::4] for name, paths in whole.items()}
+    kept = {
+        name: [path for number, path in enumerate(paths) if number % 4 != validate]
+        for name, paths in whole.items()
+    }
+    return dict(zip(SPLITS, (kept, held), strict=True))
 
 
 class Source(NamedTuple):
@@ -137,7 +129,6 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
     Raises:
         UserError: when a folder cannot be read.
     """
-
     sources: list[Source] = []
     passed_over = []
 

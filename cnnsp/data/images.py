@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,19 +43,12 @@ def ahead(work: Iterable[_T], count: int = 1) -> Iterator[_T]:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded images of one split.
+    """Decoded images of one split."""
 
-    Attributes:
-        images: uint8 ``[N, 3, H, W]``, RGB; channels_last in memory, or copied so.
-        labels: int64 ``[N]``, positions in ``classes``.
-        classes: the class names, in alphabetical order.
-        names: of the images, for people to read; empty where they have none.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    names: tuple[str, ...] = ()
+    images: Tensor  # uint8 [N, 3, H, W], RGB; channels_last in memory, or copied so
+    labels: Tensor  # int64 [N], positions in `classes`
+    classes: tuple[str, ...]  # names, in alphabetical order
+    names: tuple[str, ...] = ()  # of the images, for people to read; empty where they have none
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,11 +69,10 @@ class ImageSet:
         where = "in memory" if self.images.device.type == "cpu" else f"on {self.images.device}"
         return f"{self.images.nbytes / 2**20:.0f} MiB of images {where}"
 
-    def to(self, device: torch.device, budget_bytes: int = GPU_BUDGET) -> ImageSet:
+    def to(self, device: torch.device, budget_bytes: int) -> ImageSet:
         """Those images on ``device``, if it has memory of its own and they fit the budget."""
         images = self.images.contiguous(memory_format=torch.channels_last)
-        fits = images.nbytes <= budget_bytes
-        return replace(self, images=images.to(device) if fits else images)
+        return replace(self, images=images.to(device) if images.nbytes <= budget_bytes else images)
 
     def batches(
         self, numbers: Iterable[Tensor], device: torch.device, workers: int
@@ -97,9 +89,8 @@ class ImageSet:
             return
 
         def gather(image: Tensor) -> Tensor:
-            shape = (len(image), *pixels.shape[1:])
-            pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            return torch.index_select(pixels, 0, image, out=pinned)
+            gathered = pixels.index_select(0, image)
+            return gathered.pin_memory() if device.type == "cuda" else gathered
 
         with ThreadPoolExecutor(1) as thread:
             for future in ahead(thread.submit(gather, image) for image in numbers):
@@ -108,35 +99,19 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images of one split that are left in their files.
-
-    Attributes:
-        paths: of the images.
-        labels: int64 ``[N]``, positions in ``classes``.
-        classes: the class names, in alphabetical order.
-        side: height and width that they are decoded to.
-    """
-
-    device_bytes: ClassVar[int] = 0
+    """Images of one split that are left in their files; used as an :class:`ImageSet` is."""
 
     paths: tuple[Path, ...]
-    labels: Tensor
-    classes: tuple[str, ...]
-    side: int = IMAGE_SIZE
-
-    @classmethod
-    def of(cls, split: Split, side: int = IMAGE_SIZE) -> ImageFiles:
-        """From what :func:`list_folder` found."""
-        paths = tuple(path for group in split.values() for path in group)
-        labels = [label for label, group in enumerate(split.values()) for _ in group]
-        return cls(paths, torch.tensor(labels), tuple(split), side)
+    labels: Tensor  # int64 [N], positions in `classes`
+    classes: tuple[str, ...]  # names, in alphabetical order
+    side: int = IMAGE_SIZE  # height and width that they are decoded to
+    device_bytes = 0
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width."""
         return self.side, self.side
 
     @property
@@ -146,16 +121,13 @@ class ImageFiles:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the images, for people to read."""
         return tuple(path.name for path in self.paths)
 
     @property
     def placement(self) -> str:
-        """Where the images are, and how large, for people to read."""
         return f"{self.decoded_bytes / 2**20:.0f} MiB of images in files, decoded batch by batch"
 
-    def to(self, device: torch.device, budget_bytes: int = GPU_BUDGET) -> ImageFiles:
-        """The same: files stay where they are."""
+    def to(self, device: torch.device, budget_bytes: int) -> ImageFiles:
         return self
 
     def batches(
@@ -170,28 +142,20 @@ class ImageFiles:
         # to be started, signalled, or sent images through shared memory, which containers ration.
         pool = ThreadPoolExecutor(max(workers, 1))
         try:
-            started = (self._start(pool, image.tolist()) for image in numbers)
-            for pixels, futures in ahead(started, 2):
+            for pixels, futures in ahead((self._start(pool, n.tolist()) for n in numbers), 2):
                 _wait(futures)
-                if device.type == "cuda":
-                    pixels = pixels.pin_memory()
                 yield _whole(pixels, device)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def load(self, workers: int) -> ImageSet:
-        """All of them in memory.
-
-        Raises:
-            UserError: naming all files that cannot be decoded.
-        """
-        with ThreadPoolExecutor(max(workers, 1)) as pool:
+        """All of them in memory; raises UserError, naming all files that cannot be decoded."""
+        pool = ThreadPoolExecutor(max(workers, 1))
+        try:
             pixels, futures = self._start(pool, range(len(self)))
-            try:
-                _wait(tqdm(futures, "decoding", unit="image", leave=False, disable=None))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            _wait(tqdm(futures, "decoding", unit="image", leave=False, disable=None))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         images = pixels.unflatten(1, self.size).permute(0, 3, 1, 2)
         return ImageSet(images, self.labels, self.classes, self.names)
 
@@ -231,8 +195,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _whole(pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch's own bytes on the device, and all rows of them."""
-    sent = pixels.to(device, non_blocking=device.type == "cuda")
-    return sent, torch.arange(len(pixels), device=device)
+    return send(pixels, device), torch.arange(len(pixels), device=device)
 
 
 def load_split(
@@ -244,20 +207,17 @@ def load_split(
         UserError: naming all files that cannot be decoded; of those left in their files, this
             shows only when they are used.
     """
-    files = ImageFiles.of(split, size)
+    paths = tuple(path for group in split.values() for path in group)
+    labels = [label for label, group in enumerate(split.values()) for _ in group]
+    files = ImageFiles(paths, torch.tensor(labels), tuple(split), size)
     budget = HOST_BUDGET if budget_bytes is None else budget_bytes
     return files if files.decoded_bytes > budget else files.load(workers)
 
 
 def load_folder(
-    data_dir: str | Path,
-    *,
-    workers: int = 2,
-    size: int = IMAGE_SIZE,
-    budget_bytes: int | None = None,
-    validate: int | None = None,
+    data_dir: str | Path, *, validate: int | None = None, workers: int = 2, **options: Any
 ) -> tuple[Images, Images]:
     """Training and test images; see :func:`list_folder` and :func:`load_split`."""
     splits = list_folder(data_dir, validate=validate)
-    train, test = (load_split(split, workers, size, budget_bytes) for split in splits.values())
+    train, test = (load_split(split, workers, **options) for split in splits.values())
     return train, test

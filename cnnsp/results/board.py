@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import io
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from ..data.augment import IMAGENET_MEAN, IMAGENET_STD
+from ..data.augment import normalisation
 from ..data.batches import ImageBank
 from . import pictures
 from .evaluation import Evaluation
@@ -40,63 +34,23 @@ class Board:
         small = F.interpolate(images[:32].float().cpu(), scale_factor=0.5, mode="area")
         self._writer.add_image("first_batch", make_grid(_visible(small)), 0)
 
-    def graph(self, model: nn.Module, images: Tensor) -> None:
-        """Show what ``model`` does to ``images`` in evaluation mode; says so where it cannot."""
-        # A copy on the CPU: the model's mode and the device's random numbers stay as they are.
-        try:
-            copied = copy.deepcopy(model).cpu().eval()
-            with (
-                torch.no_grad(),
-                torch.random.fork_rng(devices=[]),
-                contextlib.redirect_stdout(io.StringIO()),
-                warnings.catch_warnings(),
-            ):
-                # The tracer is deprecated, but TensorBoard's graphs come from nothing else.
-                warnings.simplefilter("ignore")
-                self._writer.add_graph(copied, images[:1].float().cpu())
-        except Exception as error:  # whatever the tracer cannot do: a run is worth more
-            reason = " ".join(str(error).split())
-            print(f"TensorBoard gets no graph of the network: {reason}", file=sys.stderr)
-
-    def hyper_parameters(self, options: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Record settings and what they led to, for TensorBoard's table of runs.
-
-        Args:
-            options: None is left out; what is neither number nor text is shown as text.
-            metrics: by the names of their columns, which no other scalar has.
-        """
-        shown = {
-            name: value if type(value) in (int, float, str) else str(value)
-            for name, value in options.items()
-            if value is not None
-        }
-        # SummaryWriter.add_hparams would make a folder for each, which shows as another run.
-        writer = self._writer._get_file_writer()
-        for summary in hparams(shown, metrics):
-            writer.add_summary(summary)
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value)
-        self._writer.flush()
-
     def train_loss(self, loss: float, step: int) -> None:
+        """Show the loss of a step."""
         self._writer.add_scalar("train/loss", loss, step)
 
-    def epoch(self, result: EpochResult, step: int, memory_mib: float | None = None) -> None:
-        """Show an epoch's results, and the device memory that it needed at most."""
+    def epoch(self, result: EpochResult, step: int) -> None:
+        """Show an epoch's results."""
         self._writer.add_scalar("test/loss", result.test_loss, step)
         self._writer.add_scalar("test/accuracy", result.test_accuracy, step)
         self._writer.add_scalar("lr", result.lr, step)
         self._writer.add_scalar("images_per_second", result.images_per_second, step)
-        if memory_mib is not None:
-            self._writer.add_scalar("memory_mib", memory_mib, step)
-        self._writer.flush()
 
     def evaluation(
         self, evaluation: Evaluation, test: ImageBank, classes: Sequence[str], step: int
     ) -> None:
         """Show the confusion matrix, and the up to 16 test images that were most wrong."""
-        title = f"Test accuracy {evaluation.accuracy:.2f} %"
-        self._figure("test/confusion", pictures.confusion(evaluation, classes, title), step)
+        confusion = pictures.confusion(evaluation, classes, "Test images")
+        self._figure("test/confusion", confusion, step)
         worst = evaluation.most_wrong(16)
         if len(worst):
             images, _ = test.batch(worst)
@@ -106,7 +60,6 @@ class Board:
                 evaluation.labels[worst],
                 evaluation.log_probs[worst],
                 classes,
-                "Test images with the highest loss",
                 [names[number] for number in worst.tolist()] if names else (),
             )
             self._figure("test/most_wrong", figure, step)
@@ -122,36 +75,25 @@ class Board:
 
 def _visible(images: Tensor) -> Tensor:
     """Normalised images ``[..., 3, H, W]`` on the CPU, from 0 to 1 again."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = normalisation(images.device)
     return (images * std + mean).clamp(0, 1)
 
 
 class EpochProgress:
     """A bar on a terminal; elsewhere one line each time a loss is reported.
 
-    Args:
-        name: shown in front.
-        steps: steps in the epoch.
-        done: steps done before, when an interrupted epoch goes on.
-        rest: steps that are left, those of later epochs included.
-        silent: whether to show nothing, in all processes of a run but one.
+    Of ``steps`` in the epoch some were ``done`` before, when an interrupted epoch goes on; ``rest``
+    are those left, later epochs' included.
     """
 
-    def __init__(
-        self, name: str, steps: int, done: int = 0, rest: int = 0, silent: bool = False
-    ) -> None:
-        self._silent, self._rest = silent, rest
-        self._name, self._images, self._start = name, 0, time.perf_counter()
-        self._bar = tqdm(
-            total=steps,
-            initial=done,
-            desc=name,
-            unit="step",
-            leave=False,
-            dynamic_ncols=True,
-            disable=silent or not sys.stderr.isatty(),
-        )
-        self._steps, self._first, self._step = steps, done, done
+    def __init__(self, name: str, steps: int, done: int = 0, rest: int = 0) -> None:
+        self._name, self._steps, self._step = name, steps, done
+        self._first, self._rest = done, rest
+        self._images, self._start = 0, time.perf_counter()
+        # Of several processes one has a standard output.
+        hidden = sys.stdout is None or not sys.stderr.isatty()
+        options = {"leave": False, "dynamic_ncols": True, "disable": hidden}
+        self._bar = tqdm(desc=name, total=steps, initial=done, unit="step", **options)
 
     def __enter__(self) -> EpochProgress:
         return self
@@ -165,8 +107,6 @@ class EpochProgress:
         self._bar.update()
 
     def report(self, loss: float) -> None:
-        if self._silent:
-            return
         seconds, done = time.perf_counter() - self._start, self._step - self._first
         left = duration(seconds / done * (self._rest - done))
         text = f"loss {loss:.4f}  {self._images / seconds:.0f} images/s  {left} left"

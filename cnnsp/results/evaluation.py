@@ -11,24 +11,17 @@ from torch import Tensor, nn
 
 from ..data.batches import ImageBank
 from ..training.devices import autocast
+from ..training.processes import Team
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a network says about labelled images; :meth:`of` makes one.
+    """What a network says about labelled images; :meth:`of` makes one."""
 
-    Attributes:
-        loss: mean negative log-likelihood.
-        confusion: int64 ``[C, C]``; in row t and column p the number of images of class t that
-            were taken for class p.
-        log_probs: float32 ``[N, C]``, on the CPU.
-        labels: int64 ``[N]``, on the CPU.
-    """
-
-    loss: float
-    confusion: Tensor
-    log_probs: Tensor
-    labels: Tensor
+    loss: float  # mean negative log-likelihood
+    confusion: Tensor  # int64 [C, C]: in row t, column p the images of class t taken for class p
+    log_probs: Tensor  # float32 [N, C], on the CPU
+    labels: Tensor  # int64 [N], on the CPU
 
     @classmethod
     def of(cls, log_probs: Tensor, labels: Tensor) -> Evaluation:
@@ -60,8 +53,8 @@ class Evaluation:
 
         NaN for a class without images.
         """
-        right, images = self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist()
-        return tuple(100 * r / n if n else math.nan for r, n in zip(right, images, strict=True))
+        right = self.confusion.diagonal().double()
+        return tuple((100 * right / self.confusion.sum(1)).tolist())
 
     def most_wrong(self, k: int) -> Tensor:
         """The ``k`` images with the highest loss among those not recognised, worst first.
@@ -78,41 +71,29 @@ def _losses(log_probs: Tensor, labels: Tensor) -> Tensor:
     return -log_probs.gather(1, labels[:, None]).squeeze(1).double()
 
 
-def log_probabilities(
+def evaluate(
     model: nn.Module,
     bank: ImageBank,
-    items: Tensor,
     batch_size: int,
     amp_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """What ``model`` says in evaluation mode about ``items`` of ``bank``.
+    team: Team | None = None,
+) -> Evaluation:
+    """What ``model`` says, in evaluation mode, about all items of ``bank``.
 
-    Args:
-        model: gives log-probabilities ``[B, C]``; its mode is restored.
-        bank: the images.
-        items: int64 ``[N]``, on the CPU.
-        batch_size: images in a forward pass.
-        amp_dtype: autocast type, or None for fp32.
-
-    Returns:
-        float32 ``[N, C]``, on the CPU. The host waits for the device once, at the end.
+    It gives log-probabilities ``[B, C]``, in ``amp_dtype`` or fp32; its mode is restored. Processes
+    of a ``team`` share the images, and each gets the whole evaluation.
     """
-    training = model.training
+    team, training, outputs = team or Team(), model.training, []
+    items = torch.arange(len(bank))
     model.eval()
-    outputs = []
     with torch.no_grad():
-        for _, images, _ in bank.batches(items.split(batch_size), reuse=True):
+        mine = items[team.rank :: team.size].split(batch_size)
+        for _, images, _ in bank.batches(mine, reuse=True):
             with autocast(bank.device, amp_dtype):
                 outputs.append(model(images).float())
     model.train(training)
-    return torch.cat(outputs).cpu()
-
-
-def evaluate(
-    model: nn.Module, bank: ImageBank, batch_size: int, amp_dtype: torch.dtype | None = None
-) -> Evaluation:
-    """Evaluate ``model``, in evaluation mode, on all items of ``bank``."""
-    log_probs = log_probabilities(model, bank, torch.arange(len(bank)), batch_size, amp_dtype)
+    # The host waits for the device once, here.
+    log_probs = team.rows(torch.cat(outputs).cpu(), len(items))
     return Evaluation.of(log_probs, bank.labels.repeat_interleave(bank.repeats))
 
 

@@ -20,6 +20,9 @@ from ..errors import UserError
 from ..network import IMAGE_SIZE
 from .inference import Network
 
+# Two images to trace with: PyTorch would take a size of 1 for a constant.
+_EXAMPLE = (torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE),)
+_DYNAMIC_BATCH = ({0: torch.export.Dim("batch", min=1)},)
 INPUT, OUTPUT = "images", "log_probabilities"
 # How far a log-probability p may be from the network's: this times max(1, |p|). Other programs add
 # in another order: 5e-7 at most in ten networks. Images 2 % too bright are 3e-2, another pool 2.
@@ -32,12 +35,8 @@ def export_onnx(network: Network, path: Path) -> float:
     The file takes float32 ``[N, 3, 256, 256]``, normalised, for any N, and gives log-probabilities
     ``[N, C]``; stochastic pools take the expectation. Its metadata are those of :func:`metadata`.
 
-    Args:
-        network: on the CPU.
-        path: replaced when the new file has been loaded back and agrees with ``network``.
-
-    Returns:
-        the largest difference found; see :data:`TOLERANCE`.
+    ``network`` is on the CPU. ``path`` is replaced when the new file has been loaded back and
+    agrees with it; returns the largest difference found, see :data:`TOLERANCE`.
 
     Raises:
         UserError: when packages are missing, the file cannot be written, or it does not agree.
@@ -54,12 +53,12 @@ def export_onnx(network: Network, path: Path) -> float:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network.model,
-            (_example(),),
+            _EXAMPLE,
             dynamo=True,
             verbose=False,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            dynamic_shapes=(_DYNAMIC_BATCH,),
+            dynamic_shapes=_DYNAMIC_BATCH,
         )
     assert program is not None
     program.model.metadata_props.update(metadata(network))
@@ -78,17 +77,14 @@ def export_program(network: Network, path: Path) -> float:
     operator, so ``import stochastic_pooling`` must come first. The entries of :func:`metadata`
     are ``extra_files`` of these names.
     """
-    program = torch.export.export(network.model, (_example(),), dynamic_shapes=(_DYNAMIC_BATCH,))
+    program = torch.export.export(network.model, _EXAMPLE, dynamic_shapes=_DYNAMIC_BATCH)
 
     def save(file: Path) -> None:
         content = io.BytesIO()  # for PyTorch has no word for a disk that is full
         torch.export.save(program, content, extra_files=metadata(network))
         file.write_bytes(content.getbuffer())
 
-    def load(file: Path) -> Callable[[Tensor], Tensor]:
-        return torch.export.load(file).module()
-
-    return _write(network, path, save, load)
+    return _write(network, path, save, lambda file: torch.export.load(file).module())
 
 
 def metadata(network: Network) -> dict[str, str]:
@@ -97,21 +93,8 @@ def metadata(network: Network) -> dict[str, str]:
     ``classes``: the names of the outputs. ``mean`` and ``std``: of the normalisation of the three
     channels, whose values are from 0 to 1. ``pooling``: what the network was trained with.
     """
-    values = {
-        "classes": list(network.classes),
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "pooling": network.pooling,
-    }
-    return {key: json.dumps(value) for key, value in values.items()}
-
-
-_DYNAMIC_BATCH = {0: torch.export.Dim("batch", min=1)}
-
-
-def _example() -> Tensor:
-    # Two images: PyTorch would take a size of 1 for a constant.
-    return torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    values = {"classes": network.classes, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return {k: json.dumps(v) for k, v in (values | {"pooling": network.pooling}).items()}
 
 
 def _write(
@@ -139,10 +122,9 @@ def _largest_difference(network: Network, other: Callable[[Tensor], Tensor]) -> 
     noise = torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     flowers, _ = ImageBank(synthetic_flowers(1)).batch(torch.arange(3))
     differences = []
-    with torch.no_grad():
-        for images in (noise, flowers):
-            for batch in (images[:1], images):
-                expected = network.model(batch)
-                difference = (other(batch) - expected).abs() / expected.abs().clamp(min=1)
-                differences.append(difference.max())
+    for batch in (noise, noise[:1], flowers, flowers[:1]):
+        with torch.no_grad():
+            expected = network.model(batch)
+            difference = (other(batch) - expected).abs() / expected.abs().clamp(min=1)
+        differences.append(difference.max())
     return float(torch.stack(differences).max())

@@ -14,25 +14,15 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One row of ``summary.csv``.
+    """One row of ``summary.csv``."""
 
-    Attributes:
-        epoch: how many are done: 3, or 2.25 where ``--max-steps`` ended the third within.
-        train_loss: mean over the epoch's augmented images, in training mode.
-        test_loss: mean over the test images.
-        test_accuracy: in per cent.
-        lr: learning rate.
-        images_per_second: of training.
-        seconds: training and evaluation.
-    """
-
-    epoch: float
-    train_loss: float
-    test_loss: float
-    test_accuracy: float
-    lr: float
-    images_per_second: float
-    seconds: float
+    epoch: float  # how many are done: 3, or 2.25 where --max-steps ended the third within
+    train_loss: float  # mean over the epoch's augmented images, in training mode
+    test_loss: float  # mean over the test images
+    test_accuracy: float  # in per cent
+    lr: float  # learning rate
+    images_per_second: float  # of training
+    seconds: float  # training and evaluation
 
 
 def write_summary(history: Sequence[EpochResult], path: Path) -> None:
@@ -40,8 +30,7 @@ def write_summary(history: Sequence[EpochResult], path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in fields(EpochResult)], lineterminator="\n")
     writer.writeheader()
-    for result in history:
-        row = asdict(result)
+    for row in map(asdict, history):
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     files.write(path, text.getvalue().encode())
 
@@ -50,12 +39,9 @@ def read_summary(path: Path) -> list[EpochResult]:
     """The rows of a ``summary.csv``; raises UserError."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        values = [{name: float(value) for name, value in row.items()} for row in rows]
-        return [
-            EpochResult(int(epoch) if (epoch := row.pop("epoch")).is_integer() else epoch, **row)
-            for row in values
-        ]
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        whole = ({"epoch": int(row["epoch"])} if row["epoch"].is_integer() else {} for row in rows)
+        return [EpochResult(**row | epoch) for row, epoch in zip(rows, whole, strict=True)]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError):

@@ -7,14 +7,16 @@ import math
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -46,46 +48,39 @@ _FONTS = (
 def write(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG file; raises UserError."""
     image = io.BytesIO()
-    _draw(figure, lambda: figure.savefig(image, format="png"))
+    with _fonts(figure):
+        figure.savefig(image, format="png")
     files.write(path, image.getvalue())
 
 
 def pixels(figure: Figure) -> np.ndarray:
     """The figure as uint8 ``[H, W, 3]``."""
     canvas = FigureCanvasAgg(figure)
-    _draw(figure, canvas.draw)
+    with _fonts(figure):
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def _draw(figure: Figure, draw: Callable[[], None]) -> None:
-    """Draw a figure, with installed fonts for what matplotlib's own lacks."""
+@contextmanager
+def _fonts(figure: Figure) -> Iterator[None]:
+    """Draw within this context, with installed fonts for what matplotlib's own lacks."""
     for text in figure.findobj(Text):
-        unknown = {c for c in text.get_text() if not c.isspace()} - _characters_of("sans-serif")
-        if not unknown:
-            continue
-        families = text.get_fontfamily()
-        for name in _installed_fonts():
-            if unknown & _characters_of(name):
-                families = [*families, name]
-                unknown -= _characters_of(name)
-        text.set_fontfamily(families)
-        if unknown:
+        if not text.get_text().isascii():
+            text.set_fontfamily(["sans-serif", *_installed_fonts()])
+    with warnings.catch_warnings(record=True) as caught:
+        # One of each character, at each drawing.
+        warnings.filterwarnings("always", "Glyph .* missing from", UserWarning)
+        yield
+    for w in caught:
+        if "missing from" in str(w.message):
             _say_once_what_is_missing()
-    with warnings.catch_warnings():
-        # Of each character, at each drawing.
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        draw()
+        else:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
 @cache
 def _installed_fonts() -> list[str]:
-    installed = {font.name for font in fontManager.ttflist}
-    return [name for name in _FONTS if name in installed]
-
-
-@cache
-def _characters_of(family: str) -> frozenset[str]:
-    return frozenset(map(chr, get_font(findfont(FontProperties(family=[family]))).get_charmap()))
+    return sorted({font.name for font in fontManager.ttflist} & set(_FONTS), key=_FONTS.index)
 
 
 @cache
@@ -112,10 +107,10 @@ def shortened(name: str, most: int = 40) -> str:
 
 def curves(history: Sequence[EpochResult], title: str) -> Figure:
     """Both losses and the test accuracy over the epochs."""
-    epochs = [result.epoch for result in history]
-    train_losses = [result.train_loss for result in history]
-    accuracies = [result.test_accuracy for result in history]
-    test_losses = [result.test_loss for result in history]
+    epochs = [row.epoch for row in history]
+    train_losses = [row.train_loss for row in history]
+    test_losses = [row.test_loss for row in history]
+    accuracies = [row.test_accuracy for row in history]
     best, lowest = max(accuracies), min(test_losses)
 
     figure = Figure(figsize=(10, 3.8), dpi=_DPI, layout="constrained")
@@ -144,7 +139,8 @@ def curves(history: Sequence[EpochResult], title: str) -> Figure:
 def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Figure:
     """Counts in cells that are the darker, the larger their share of the row.
 
-    Rows are true classes, with their sensitivities on the right; columns are predictions.
+    Rows are true classes, with their sensitivities on the right; columns are predictions. The
+    accuracy stands under ``title``.
     """
     counts, classes = evaluation.confusion, [shortened(name) for name in classes]
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -152,57 +148,35 @@ def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Fig
     # Inches of a cell: as few as its number needs when there are many, and less when the numbers
     # of so many classes would make a picture of a gigabyte.
     cell = min(max(0.45, min(1.1, 4.5 / len(classes))), _LARGEST / len(classes))
-    side = cell * len(classes)
-    longest = max(map(wcswidth, classes)) * 0.08
-    width = max(side + longest + 2.2, 5)
-    height = side + 1.6 + longest * 0.7
+    side, longest = cell * len(classes), max(map(wcswidth, classes)) * 0.08
+    width, height = max(side + longest + 2.2, 5), side + 1.6 + longest * 0.7
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    lines = [textwrap.fill(line, int(width / 0.1)) for line in title.splitlines()]
-    figure.suptitle("\n".join(lines), parse_math=False)
+    title = textwrap.fill(title, int(width / 0.1))
+    figure.suptitle(f"{title}\naccuracy {evaluation.accuracy:.2f} %", parse_math=False)
     axis = figure.subplots()
-    # The figure has the shape; with a fixed aspect the layout would leave no room for the labels.
-    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    edges = np.arange(len(classes) + 1) - 0.5
+    look: Any = {"cmap": "Blues", "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 1.5}
+    axis.pcolormesh(edges, edges, shares.numpy(), **look)
+    axis.invert_yaxis()
     digits = len(str(int(counts.max())))
     size = min(14.0, cell * 72 / max(digits, 2) * 0.9)
-    for row in places:
-        for column in places:
-            count, dark = int(counts[row, column]), float(shares[row, column]) > 0.5
-            if count or len(classes) <= 6:  # noughts would hide the mistakes among many classes
-                axis.text(
-                    column,
-                    row,
-                    str(count),
-                    ha="center",
-                    va="center",
-                    fontsize=size,
-                    color="white" if dark else "black",
-                )
-    turn = 45 if side / len(classes) < longest + 0.1 else 0
-    axis.set_xticks(
-        places,
-        classes,
-        rotation=turn,
-        ha="right" if turn else "center",
-        rotation_mode="anchor",
-        parse_math=False,
-    )
+    for (row, column), count in np.ndenumerate(counts.numpy()):
+        if count or len(classes) <= 6:  # noughts would hide the mistakes among many classes
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, str(count), ha="center", va="center", fontsize=size, color=color)
+    turn = cell < longest + 0.1
+    style: Any = {"rotation": 45, "ha": "right"} if turn else {"ha": "center"}
+    axis.set_xticks(places, classes, rotation_mode="anchor", parse_math=False, **style)
     axis.set_yticks(places, classes, parse_math=False)
     axis.set_xlabel("Predicted class")
     axis.set_ylabel("True class")
-    # Lines between the cells.
-    edges = np.arange(len(classes) - 1) + 0.5
-    axis.set_xticks(edges, minor=True)
-    axis.set_yticks(edges, minor=True)
-    axis.grid(which="minor", color="white", linewidth=1.5)
-    axis.tick_params(which="both", length=0)
-    axis.spines[:].set_visible(False)
-
     right = axis.secondary_yaxis("right")
     percents = ["none" if math.isnan(s) else f"{s:.1f} %" for s in evaluation.sensitivities]
     right.set_yticks(places, percents)
     right.set_ylabel("Sensitivity")
-    right.tick_params(length=0)
-    right.spines[:].set_visible(False)
+    for axes in (axis, right):
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
     return figure
 
 
@@ -211,38 +185,28 @@ def mistakes(
     labels: Tensor,
     log_probs: Tensor,
     classes: Sequence[str],
-    title: str,
     names: Sequence[str] = (),
 ) -> Figure:
-    """A grid of images with "true → predicted p=0.97" below each, and its name.
+    """A grid of images with "true → predicted p=0.97" below each, and its name, if there are names.
 
-    Args:
-        images: ``[N, 3, H, W]`` from 0 to 1, N at least 1.
-        labels: int64 ``[N]``.
-        log_probs: ``[N, C]``.
-        classes: the class names.
-        title: above the grid.
-        names: of the images, or none.
+    ``images`` are ``[N, 3, H, W]`` from 0 to 1, N at least 1; ``labels`` int64 ``[N]``;
+    ``log_probs`` ``[N, C]``.
     """
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
     size = (2.3 * columns, (2.85 if names else 2.7) * rows + 0.4)
     figure = Figure(figsize=size, dpi=_PHOTOGRAPHS_DPI, layout="constrained")
-    figure.suptitle(title, parse_math=False)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    found = log_probs.argmax(1)
-    for axis in axes:
+    figure.suptitle("Test images with the highest loss")
+    for place, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        if place >= len(images):
+            axis.set_visible(False)
+            continue
         axis.set_xticks([])
         axis.set_yticks([])
-    for axis in axes[len(images) :]:
-        axis.set_visible(False)
-    for place, (axis, image, label, log_prob, position) in enumerate(
-        zip(axes, images, labels.tolist(), log_probs, found.tolist(), strict=False)
-    ):
-        axis.imshow(image.permute(1, 2, 0).numpy())
-        probability = float(log_prob[position].exp())
-        true, predicted = (shortened(classes[number], 22) for number in (label, position))
-        caption = f"{true} → {predicted} p={probability:.2f}"
+        axis.imshow(images[place].permute(1, 2, 0).numpy())
+        found = int(log_probs[place].argmax())
+        true, predicted = (shortened(classes[label], 22) for label in (int(labels[place]), found))
+        caption = f"{true} → {predicted} p={float(log_probs[place, found].exp()):.2f}"
         if wcswidth(caption) > _CAPTION:
             caption = caption.replace(" → ", " →\n")
         if names:

@@ -11,26 +11,12 @@ from .. import files
 from ..errors import UserError
 
 FORMAT = 2
-_KEYS = {
-    "format",
-    "model",
-    "average",
-    "pooling",
-    "classes",
-    "options",
-    "progress",
-    "items",
-    "optimizer",
-    "scaler",
-}
+_KEYS = {"model", "average", "pooling", "classes", "options", "progress", "items"}
+_KEYS |= {"format", "optimizer", "scaler"}
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write ``state`` as :func:`cnnsp.files.replacing` does.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
+    """Write ``state`` as :func:`cnnsp.files.replacing` does; raises UserError."""
     import torch
 
     try:
@@ -45,13 +31,13 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 def find(path: Path) -> Path:
     """The checkpoint of that name, or the last.pt of a run's folder; raises UserError."""
-    if path.is_dir():
-        if not (path / "last.pt").is_file():
-            raise UserError(f"folder {path} holds no last.pt, so it is no run with a checkpoint")
-        return path / "last.pt"
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
-    return path
+    if not (path / "last.pt").is_file():
+        raise UserError(f"folder {path} holds no last.pt, so it is no run with a checkpoint")
+    return path / "last.pt"
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -73,21 +59,12 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception:  # what a changed byte can lead to in the archive, the pickle or PyTorch
         raise UserError(f"checkpoint {path} is damaged, or no PyTorch file") from None
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{path} is no checkpoint that train.py wrote")
-    if state["format"] != FORMAT:
+    known = isinstance(state, dict) and "format" in state
+    if known and state["format"] != FORMAT:
         raise UserError(f"checkpoint {path} has format {state['format']}; this is format {FORMAT}")
-    if not state.keys() >= _KEYS:
+    if not known or not state.keys() >= _KEYS:
         raise UserError(f"{path} is no checkpoint that train.py wrote")
     return state
-
-
-def check_pooling(state: dict[str, Any], path: str | Path, pooling: str) -> None:
-    """Check that a network of this pooling was trained; raises UserError."""
-    if state["pooling"] != pooling:
-        raise UserError(
-            f"checkpoint {path} was trained with --pool {state['pooling']}, not {pooling}"
-        )
 
 
 def check_classes(state: dict[str, Any], path: str | Path, classes: tuple[str, ...]) -> None:

@@ -12,11 +12,7 @@ from typing import Any
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error
-    """A run stopped because a signal asked for it, its work saved.
-
-    Attributes:
-        signal: the signal's number; the exit status is 128 more.
-    """
+    """A run stopped because a signal asked for it, its work saved; the exit status is 128 more."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -31,10 +27,7 @@ class Requests:
     """Within this context SIGINT and SIGTERM set :attr:`signal`, and say that they were heard.
 
     A second Ctrl-C raises KeyboardInterrupt, for those who cannot wait. Outside the main thread,
-    where Python allows no signal handlers, it does nothing.
-
-    Args:
-        promise: what is said to come next.
+    where Python allows no signal handlers, it does nothing. ``promise`` is said to come next.
     """
 
     def __init__(self, promise: str) -> None:

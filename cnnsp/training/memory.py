@@ -21,9 +21,8 @@ import math
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,36 +46,20 @@ FRAGMENTATION = 0.1
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
-@dataclass(frozen=True)
-class Account:
-    """What a training step takes, in bytes. ``peak`` is the sum of the other lines.
+class Account(NamedTuple):
+    """What a training step takes, in bytes. ``peak`` is the sum of the other lines."""
 
-    Attributes:
-        parameters: the weights, fp32.
-        gradients: one of each weight, counted for the whole step, as when they accumulate.
-        optimizer_state: momentum of SGD; two moments of Adam and AdamW.
-        weight_average: the averaged weights, if there are any.
-        image_bank: the images that batches are made from, as given.
-        input_batch: the images of the step, in the training's type, and their labels.
-        weight_copies: autocast's half-precision copies of weights, kept for backward.
-        saved_for_backward: what else the forward pass leaves; exactly linear in the batch size but
-            for the loss.
-        transient: what the most demanding operator needs on top of all the above.
-        workspace: by how much cuDNN's copies raise the peak, and LIBRARY_WORKSPACE; assumed.
-        peak: most bytes allocated at any one time.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer_state: int
-    weight_average: int
-    image_bank: int
-    input_batch: int
-    weight_copies: int
-    saved_for_backward: int
-    transient: int
-    workspace: int
-    peak: int
+    parameters: int  # the weights, fp32
+    gradients: int  # one of each weight, counted for the whole step, as when they accumulate
+    optimizer_state: int  # momentum of SGD; two moments of Adam and AdamW
+    weight_average: int  # the averaged weights, if there are any
+    image_bank: int  # the images that batches are made from, as given
+    input_batch: int  # the images of the step, in the training's type, and their labels
+    weight_copies: int  # autocast's half-precision copies of weights, kept for backward
+    saved_for_backward: int  # what else forward leaves; linear in the batch but for the loss
+    transient: int  # what the most demanding operator needs on top of all the above
+    workspace: int  # by how much cuDNN's copies raise the peak, and LIBRARY_WORKSPACE; assumed
+    peak: int  # most bytes allocated at any one time
 
 
 @lru_cache(maxsize=256)
@@ -85,11 +68,8 @@ def account(
 ) -> Account:
     """The memory of a training step of :class:`CNN_SP` on a GPU.
 
-    Args:
-        batch_size: images in a step, at least 1; if gradients accumulate, in one pass.
-        options: of the run, whose own ``batch_size`` and ``accumulate`` do not count here.
-        num_classes: number of classes.
-        image_bank_bytes: what the images that batches are made from take.
+    ``batch_size`` are the images in a step, at least 1; if gradients accumulate, in one pass. That
+    of ``options``, and their ``accumulate``, do not count here.
     """
     # Autograd refuses fake CUDA tensors where there is no CUDA, so these are a CPU's. Its autocast
     # takes the same convolutions and linear layers to half precision, and the pools follow. What
@@ -97,22 +77,23 @@ def account(
     with FakeTensorMode(), _LiveStorages() as storages:
         step = _Step("cpu", batch_size, options, num_classes)
         parameters = list(step.model.parameters())
-        storages.parameters = {_key(parameter) for parameter in parameters}
         # The first step makes gradients and optimiser state; with these in place the second is
         # like all that follow.
         for _ in range(2):
             before = storages.live
             storages.peak = storages.peak_with_copies = 0
             loss = step.forward()
-            kept, weight_copies = storages.live, storages.weight_copies
+            kept = storages.live
             step.backward(loss)
             del loss
-        state = tree_leaves([*step.optimizer.state.values()])
+        weights = _bytes(parameters)
+        matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+        weight_copies = 0 if step.amp_dtype is None else _bytes(matrices) // 2
         lines = {
-            "parameters": _bytes(parameters),
+            "parameters": weights,
             "gradients": _bytes(parameter.grad for parameter in parameters),
-            "optimizer_state": _bytes(state),
-            "weight_average": _bytes(parameters) if options.ema > 0 else 0,
+            "optimizer_state": _bytes(tree_leaves([*step.optimizer.state.values()])),
+            "weight_average": weights if options.ema > 0 else 0,
             "image_bank": image_bank_bytes,
             "input_batch": _bytes([step.images, step.labels]),
             "weight_copies": weight_copies,
@@ -156,11 +137,8 @@ def largest_batch(memory_bytes: float, options: TrainOptions, **others: int) -> 
 def limit(device: torch.device, gigabytes: float | None) -> float | None:
     """Let this process take no more of a GPU's memory than of a card with ``gigabytes``.
 
-    Returns:
-        bytes of the card, or of the smaller one that it plays; None of anything but CUDA.
-
-    Raises:
-        UserError: when there is no GPU to limit.
+    Returns the bytes of the card, or of the smaller one that it plays; None of anything but CUDA.
+    Raises UserError when there is no GPU to limit.
     """
     if device.type != "cuda":
         if gigabytes is not None:
@@ -180,11 +158,8 @@ def advice(
 ) -> str:
     """One line for the user whose step ran out of memory: which batch fits.
 
-    Args:
-        memory_bytes: what :func:`limit` returned.
-        options: of the run.
-        processes: that share each batch.
-        others: those of :func:`account`.
+    ``memory_bytes`` is what :func:`limit` returned; ``processes`` share each batch; ``others`` are
+    those of :func:`account`.
     """
     if memory_bytes is None:
         return "out of memory: --accumulate computes a batch in parts, with less"
@@ -211,28 +186,22 @@ class _Step:
     """A network, its optimiser and a batch, and the two halves of a step with them."""
 
     def __init__(
-        self,
-        device: str,
-        batch_size: int,
-        options: TrainOptions,
-        num_classes: int,
+        self, device: str, batch_size: int, options: TrainOptions, num_classes: int
     ) -> None:
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         shape = (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
         self.amp_dtype = getattr(torch, options.amp_dtype) if options.amp_dtype else None
-        # The bank makes images in autocast's type.
-        dtype = self.amp_dtype or torch.float32
-        images = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
-        self.images = images.zero_()
-        self.labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
         with torch.device(device):
+            # The bank makes images in autocast's type.
+            dtype = self.amp_dtype or torch.float32
+            self.images = torch.empty(shape, dtype=dtype, memory_format=layout).zero_()
+            self.labels = torch.zeros(batch_size, dtype=torch.int64)
             self.model = CNN_SP(num_classes, options.pool)
         for conv in self.model.modules():
             if isinstance(conv, nn.Conv2d):  # `model.to` cannot exchange fake parameters
                 conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=layout))
         # As on a GPU, which takes fused optimisers.
-        cuda = torch.device("cuda")
-        self.optimizer = make_optimizer(self.model.parameters(), options, cuda)
+        self.optimizer = make_optimizer(self.model.parameters(), options, torch.device("cuda"))
 
     def forward(self) -> Tensor:
         with autocast(self.images.device, self.amp_dtype):
@@ -245,26 +214,14 @@ class _Step:
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Counts the bytes of every storage that an operator makes, until it dies.
-
-    Attributes:
-        live: bytes alive now.
-        peak: most bytes alive after an operator.
-        peak_with_copies: the same with what cuDNN copies in that operator.
-        parameters: storages of the weights.
-        weight_copies: bytes alive now in copies of them of another type.
-    """
+    """Counts the bytes of every storage that an operator makes, until it dies."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.peak_with_copies = 0
-        self._sizes: dict[int, int] = {}
-        self.parameters: set[int] = set()
-        self._copies: set[int] = set()
-
-    @property
-    def weight_copies(self) -> int:
-        return sum(self._sizes[key] for key in self._copies)
+        self.live = 0  # bytes alive now
+        self.peak = 0  # most bytes alive after an operator
+        self.peak_with_copies = 0  # the same with what cuDNN copies in that operator
+        self._sizes: dict[int, int] = {}  # of the storages alive, by their identities
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -272,9 +229,11 @@ class _LiveStorages(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for output in outputs:
-            self._count(output)
-        if func is torch.ops.aten._to_copy.default and _key(args[0]) in self.parameters:
-            self._copies.add(_key(result))
+            storage = output.untyped_storage()
+            if storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage._cdata)
         copies = 0
         if func in _CONVOLUTIONS:
             operands = [*(arg for arg in args if isinstance(arg, Tensor)), *outputs]
@@ -283,22 +242,8 @@ class _LiveStorages(TorchDispatchMode):
         self.peak_with_copies = max(self.peak_with_copies, self.live + copies)
         return result
 
-    def _count(self, tensor: Tensor) -> None:
-        key = _key(tensor)
-        if key not in self._sizes:
-            storage = tensor.untyped_storage()
-            self._sizes[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._forget, key)
-
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
-        self._copies.discard(key)
-
-
-def _key(tensor: Tensor) -> int:
-    """The identity of a tensor's storage, as long as that lives."""
-    return tensor.untyped_storage()._cdata
 
 
 def _cudnn_copy(operand: Tensor) -> int:
@@ -316,11 +261,14 @@ def _bytes(tensors: Iterable[Any]) -> int:
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(PROG, __doc__.splitlines()[0] if __doc__ else None)
-    add = parser.add_argument
     add_options(parser, ["batch_size", "pool", "opt", "amp_dtype"])
-    positive = number(float, 0, exclusive=True)
-    add("--gpu-memory-gb", type=positive, default=6.0, help="of a card, in GB of 10⁹ bytes")
-    add(
+    parser.add_argument(
+        "--gpu-memory-gb",
+        type=number(float, 0, exclusive=True),
+        default=6.0,
+        help="of a card, in GB of 10⁹ bytes",
+    )
+    parser.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -334,36 +282,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the account with ``arguments`` (default: the command line); returns the exit status."""
     args = make_parser().parse_args(arguments)
     pools = [args.pool] if args.pool else POOLINGS
-    amp_dtype = args.amp_dtype if args.amp else None
-    recipes = [
-        TrainOptions(pool=pool, opt=args.opt, amp_dtype=amp_dtype, channels_last=args.amp)
-        for pool in pools
-    ]
-    accounts = [account(args.batch_size, recipe) for recipe in recipes]
-    rows = {
-        line.name.replace("_", " "): [_megabytes(getattr(a, line.name)) for a in accounts]
-        for line in fields(Account)
-    }
+    precision = {"amp_dtype": args.amp_dtype if args.amp else None, "channels_last": args.amp}
+    recipes = [TrainOptions(pool=pool, opt=args.opt, **precision) for pool in pools]
+    columns = [account(args.batch_size, recipe)._asdict() for recipe in recipes]
+    table = [[f"MB at batch {args.batch_size}", *pools]]
+    for line in Account._fields:
+        table += [[line.replace("_", " "), *(f"{column[line] / 1e6:,.1f}" for column in columns)]]
     if torch.cuda.is_available():
-        rows["measured here"] = [_measured(args.batch_size, recipe) for recipe in recipes]
-    memory = args.gpu_memory_gb * 1e9
-    fitting = [largest_batch(memory, recipe) for recipe in recipes]
-    rows[f"batch for {args.gpu_memory_gb:g} GB"] = [f"{batch:,}" for batch in fitting]
-    table = [
-        [f"MB at batch {args.batch_size}", *pools],
-        *([k, *cells] for k, cells in rows.items()),
-    ]
+        table += [["measured here", *(_measured(args.batch_size, recipe) for recipe in recipes)]]
+    fitting = (largest_batch(args.gpu_memory_gb * 1e9, recipe) for recipe in recipes)
+    table += [[f"batch for {args.gpu_memory_gb:g} GB", *(f"{batch:,}" for batch in fitting)]]
     print(*align(table), sep="\n")
     return 0
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f}"
-
-
 def _measured(batch_size: int, options: TrainOptions) -> str:
     try:
-        return _megabytes(measure(batch_size, options))
+        return f"{measure(batch_size, options) / 1e6:,.1f}"
     except torch.OutOfMemoryError:
         return "out of memory"
 

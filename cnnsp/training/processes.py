@@ -14,17 +14,10 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, seen from one of them; every method is called by all at once."""
 
-    Every method is called by all of them at once.
-
-    Attributes:
-        rank: this process's number; 0 writes files and speaks.
-        size: their number.
-    """
-
-    rank: int = 0
-    size: int = 1
+    rank: int = 0  # this process's number
+    size: int = 1  # their number
 
     @property
     def leads(self) -> bool:
@@ -39,25 +32,19 @@ class Team:
 
     def highest(self, number: int) -> int:
         """The largest of everybody's ``number``, exchanged without the GPUs."""
-        if self.size == 1:
-            return number
         box = torch.tensor(number)
-        dist.all_reduce(box, dist.ReduceOp.MAX)
+        if self.size > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
         return int(box)
 
     def rows(self, mine: Tensor, total: int) -> Tensor:
         """Of a table of ``total`` rows, each process has every ``size``-th; all of them, in order.
 
-        Args:
-            mine: rows ``rank, rank + size, …``, ``[R, C]``, on the CPU.
-            total: rows of the table.
+        ``mine`` are the rows ``rank, rank + size, …``, ``[R, C]``, on the CPU.
         """
-        if self.size == 1:
-            return mine
         table = mine.new_zeros(total, *mine.shape[1:])
         table[self.rank :: self.size] = mine
-        dist.all_reduce(table)
-        return table
+        return self.sum(table)
 
 
 def _is_launched() -> bool:

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -21,7 +21,7 @@ from ..data.batches import ImageBank, epoch_batches
 from ..errors import UserError
 from ..results import board as boards
 from ..results import pictures
-from ..results.evaluation import Evaluation, log_probabilities
+from ..results.evaluation import Evaluation, evaluate
 from ..results.history import EpochResult, write_summary
 from . import checkpoint
 from .interruption import Asked, Interrupted, Requests
@@ -34,30 +34,15 @@ _T = TypeVar("_T")
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        epoch: the epoch under way, from 0.
-        step: optimiser steps done in that epoch.
-        loss_sum: training loss summed over the images of those steps.
-        images: their number.
-        total_steps: optimiser steps since the run began.
-        best_accuracy: best test accuracy so far, in per cent; -1 before the first evaluation.
-        history: one result per evaluated epoch.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    images: int = 0
-    total_steps: int = 0
-    best_accuracy: float = -1.0
-    history: list[EpochResult] = field(default_factory=list)
-
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> Progress:
-        history = [EpochResult(**row) for row in state["history"]]
-        return cls(**{**state, "history": history})
+    epoch: int = 0  # the one under way, from 0
+    step: int = 0  # optimiser steps done in that epoch
+    loss_sum: float = 0.0  # training loss summed over the images of those steps
+    images: int = 0  # their number
+    total_steps: int = 0  # optimiser steps since the run began
+    best_accuracy: float = -1.0  # of the test images so far, in per cent; -1 before there is one
+    history: list[EpochResult] = field(default_factory=list)  # one for each evaluated epoch
 
 
 # What is due beside a signal, whose numbers are larger: 2 for SIGINT, 15 for SIGTERM; and that of
@@ -67,15 +52,10 @@ _COMPILING = "the first step compiles its kernels: up to a minute, once on a mac
 
 
 class Trainer:
-    """Trains one CNN_SP and writes what it learns to a folder.
+    """Trains one CNN_SP on ``train``, evaluates it on ``test``, and writes to a folder, ``output``.
 
-    Args:
-        options: the recipe.
-        train: training images, augmented.
-        test: test images; on the same device.
-        output: folder for checkpoints, ``args.json``, ``summary.csv``, pictures and TensorBoard's
-            events.
-        team: the processes that train together, each with a trainer of its own.
+    That gets checkpoints, ``args.json``, ``summary.csv``, pictures and TensorBoard's events. Of a
+    ``team`` of processes each has a trainer of its own.
     """
 
     def __init__(
@@ -87,9 +67,8 @@ class Trainer:
         team: Team | None = None,
     ) -> None:
         self.options, self.train, self.test = options, train, test
-        self.classes, self.output = train.images.classes, output
+        self.classes, self.output, self.device = train.images.classes, output, train.device
         self.team = team or Team()
-        self.device = train.device
         self.learner = Learner(options, len(self.classes), self.device, self.team)
         self.progress = Progress()
         self.steps = math.ceil(len(train) / options.batch_size)  # of an epoch
@@ -104,21 +83,15 @@ class Trainer:
             UserError: when the output folder cannot be written, or the loss is not finite.
             Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
         """
-        board = None
-        start = self.progress.total_steps
-        most = self.options.max_steps
-        self._last = math.inf if most is None else start + most
-        promise = "a checkpoint is written as soon as the step is done"
+        board, progress, most = None, self.progress, self.options.max_steps
+        self._last = math.inf if most is None else progress.total_steps + most
         try:
             if self.team.leads:
                 self.output.mkdir(parents=True, exist_ok=True)
                 files.write_json(self.output / "args.json", asdict(self.options))
-                board = boards.Board(self.output, first_step=start)
-            with Requests(promise) as self._requests:
-                while (
-                    self.progress.epoch < self.options.epochs
-                    and self.progress.total_steps < self._last
-                ):
+                board = boards.Board(self.output, first_step=progress.total_steps)
+            with Requests("a checkpoint is written as soon as the step is done") as self._requests:
+                while progress.epoch < self.options.epochs and progress.total_steps < self._last:
                     self._epoch(board)
         except BrokenPipeError:
             self._stop(_PIPE, "nobody reads the output any more")
@@ -127,14 +100,7 @@ class Trainer:
         finally:
             if board is not None:
                 board.close()
-        return self.progress
-
-    def rehearse(self) -> None:
-        """Compile what a step and an evaluation call; this trainer is of no use afterwards."""
-        images, labels = self.train.batch(torch.arange(len(self.train))[:2])
-        with patience(_COMPILING, log=True):
-            self.learner.step(images, labels, batch_size=2, number=0, lr=0.0)
-            self.evaluate()
+        return progress
 
     def _epoch(self, board: boards.Board | None) -> None:
         """Train one epoch, or what is left of it, evaluate, and write everything."""
@@ -170,28 +136,27 @@ class Trainer:
 
     def _train_steps(self, board: boards.Board | None) -> float:
         """Optimiser steps to the end of the epoch or of the run; the last one's learning rate."""
-        options, progress = self.options, self.progress
+        options, progress, team = self.options, self.progress, self.team
         batches = epoch_batches(
             len(self.train),
             options.batch_size,
             seed=options.seed,
             epoch=progress.epoch,
             first=progress.step,
-            rank=self.team.rank,
-            world_size=self.team.size,
+            rank=team.rank,
+            world_size=team.size,
         )
+        made = self.train.batches(batches, progress.epoch, reuse=True)
         # Where an interrupted run had done the last step already, there is nothing left to train.
         lr = learning_rate(options, progress.epoch, max(progress.step - 1, 0), self.steps)
         rest = min(options.epochs * self.steps, self._last) - progress.total_steps
         name = f"epoch {progress.epoch + 1}/{options.epochs}"
-        made = self.train.batches(batches, progress.epoch, reuse=True)
-        with boards.EpochProgress(name, self.steps, progress.step, int(rest), board is None) as bar:
+        with boards.EpochProgress(name, self.steps, progress.step, int(rest)) as bar:
             while progress.step < self.steps and progress.total_steps < self._last:
-                with nullcontext() if self._warm else patience(_COMPILING, log=True):
+                with nullcontext() if self._warm else patience(_COMPILING):
                     _, images, labels = self._at_once(lambda: next(made))
                     if board is not None and progress.total_steps == 0:
                         board.first_batch(images)
-                        board.graph(self.learner.model, images[:1])
                     lr = learning_rate(options, progress.epoch, progress.step, self.steps)
                     left = len(self.train) - progress.step * options.batch_size
                     size = min(options.batch_size, left)
@@ -220,8 +185,7 @@ class Trainer:
             return math.nan
         losses, sizes = zip(*self._losses, strict=True)
         values = torch.stack(losses).tolist()
-        first = self.progress.total_steps - len(values)
-        for step, value in enumerate(values, start=first):
+        for step, value in enumerate(values, start=self.progress.total_steps - len(values)):
             if not math.isfinite(value):
                 raise self._lost("training loss was", step)
         self.progress.loss_sum += sum(map(operator.mul, values, sizes))
@@ -278,40 +242,20 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """The network on the test images, each process taking its share."""
-        options, team = self.options, self.team
-        items = torch.arange(len(self.test))
-        batch_size = math.ceil(options.batch_size / options.accumulate / team.size)
-        mine = log_probabilities(
-            self.learner.network,
-            self.test,
-            items[team.rank :: team.size],
-            batch_size,
-            self.learner.amp_dtype,
-        )
-        return Evaluation.of(team.rows(mine, len(items)), self.test.labels.cpu())
+        learner, parts = self.learner, self.options.accumulate
+        batch_size = math.ceil(self.options.batch_size / parts / self.team.size)
+        return evaluate(learner.network, self.test, batch_size, learner.amp_dtype, self.team)
 
     def _report(self, board: boards.Board, result: EpochResult, test: Evaluation) -> None:
         """Show an epoch's results in the folder, in TensorBoard and on the terminal."""
         progress, options = self.progress, self.options
         title = f"CNN_SP, {options.pool} pooling"
-        when = f"epoch {result.epoch:.4g}"
         pictures.write(pictures.curves(progress.history, title), self.output / "curves.png")
-        heading = f"{title}, {when}\naccuracy {test.accuracy:.2f} %"
-        confusion = pictures.confusion(test, self.classes, heading)
+        when = f"{title}, epoch {result.epoch:.4g}"
+        confusion = pictures.confusion(test, self.classes, when)
         pictures.write(confusion, self.output / "confusion.png")
-        cuda = self.device.type == "cuda"
-        memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
-        board.epoch(result, progress.total_steps, memory_mib)
+        board.epoch(result, progress.total_steps)
         board.evaluation(test, self.test, self.classes, progress.total_steps)
-        if progress.epoch == options.epochs:
-            board.hyper_parameters(
-                asdict(options),
-                {
-                    "last_accuracy": result.test_accuracy,
-                    "last_loss": result.test_loss,
-                    "lowest_loss": min(row.test_loss for row in progress.history),
-                },
-            )
         name = f"Epoch {math.ceil(result.epoch)}/{options.epochs}"
         if progress.step:
             name += f", only its first {progress.step} of {self.steps} steps (--max-steps)"
@@ -362,7 +306,8 @@ class Trainer:
         """
         try:
             before = TrainOptions(**state["options"])
-            progress = Progress.from_dict(state["progress"])
+            progress = Progress(**state["progress"])
+            progress.history = [EpochResult(**row) for row in state["progress"]["history"]]
         except (KeyError, TypeError):
             raise UserError(f"checkpoint {path} was written by another version") from None
         options = self.options
@@ -392,20 +337,17 @@ class Trainer:
 
     def _tell_changes(self, before: TrainOptions) -> None:
         """Say what goes on otherwise than it began."""
-        options, progress = self.options, self.progress
+        old, new = asdict(before), asdict(self.options)
         changed = [
-            f"--{f.name.replace('_', '-')} {getattr(options, f.name)} ({getattr(before, f.name)})"
-            for f in fields(options)
-            if f.name not in ("data_dir", "recipe", "max_steps")
-            and getattr(options, f.name) != getattr(before, f.name)
+            f"--{name.replace('_', '-')} {value} ({old[name]})"
+            for name, value in new.items()
+            if name not in ("data_dir", "recipe", "max_steps") and value != old[name]
         ]
         if changed:
             print(f"Other settings than before (in brackets): {', '.join(changed)}")
-        here = progress.epoch, progress.step
+        here = self.progress.epoch, self.progress.step
         there = min(here, (before.epochs - 1, self.steps - 1))
-        rate, expected = (
-            learning_rate(recipe, *place, self.steps)
-            for recipe, place in ((options, here), (before, there))
-        )
+        rate = learning_rate(self.options, *here, self.steps)
+        expected = learning_rate(before, *there, self.steps)
         if not math.isclose(rate, expected):
             print(f"The learning rate goes on at {rate:.3g}; it would have been {expected:.3g}.")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..network import CNN_SP
 from .devices import autocast
 from .processes import Team
-from .recipe import OPTIMIZERS, TrainOptions
+from .recipe import TrainOptions
 
 
 def seed_draws(seed: int, step: int, rank: int) -> None:
@@ -30,16 +30,9 @@ def seed_draws(seed: int, step: int, rank: int) -> None:
 
 
 class Learner:
-    """Trains one CNN_SP.
+    """Trains one CNN_SP, ``model``.
 
-    Args:
-        options: the recipe.
-        num_classes: of the network.
-        device: where it trains.
-        team: the processes that train together; each has a learner and a part of every batch.
-
-    Attributes:
-        model: the network that is trained.
+    Of a ``team`` of processes each has a learner, and gets a part of every batch.
     """
 
     def __init__(
@@ -53,7 +46,7 @@ class Learner:
         if options.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.model = model
-        self._average = WeightAverage(model, options.ema) if options.ema > 0 else None
+        self._average = deepcopy(model).requires_grad_(False) if options.ema > 0 else None
         self._optimizer = make_optimizer(model.parameters(), options, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
 
@@ -69,7 +62,7 @@ class Learner:
     @property
     def network(self) -> nn.Module:
         """The network that the run is for: the average of the weights, where there is one."""
-        return self.model if self._average is None else self._average.model
+        return self._average or self.model
 
     def step(
         self, images: Tensor, labels: Tensor, *, batch_size: int, number: int, lr: float
@@ -83,9 +76,8 @@ class Learner:
             number: steps before this one, since the run began.
             lr: learning rate.
 
-        Returns:
-            The mean loss of the whole batch, without label smoothing: float32 on the device, still
-            to be computed there.
+        Returns the mean loss of the whole batch, without label smoothing: float32 on the device,
+        still to be computed there.
         """
         self._forward.train()
         seed_draws(self.options.seed, number, self.team.rank)
@@ -104,7 +96,7 @@ class Learner:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._average is not None:
-            self._average.update(number)
+            average_weights(self._average, self.model, self.options.ema, number)
         return self.team.sum(loss)
 
     def _backward(self, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
@@ -134,10 +126,9 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """What :meth:`load` goes on from."""
-        average = None if self._average is None else self._average.model.state_dict()
         return {
             "model": self.model.state_dict(),
-            "average": average,
+            "average": self._average.state_dict() if self._average else None,
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
@@ -151,7 +142,7 @@ class Learner:
         self.model.load_state_dict(state["model"])
         if self._average is not None:
             # A run that begins to average starts from the weights that there are.
-            self._average.model.load_state_dict(state["average"] or state["model"])
+            self._average.load_state_dict(state["average"] or state["model"])
         self._load_optimizer(state["optimizer"])
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
@@ -172,10 +163,8 @@ class Learner:
 def smoothed(loss: Tensor, log_probabilities: Tensor, smoothing: float) -> Tensor:
     """Add label smoothing to a loss (Szegedy et al. 2016, arXiv 1512.00567, section 7).
 
-    Args:
-        loss: negative log-likelihood, summed over the batch.
-        log_probabilities: what it was computed from, ``[B, C]``.
-        smoothing: share of the target that is spread evenly over all classes, from 0 to 1.
+    ``loss`` is the negative log-likelihood of ``log_probabilities``, ``[B, C]``, summed over the
+    batch; ``smoothing`` the share of the target that is spread over all classes, from 0 to 1.
     """
     if smoothing == 0:
         return loss
@@ -187,57 +176,34 @@ def make_optimizer(
     parameters: Iterable[nn.Parameter], options: TrainOptions, device: torch.device
 ) -> torch.optim.Optimizer:
     """The optimiser of ``options.opt``; its learning rate is set anew at every step."""
-    # A fused optimiser takes the gradient scaler's verdict on the device: no host synchronisation.
-    fused = device.type == "cuda"
-    lr, weight_decay = options.lr, options.weight_decay
-    if options.opt == "sgd":
-        sgd = torch.optim.SGD(
-            parameters,
-            lr,
-            options.momentum,
-            weight_decay=weight_decay,
-            nesterov=options.nesterov,
-            fused=fused,
-        )
-        if options.momentum > 0:
-            # If the gradient scaler skips its first step, the fused optimiser would go on from
-            # memory that nobody wrote.
-            for group in sgd.param_groups:
-                for parameter in group["params"]:
-                    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
+    common: Any = {
+        "lr": options.lr,
+        "weight_decay": options.weight_decay,
+        # It takes the gradient scaler's verdict on the device: no host synchronisation.
+        "fused": device.type == "cuda",
+    }
     if options.opt == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
+        return torch.optim.Adam(parameters, **common)
     if options.opt == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
-    raise ValueError(f"opt must be one of {', '.join(OPTIMIZERS)}, got {options.opt!r}")
+        return torch.optim.AdamW(parameters, **common)
+    momentum: Any = {"momentum": options.momentum, "nesterov": options.nesterov}
+    sgd = torch.optim.SGD(parameters, **momentum, **common)
+    if options.momentum > 0:
+        # If the gradient scaler skips its first step, the fused optimiser would go on from memory
+        # that nobody wrote.
+        for parameter in sgd.param_groups[0]["params"]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
-class WeightAverage:
-    """An exponential moving average of a network's parameters.
+@torch.no_grad()
+def average_weights(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
+    """Take ``model``'s parameters into an exponential moving average of them.
 
-    Early on the average forgets faster, so that the random initial weights leave it soon: after
-    ``n`` updates the decay is ``min(decay, (1 + n) / (10 + n))``.
-
-    :class:`torch.optim.swa_utils.AveragedModel` does the same, but counts its updates on the
-    device and reads the count at every step.
-
-    Args:
-        model: the network that is averaged.
-        decay: from 0 to 1.
-
-    Attributes:
-        model: a copy with the averaged parameters.
+    Early on it forgets faster, so that the random initial weights leave it soon: after ``n``
+    updates the decay is ``min(decay, (1 + n) / (10 + n))``.
     """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = deepcopy(model).requires_grad_(False)
-        self._source, self._decay = model, decay
-
-    @torch.no_grad()
-    def update(self, updates: int) -> None:
-        """Take in the weights as they are now, after ``updates`` earlier updates."""
-        decay = min(self._decay, (1 + updates) / (10 + updates))
-        average: list[Tensor] = [*self.model.parameters()]
-        source: list[Tensor] = [*self._source.parameters()]
-        torch._foreach_lerp_(average, source, 1 - decay)
+    # torch.optim.swa_utils.AveragedModel counts its updates on the device, and reads the count at
+    # every step.
+    decay = min(decay, (1 + updates) / (10 + updates))
+    torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
