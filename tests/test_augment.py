@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -308,3 +309,28 @@ def test_many_python_threads_at_once() -> None:
     with ThreadPoolExecutor(8) as pool:
         for images, _ in pool.map(bank.batch, [items] * 16):
             assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"repeats": 0},
+        {"degrees": 181},
+        {"scale": (0.5, 1.5)},
+        {"ratio": (2, 1)},
+        {"gamma": (-1, 1)},
+        {"flip": 1.5},
+        {"contrast": float("inf")},
+        {"interpolation": "cubic"},
+        {"seed": -1},
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments: dict) -> None:
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=rf"^{name} must be .* got {re.escape(repr(value))}"):
+        RandomAugment(**arguments)
+
+
+def test_variants_and_random_augmentation_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="give variants or augment, not both"):
+        ImageBank(random_images(1), PAPER_VARIANTS, augment=RandomAugment())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import subprocess
@@ -15,9 +16,11 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from wcwidth import wcswidth
 
+from cnnsp import CNN_SP
 from cnnsp.cli import align, patience
 from cnnsp.data.batches import ImageBank
 from cnnsp.data.images import ImageSet
@@ -150,8 +153,10 @@ def test_board_shows_an_epoch(tmp_path: Path) -> None:
     )
     board = boards.Board(tmp_path)
     board.train_loss(0.25, 7)
-    board.epoch(make_history(1)[0], 7)
+    board.epoch(make_history(1)[0], 7, memory_mib=512.0)
     board.evaluation(evaluation, bank, ("a", "b"), 7)
+    options = {"lr": 0.01, "pool": "max", "amp": None, "fast": True, "seeds": (1, 2)}
+    board.hyper_parameters(options, {"best_accuracy": 71.0})
     board.close()
 
     assert all(path.is_file() for path in tmp_path.iterdir())
@@ -164,10 +169,18 @@ def test_board_shows_an_epoch(tmp_path: Path) -> None:
             "test/accuracy": 71,
             "lr": 0.01,
             "images_per_second": 100,
+            "memory_mib": 512,
+            "best_accuracy": 71,
         }
     )
     assert last["test/loss"].step == 7
     assert set(seen.Tags()["images"]) == {"test/confusion", "test/most_wrong"}
+    content = seen.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    told = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["lr"].number_value == 0.01
+    texts = {name: told[name].string_value for name in ("pool", "fast", "seeds")}
+    assert texts == {"pool": "max", "fast": "True", "seeds": "(1, 2)"}
+    assert "amp" not in told
 
 
 def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
@@ -178,6 +191,45 @@ def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
     board.evaluation(Evaluation.of(torch.zeros(1, 1), bank.labels), bank, ("a",), 1)
     board.close()
     assert events(tmp_path).Tags()["images"] == ["test/confusion"]
+
+
+@pytest.mark.parametrize("pooling", ["stochastic", "max"])
+def test_graph_does_not_disturb_training(tmp_path: Path, pooling: str) -> None:
+    """Not even of a network whose pools draw in evaluation, too."""
+    model = CNN_SP(pooling=pooling).train()
+    model.pool.sample_in_eval = True
+    images = torch.randn(2, 3, 256, 256)
+    before = torch.get_rng_state()
+    board = boards.Board(tmp_path)
+    board.graph(model, images)
+    board.close()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+    names = [node.name for node in _graph_nodes(tmp_path)]
+    for layer in ("conv1", "conv5", "pool", "fc2"):
+        assert any(f"[{layer}]" in name for name in names), layer
+
+
+def _graph_nodes(folder: Path) -> list:
+    return list(events(folder).Graph().node)
+
+
+class _Untraceable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not with me")
+
+
+def test_graph_that_cannot_be_drawn_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = boards.Board(tmp_path)
+    board.graph(_Untraceable(), torch.zeros(1, 3))
+    board.train_loss(math.pi, 1)
+    board.close()
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert "no graph of the network: not with me" in error
+    assert events(tmp_path).Tags()["scalars"] == ["train/loss"]
 
 
 def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

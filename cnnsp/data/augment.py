@@ -99,6 +99,9 @@ class RandomAugment:
 
     What item ``i`` gets in epoch ``e`` depends on ``(seed, e, i)`` alone: Philox4x32 with the key
     ``seed`` and the counter ``(i mod 2**32, i div 2**32, e, 0…2)``.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
     """
 
     repeats: int = 61  # items that each image makes in an epoch
@@ -112,6 +115,23 @@ class RandomAugment:
     saturation: float = 0.2
     interpolation: str = "bilinear"  # or "nearest"
     seed: int = 0  # of everything drawn, from 0 to 2**64 - 1
+
+    def __post_init__(self) -> None:
+        for name, right, rule in (
+            ("repeats", self.repeats >= 1, "at least 1"),
+            ("degrees", 0 <= self.degrees <= 180, "between 0 and 180"),
+            ("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "two ascending shares, above 0"),
+            ("ratio", 0 < self.ratio[0] <= self.ratio[1] < math.inf, "two ascending, above 0"),
+            ("flip", 0 <= self.flip <= 1, "a probability, between 0 and 1"),
+            ("gamma", 0 < self.gamma[0] <= self.gamma[1] < math.inf, "two ascending, above 0"),
+            ("brightness", 0 <= self.brightness < math.inf, "at least 0"),
+            ("contrast", 0 <= self.contrast < math.inf, "at least 0"),
+            ("saturation", 0 <= self.saturation < math.inf, "at least 0"),
+            ("interpolation", self.interpolation in ("bilinear", "nearest"), "bilinear or nearest"),
+            ("seed", 0 <= self.seed < 2**64, "between 0 and 2**64 - 1"),
+        ):
+            if not right:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
     def draw(self, items: Tensor, epoch: int, height: int, width: int) -> Draw:
         """What ``items``, int64 ``[B]``, get in ``epoch``, for images of that size."""

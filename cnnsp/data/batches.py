@@ -40,6 +40,9 @@ class ImageBank:
         images: the split.
         labels: int64 ``[N]``, on the device.
         repeats: items that each image makes.
+
+    Raises:
+        ValueError: when both variants and random augmentation are given.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class ImageBank:
         workers: int = 2,
         compiled: bool = True,
     ) -> None:
+        if augment is not None and tuple(variants) != AS_IS:
+            raise ValueError("give variants or augment, not both")
         self.augment, self.device = augment, torch.device(device)
         self.dtype, self.workers = dtype, workers
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -34,16 +40,57 @@ class Board:
         small = F.interpolate(images[:32].float().cpu(), scale_factor=0.5, mode="area")
         self._writer.add_image("first_batch", make_grid(_visible(small)), 0)
 
+    def graph(self, model: nn.Module, images: Tensor) -> None:
+        """Show what ``model`` does to ``images`` in evaluation mode; says so where it cannot."""
+        # A copy on the CPU: the model's mode and the device's random numbers stay as they are.
+        try:
+            copied = copy.deepcopy(model).cpu().eval()
+            with (
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[]),
+                contextlib.redirect_stdout(io.StringIO()),
+                warnings.catch_warnings(),
+            ):
+                # The tracer is deprecated, but TensorBoard's graphs come from nothing else.
+                warnings.simplefilter("ignore")
+                self._writer.add_graph(copied, images[:1].float().cpu())
+        except Exception as error:  # whatever the tracer cannot do: a run is worth more
+            reason = " ".join(str(error).split())
+            print(f"TensorBoard gets no graph of the network: {reason}", file=sys.stderr)
+
+    def hyper_parameters(self, options: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Record settings and what they led to, for TensorBoard's table of runs.
+
+        Args:
+            options: None is left out; what is neither number nor text is shown as text.
+            metrics: by the names of their columns, which no other scalar has.
+        """
+        shown = {
+            name: value if type(value) in (int, float, str) else str(value)
+            for name, value in options.items()
+            if value is not None
+        }
+        # SummaryWriter.add_hparams would make a folder for each, which shows as another run.
+        writer = self._writer._get_file_writer()
+        for summary in hparams(shown, metrics):
+            writer.add_summary(summary)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value)
+        self._writer.flush()
+
     def train_loss(self, loss: float, step: int) -> None:
         """Show the loss of a step."""
         self._writer.add_scalar("train/loss", loss, step)
 
-    def epoch(self, result: EpochResult, step: int) -> None:
-        """Show an epoch's results."""
+    def epoch(self, result: EpochResult, step: int, memory_mib: float | None = None) -> None:
+        """Show an epoch's results, and the device memory that the run needed at most."""
         self._writer.add_scalar("test/loss", result.test_loss, step)
         self._writer.add_scalar("test/accuracy", result.test_accuracy, step)
         self._writer.add_scalar("lr", result.lr, step)
         self._writer.add_scalar("images_per_second", result.images_per_second, step)
+        if memory_mib is not None:
+            self._writer.add_scalar("memory_mib", memory_mib, step)
+        self._writer.flush()
 
     def evaluation(
         self, evaluation: Evaluation, test: ImageBank, classes: Sequence[str], step: int

@@ -157,6 +157,7 @@ class Trainer:
                     _, images, labels = self._at_once(lambda: next(made))
                     if board is not None and progress.total_steps == 0:
                         board.first_batch(images)
+                        board.graph(self.learner.model, images[:1])
                     lr = learning_rate(options, progress.epoch, progress.step, self.steps)
                     left = len(self.train) - progress.step * options.batch_size
                     size = min(options.batch_size, left)
@@ -254,8 +255,19 @@ class Trainer:
         when = f"{title}, epoch {result.epoch:.4g}"
         confusion = pictures.confusion(test, self.classes, when)
         pictures.write(confusion, self.output / "confusion.png")
-        board.epoch(result, progress.total_steps)
+        cuda = self.device.type == "cuda"
+        memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
+        board.epoch(result, progress.total_steps, memory_mib)
         board.evaluation(test, self.test, self.classes, progress.total_steps)
+        if progress.epoch == options.epochs:
+            board.hyper_parameters(
+                asdict(options),
+                {
+                    "last_accuracy": result.test_accuracy,
+                    "last_loss": result.test_loss,
+                    "lowest_loss": min(row.test_loss for row in progress.history),
+                },
+            )
         name = f"Epoch {math.ceil(result.epoch)}/{options.epochs}"
         if progress.step:
             name += f", only its first {progress.step} of {self.steps} steps (--max-steps)"
