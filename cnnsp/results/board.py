@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,8 @@ class Board:
         try:
             copied = copy.deepcopy(model).cpu().eval()
             with (
+                # For one image in fp32 no kernel is worth compiling.
+                mock.patch.dict(os.environ, STOCHASTIC_POOLING_BACKEND="torch"),
                 torch.no_grad(),
                 torch.random.fork_rng(devices=[]),
                 contextlib.redirect_stdout(io.StringIO()),
