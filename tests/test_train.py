@@ -22,8 +22,9 @@ from cnnsp import CNN_SP, files
 from cnnsp.data import images, synthetic
 from cnnsp.data.batches import ImageBank
 from cnnsp.data.images import ImageSet
-from cnnsp.results import history, pictures
+from cnnsp.results import pictures
 from cnnsp.results.evaluation import evaluate
+from cnnsp.results.history import EpochResult
 from cnnsp.training import devices
 from cnnsp.training.recipe import SHORT_RECIPE, TrainOptions
 
@@ -328,7 +329,7 @@ def test_part_of_an_epoch_is_shown_as_a_part(
     """One step of 61: four images, of which an epoch takes 61 times 4. And then another one."""
     (row,) = read_summary(trained)
     assert float(row["epoch"]) == pytest.approx(1 / 61, rel=1e-4)
-    (result,) = history.read_summary(trained / "summary.csv")
+    result = EpochResult(**{name: float(value) for name, value in row.items()})
     figure = pictures.curves([result], "title")
     assert figure._suptitle.get_text() == "title; the last point is within epoch 1"
     assert figure.axes[1].get_xlim()[0] < result.epoch

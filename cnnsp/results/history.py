@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .. import files
-from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,3 @@ def write_summary(history: Sequence[EpochResult], path: Path) -> None:
     for row in map(asdict, history):
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     files.write(path, text.getvalue().encode())
-
-
-def read_summary(path: Path) -> list[EpochResult]:
-    """The rows of a ``summary.csv``; raises UserError."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        whole = ({"epoch": int(row["epoch"])} if row["epoch"].is_integer() else {} for row in rows)
-        return [EpochResult(**row | epoch) for row, epoch in zip(rows, whole, strict=True)]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is no summary that train.py wrote") from None

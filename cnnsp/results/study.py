@@ -223,7 +223,7 @@ class Study:
             return
         results = [files.read_json(path) for path in paths]
         histories = [
-            pd.read_csv(path.with_name("summary.csv")).assign(
+            study_report.read_csv(path.with_name("summary.csv")).assign(
                 recipe=row["recipe"], pool=row["pool"], seed=row["seed"]
             )
             for path, row in zip(paths, results, strict=True)

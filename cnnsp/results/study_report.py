@@ -29,17 +29,24 @@ _COLUMNS = {
 }
 
 
-def read(path: Path) -> pd.DataFrame:
-    """``runs.csv`` or ``epochs.csv``, in the order of ``--help``; raises UserError."""
+def read_csv(path: Path) -> pd.DataFrame:
+    """A file's rows; raises UserError."""
     try:
-        rows = pd.read_csv(path)
-        rows["recipe"] = pd.Categorical(rows["recipe"], [*RECIPES])
-        rows["pool"] = pd.Categorical(rows["pool"], POOLINGS)
-        return rows.sort_values(_CASE, kind="stable", ignore_index=True)
+        return pd.read_csv(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, ValueError):
-        raise UserError(f"{path} is none that study.py wrote") from None
+    except ValueError:
+        raise UserError(f"{path} is no table") from None
+
+
+def read(path: Path) -> pd.DataFrame:
+    """``runs.csv`` or ``epochs.csv``, in the order of ``--help``; raises UserError."""
+    rows = read_csv(path)
+    if not {*_CASE} <= {*rows.columns}:
+        raise UserError(f"{path} is none that study.py wrote")
+    rows["recipe"] = pd.Categorical(rows["recipe"], [*RECIPES])
+    rows["pool"] = pd.Categorical(rows["pool"], POOLINGS)
+    return rows.sort_values(_CASE, kind="stable", ignore_index=True)
 
 
 def cell(values: pd.Series, digits: int = 2, sign: str = "") -> str:
