@@ -26,7 +26,7 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 # What numba knows of each dtype: fp16 and bf16 are their bits, see floats.py.
-_NUMBERS = {torch.float32: np.float32, torch.float16: np.uint16, torch.bfloat16: np.int16}
+_NUMBERS = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.uint16}
 # Contiguous planes that are transposed together.
 _MOST_PLANES = 32
 # Below this many numbers a second thread costs more than it saves.
@@ -41,8 +41,8 @@ class _Plan(NamedTuple):
     numbers: Any  # of kernels.PLAN
     address: int  # of the numbers
     layout: torch.memory_format
-    input: tuple[tuple[int, ...], torch.memory_format]
-    output: tuple[tuple[int, ...], torch.memory_format]
+    input: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    output: tuple[tuple[int, ...], tuple[int, ...]]
     partial_size: tuple[int, int, int]  # sheets, groups of rows, lanes of a column
     sides: tuple[int, int, int, int]
     most_threads: int
@@ -58,35 +58,24 @@ def _plan(
     dilated = max(window.dilation_h, window.dilation_w) > 1
     if len(shape) != 4 or 0 in shape or dtype not in _NUMBERS or not slides or dilated:
         return None
-    batch, channels, height, width = shape
-    out_height, out_width = window.output_size(height, width)
-    planes = batch * channels
-    planar = layout == torch.contiguous_format
+
+    def tensor(*size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        full = *shape[:2], *size
+        return full, torch.empty(full, device="meta").contiguous(memory_format=layout).stride()
+
+    (batch, channels, *size), out_size = shape, window.output_size(*shape[2:])
+    planes, planar = batch * channels, layout == torch.contiguous_format
     sheets = -(-planes // _MOST_PLANES) if planar else batch
-    step = -(-planes // sheets)
-    # Columns of a row: of weights, those that windows look at; of gradients, those that a gather
-    # looks at, which are windows or beside them.
-    columns = max((out_width - 1) * window.stride_w + window.kernel_w, width + window.padding_w)
-    last = (width - 1 + window.padding_w) // window.stride_w
-    grad_columns = max(out_width, last + 1) + -(-window.kernel_w // window.stride_w) - 1
-    numbers = np.array(
-        [(
-            planar, channels, planes, step, sheets, height, width, out_height, out_width, *sides,
-            window.padding_h, window.padding_w, columns * step, grad_columns * step,
-        )],
-        PLAN,
-    )  # fmt: skip
-    groups = -(-height // GROUP)
-    size = planes * max(height * width, out_height * out_width)
-
-    def tensor(height: int, width: int) -> tuple[tuple[int, ...], torch.memory_format]:
-        # What is dense in both formats has the strides of the first, as from `contiguous`.
-        dense = torch.contiguous_format if height == width == 1 else layout
-        return (batch, channels, height, width), dense
-
+    step, groups = -(-planes // sheets), -(-size[0] // GROUP)
+    # Room for all columns of windows, and in a gather for windows on both sides of them.
+    line = max(out_size[1] * sides[3], size[1] + window.padding_w) + sides[1]
+    paddings = window.padding_h, window.padding_w
+    numbers = (planar, channels, planes, step, sheets, *size, *out_size, *sides[2:], *paddings)
+    array = np.array([(*numbers, line * step)], PLAN)
+    large = planes * max(size[0] * size[1], out_size[0] * out_size[1]) > _SMALL
     return _Plan(
-        numbers, numbers.ctypes.data, layout, tensor(height, width), tensor(out_height, out_width),
-        (sheets, groups, step), sides, sheets * groups if size > _SMALL else 1,
+        array, array.ctypes.data, layout, tensor(*size), tensor(*out_size), (sheets, groups, step),
+        sides, sheets * groups if large else 1,
     )  # fmt: skip
 
 
@@ -97,8 +86,7 @@ def sample(
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
         output, code = _empty(plan.output, input.dtype), _empty(plan.output, torch.uint8)
-        tensors = _dense(input, plan), _bias(bias), output, code, seed
-        if _run(forward, True, plan, bias is not None, *tensors):
+        if _run(forward, True, plan, bias, _dense(input, plan), output, code, seed):
             return output, code
     return reference.sample(input, bias, seed, window)
 
@@ -113,12 +101,9 @@ def sample_backward(
     """See `reference.sample_backward`."""
     shape = (*grad_output.shape[:2], *size)
     plan = _plan(shape, grad_output.dtype, memory_format(code), window)
-    if plan is None:
-        return reference.sample_backward(grad_output, code, size, window, with_bias)
-    grad_input, partial = _empty(plan.input, grad_output.dtype), _partial(plan, with_bias)
-    tensors = _dense(grad_output, plan), grad_input, partial, _dense(code, plan)
-    _run(backward, True, plan, with_bias, *tensors)
-    return grad_input, _grad_bias(partial, shape, with_bias)
+    bias = _NOTHING if with_bias else None
+    gradients = _gradients(True, plan, bias, with_bias, grad_output, code)
+    return gradients or reference.sample_backward(grad_output, code, size, window, with_bias)
 
 
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
@@ -126,8 +111,7 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
         output = _empty(plan.output, input.dtype)
-        tensors = _dense(input, plan), _bias(bias), output
-        if _run(forward, False, plan, bias is not None, *tensors):
+        if _run(forward, False, plan, bias, _dense(input, plan), output):
             return output
     return reference.expectation(input, bias, window)
 
@@ -141,24 +125,51 @@ def expectation_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.expectation_backward`."""
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
-    served = grad_output.dtype == input.dtype and (bias is not None or not with_bias)
-    if plan is not None and served:
-        grad_input, partial = _empty(plan.input, input.dtype), _partial(plan, bias is not None)
-        tensors = _dense(grad_output, plan), grad_input, partial, _dense(input, plan), _bias(bias)
-        if _run(backward, False, plan, bias is not None, *tensors):
-            return grad_input, _grad_bias(partial, input.shape, with_bias)
-    return reference.expectation_backward(grad_output, input, bias, window, with_bias)
+    if grad_output.dtype != input.dtype or (with_bias and bias is None):
+        plan = None
+    gradients = _gradients(False, plan, bias, with_bias, grad_output, input)
+    return gradients or reference.expectation_backward(grad_output, input, bias, window, with_bias)
+
+
+def _gradients(
+    training: bool,
+    plan: _Plan | None,
+    bias: torch.Tensor | None,
+    with_bias: bool,
+    grad_output: torch.Tensor,
+    kept: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """None if only the reference can tell."""
+    if plan is None:
+        return None
+    grad_input = _empty(plan.input, grad_output.dtype)
+    partial = _NOTHING if bias is None else _NOTHING.new_zeros(plan.partial_size)
+    tensors = _dense(grad_output, plan), grad_input, partial, _dense(kept, plan)
+    if not _run(backward, training, plan, bias, *tensors):
+        return None
+    if not with_bias:
+        return grad_input, _NOTHING.new_empty(0)  # a new one, for autograd makes it part of a graph
+    # numpy, unlike torch, adds in an order that does not depend on a number of threads.
+    sums = np.add.reduce(partial.numpy(), 1, np.float64).reshape(-1)
+    batch, channels = grad_input.shape[:2]
+    sums = np.add.reduce(sums[: batch * channels].reshape(batch, channels), 0)
+    return grad_input, torch.from_numpy(sums.astype(np.float32))
 
 
 def _run(
-    make: Callable[..., Any], training: bool, plan: _Plan, with_bias: bool, *tensors: torch.Tensor
+    make: Callable[..., Any],
+    training: bool,
+    plan: _Plan,
+    bias: torch.Tensor | None,
+    *tensors: torch.Tensor,
 ) -> bool:
     """Run a pass; False if there are numbers that only the reference takes."""
     sides = plan.sides if make is backward else plan.sides[:2]
     body = _compiled(make, tensors[0].dtype, training, *sides)
-    addresses = [tensor.data_ptr() for tensor in tensors]
+    biases = _NOTHING if bias is None else bias.float().contiguous()
+    addresses = [tensor.data_ptr() for tensor in (biases, *tensors)]
     parts = min(torch.get_num_threads(), plan.most_threads)
-    return threads.run(body, parts, with_bias, plan.address, *addresses)
+    return threads.run(body, parts, bias is not None, plan.address, *addresses)
 
 
 @functools.cache
@@ -170,28 +181,9 @@ def _compiled(
     return compiled_for_c(make(_NUMBERS[dtype], training, *sides), what)
 
 
-def _empty(tensor: tuple[tuple[int, ...], torch.memory_format], dtype: torch.dtype) -> torch.Tensor:
-    shape, layout = tensor
-    return torch.empty(shape, dtype=dtype, device=_CPU, memory_format=layout)
+def _empty(tensor: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(*tensor, dtype=dtype, device=_CPU)
 
 
 def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:
     return tensor.contiguous(memory_format=plan.layout)
-
-
-def _bias(bias: torch.Tensor | None) -> torch.Tensor:
-    return _NOTHING if bias is None else bias.float().contiguous()
-
-
-def _partial(plan: _Plan, with_bias: bool) -> torch.Tensor:
-    """For the sums of the gradient of the bias."""
-    return _NOTHING.new_zeros(plan.partial_size) if with_bias else _NOTHING
-
-
-def _grad_bias(partial: torch.Tensor, shape: Sequence[int], with_bias: bool) -> torch.Tensor:
-    if not with_bias:
-        return _NOTHING.new_empty(0)  # a new one, for autograd makes it part of a graph
-    # numpy, unlike torch, adds in an order that does not depend on a number of threads.
-    sums = np.add.reduce(partial.numpy(), 1, np.float64).reshape(-1)
-    sums = sums[: shape[0] * shape[1]].reshape(shape[:2])
-    return torch.from_numpy(np.add.reduce(sums, 0).astype(np.float32))

@@ -14,13 +14,10 @@ import numba
 from numba.core import event, types
 
 _log = logging.getLogger("stochastic_pooling")
+_for_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
-C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile as a part of the functions that call it. No fast-math: the draw depends on order."""
-    return numba.njit(function, nogil=True, error_model="numpy")
+# Compile as a part of the functions that call it. No fast-math: the draw depends on order.
+inlined = numba.njit(error_model="numpy")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,15 +25,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return _cached(functools.partial(numba.njit, nogil=True), function)
 
 
-def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[int], None]:
+def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[Any], None]:
     """Compile a function of an array of pointers, for callers from any thread; `what` says to the
     log which."""
     # numba's cache knows of the file that a function is in, and not of those that it calls.
-    function.__qualname__ = f"{function.__name__}-{_sources()}"
+    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    function.__qualname__ = f"{function.__name__}-{hashlib.sha256(sources).hexdigest()[:16]}"
     signature = types.void(types.CPointer(types.voidptr))
     with event.install_listener("numba:compile", _Announcement(what)):
         code = _cached(functools.partial(numba.cfunc, signature), function)
-    for_c = C_FUNCTION(code.address)
+    for_c = _for_c(code.address)
     for_c.keeps = code  # type: ignore[attr-defined]
     return for_c
 
@@ -46,12 +44,6 @@ def _cached(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
         return compiler(cache=True, error_model="numpy")(function)
     except (RuntimeError, OSError):  # no folder that numba can write its cache to
         return compiler(error_model="numpy")(function)
-
-
-@functools.cache
-def _sources() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 class _Announcement(event.Listener):

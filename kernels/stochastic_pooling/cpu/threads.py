@@ -12,30 +12,25 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from llvmlite import binding
 
 
-def _team() -> Callable[..., None] | None:
+def _team() -> Callable[..., object] | None:
     """The function that calls another on each thread of PyTorch's OpenMP team, if there is one.
 
     PyTorch loads its runtime for all to see, on Linux and macOS. That of GCC, of LLVM and of Intel
     have GCC's entry point.
     """
-    parallel, team_functions = None, {"omp_get_thread_num": 1, "omp_get_num_threads": 1}
+    names = "omp_get_thread_num", "omp_get_num_threads"
+    parallel, functions = None, [1, 1]
     try:
         runtime = ctypes.CDLL(None)  # a TypeError on Windows
-        for name in team_functions:
-            team_functions[name] = ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value or 1
-        if "parallel backend: OpenMP" in torch.__config__.parallel_info():
-            parallel = runtime.GOMP_parallel
-            parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            parallel.restype = None
+        parallel, *functions = (getattr(runtime, name) for name in ("GOMP_parallel", *names))
     except (AttributeError, OSError, TypeError):
         pass
     # What is compiled names them, and calls them in a team.
-    for name, address in team_functions.items():
-        binding.add_symbol(name, address)
+    for name, function in zip(names, functions, strict=True):
+        binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     return parallel
 
 
