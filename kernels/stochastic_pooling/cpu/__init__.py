@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .. import reference
 from ..window import Window, memory_format
@@ -19,14 +20,12 @@ from ..window import Window, memory_format
 try:
     import numpy as np
 
-    from . import threads
-    from .compiling import compiled_for_c
+    from . import compiling
+    from .floats import FLOATS
     from .kernels import GROUP, PLAN, backward, forward
 except Exception as error:  # numba refuses versions of Python and numpy in several ways
     raise ImportError(f"numba cannot be used here: {error}") from error
 
-# What numba knows of each dtype: fp16 and bf16 are their bits, see floats.py.
-_NUMBERS = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.uint16}
 # Contiguous planes that are transposed together.
 _MOST_PLANES = 32
 # Below this many numbers a second thread costs more than it saves.
@@ -35,17 +34,58 @@ _CPU = torch.device("cpu")  # whatever the default is
 _NOTHING = torch.zeros(0, dtype=torch.float32, device=_CPU)
 
 
-class _Plan(NamedTuple):
+class _Plan:
     """How the planes of a shape, format and window are walked over."""
 
-    numbers: Any  # of kernels.PLAN
-    address: int  # of the numbers
-    layout: torch.memory_format
-    input: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
-    output: tuple[tuple[int, ...], tuple[int, ...]]
-    partial_size: tuple[int, int, int]  # sheets, groups of rows, lanes of a column
-    sides: tuple[int, int, int, int]
-    most_threads: int
+    def __init__(self, shape: tuple[int, ...], layout: torch.memory_format, window: Window) -> None:
+        batch, channels, height, width = shape
+        out_height, out_width = window.output_size(height, width)
+        planes, planar = batch * channels, layout == torch.contiguous_format
+        sheets = -(-planes // _MOST_PLANES) if planar else batch
+        step, groups = -(-planes // sheets), -(-height // GROUP)
+        sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
+        # Room for all columns of windows, and in a gather for windows on both sides of them.
+        columns = max(out_width * window.stride_w, width + window.padding_w) + window.kernel_w
+        self.numbers = np.array(
+            [(
+                planar, planes, step, sheets, height, width, out_height, out_width, *sides[2:],
+                window.padding_h, window.padding_w, columns * step,
+            )],
+            PLAN,
+        )  # fmt: skip
+        self.address = self.numbers.ctypes.data
+        self.sides, self.layout = sides, layout
+        self.batch, self.width, self.partial_size = batch, width, (sheets, groups, step)
+        large = planes * max(height * width, out_height * out_width) > _SMALL
+        self.most_threads = sheets * groups if large else 1
+        # Shapes and strides: what is dense in both formats has those of the first.
+        self.input, self.output = (
+            (size, torch.empty(size, device="meta").contiguous(memory_format=layout).stride())
+            for size in (shape, (batch, channels, out_height, out_width))
+        )
+
+    def dense(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous(memory_format=self.layout)
+
+    def run(
+        self,
+        make: Callable[..., Any],
+        training: bool,
+        bias: torch.Tensor | None,
+        *tensors: torch.Tensor,
+    ) -> bool:
+        """Run a pass; False if there are numbers that only the reference takes."""
+        sides = self.sides if make is backward else self.sides[:2]
+        body = _compiled(make, tensors[0].dtype, training, *sides)
+        lanes = _NOTHING
+        if bias is not None and bias.numel() > 0:  # for each lane of a row of each sheet
+            sheets, _, step = self.partial_size
+            lanes = bias.float().repeat(self.batch)
+            lanes = F.pad(lanes, (0, sheets * step - lanes.numel())).view(sheets, 1, step)
+            lanes = lanes.expand(-1, self.width, -1).contiguous()
+        addresses = [tensor.data_ptr() for tensor in (lanes, *tensors)]
+        parts = min(torch.get_num_threads(), self.most_threads)
+        return compiling.run(body, parts, bias is not None, self.address, *addresses)
 
 
 @functools.lru_cache(maxsize=256)
@@ -53,30 +93,26 @@ def _plan(
     shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, window: Window
 ) -> _Plan | None:
     """None if the reference serves."""
-    sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
-    slides = {*sides[:2]} <= {2, 3} and {*sides[2:]} <= {1, 2}
-    dilated = max(window.dilation_h, window.dilation_w) > 1
-    if len(shape) != 4 or 0 in shape or dtype not in _NUMBERS or not slides or dilated:
+    slides = {window.kernel_h, window.kernel_w} <= {2, 3} and {
+        window.stride_h,
+        window.stride_w,
+    } <= {1, 2}
+    if len(shape) != 4 or 0 in shape or dtype not in FLOATS or not slides:
         return None
+    return _Plan(shape, layout, window) if window.dilation_h == window.dilation_w == 1 else None
 
-    def tensor(*size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        full = *shape[:2], *size
-        return full, torch.empty(full, device="meta").contiguous(memory_format=layout).stride()
 
-    (batch, channels, *size), out_size = shape, window.output_size(*shape[2:])
-    planes, planar = batch * channels, layout == torch.contiguous_format
-    sheets = -(-planes // _MOST_PLANES) if planar else batch
-    step, groups = -(-planes // sheets), -(-size[0] // GROUP)
-    # Room for all columns of windows, and in a gather for windows on both sides of them.
-    line = max(out_size[1] * sides[3], size[1] + window.padding_w) + sides[1]
-    paddings = window.padding_h, window.padding_w
-    numbers = (planar, channels, planes, step, sheets, *size, *out_size, *sides[2:], *paddings)
-    array = np.array([(*numbers, line * step)], PLAN)
-    large = planes * max(size[0] * size[1], out_size[0] * out_size[1]) > _SMALL
-    return _Plan(
-        array, array.ctypes.data, layout, tensor(*size), tensor(*out_size), (sheets, groups, step),
-        sides, sheets * groups if large else 1,
-    )  # fmt: skip
+@functools.cache
+def _compiled(
+    make: Callable[..., Any], dtype: torch.dtype, training: bool, *sides: int
+) -> Callable[[Any], None]:
+    what = f"{make.__name__} in {'training' if training else 'evaluation'}"
+    what = f"{what}, {sides[0]} x {sides[1]} cells, {str(dtype).removeprefix('torch.')},"
+    return compiling.compiled_for_c(make(*FLOATS[dtype], training, *sides), what)
+
+
+def _empty(tensor: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(*tensor, dtype=dtype, device=_CPU)
 
 
 def sample(
@@ -86,7 +122,7 @@ def sample(
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
         output, code = _empty(plan.output, input.dtype), _empty(plan.output, torch.uint8)
-        if _run(forward, True, plan, bias, _dense(input, plan), output, code, seed):
+        if plan.run(forward, True, bias, plan.dense(input), output, code, seed):
             return output, code
     return reference.sample(input, bias, seed, window)
 
@@ -102,7 +138,7 @@ def sample_backward(
     shape = (*grad_output.shape[:2], *size)
     plan = _plan(shape, grad_output.dtype, memory_format(code), window)
     bias = _NOTHING if with_bias else None
-    gradients = _gradients(True, plan, bias, with_bias, grad_output, code)
+    gradients = plan and _gradients(plan, True, bias, with_bias, grad_output, code)
     return gradients or reference.sample_backward(grad_output, code, size, window, with_bias)
 
 
@@ -111,7 +147,7 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
         output = _empty(plan.output, input.dtype)
-        if _run(forward, False, plan, bias, _dense(input, plan), output):
+        if plan.run(forward, False, bias, plan.dense(input), output):
             return output
     return reference.expectation(input, bias, window)
 
@@ -127,63 +163,23 @@ def expectation_backward(
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if grad_output.dtype != input.dtype or (with_bias and bias is None):
         plan = None
-    gradients = _gradients(False, plan, bias, with_bias, grad_output, input)
+    gradients = plan and _gradients(plan, False, bias, with_bias, grad_output, input)
     return gradients or reference.expectation_backward(grad_output, input, bias, window, with_bias)
 
 
 def _gradients(
-    training: bool,
-    plan: _Plan | None,
-    bias: torch.Tensor | None,
-    with_bias: bool,
-    grad_output: torch.Tensor,
-    kept: torch.Tensor,
+    plan: _Plan, training: bool, bias: torch.Tensor | None, with_bias: bool, *tensors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """None if only the reference can tell."""
-    if plan is None:
-        return None
+    grad_output, kept = map(plan.dense, tensors)
     grad_input = _empty(plan.input, grad_output.dtype)
     partial = _NOTHING if bias is None else _NOTHING.new_zeros(plan.partial_size)
-    tensors = _dense(grad_output, plan), grad_input, partial, _dense(kept, plan)
-    if not _run(backward, training, plan, bias, *tensors):
+    if not plan.run(backward, training, bias, grad_output, grad_input, partial, kept):
         return None
     if not with_bias:
         return grad_input, _NOTHING.new_empty(0)  # a new one, for autograd makes it part of a graph
     # numpy, unlike torch, adds in an order that does not depend on a number of threads.
     sums = np.add.reduce(partial.numpy(), 1, np.float64).reshape(-1)
-    batch, channels = grad_input.shape[:2]
-    sums = np.add.reduce(sums[: batch * channels].reshape(batch, channels), 0)
+    sums = np.add.reduce(
+        sums[: len(grad_input) * grad_input.shape[1]].reshape(len(grad_input), -1), 0
+    )
     return grad_input, torch.from_numpy(sums.astype(np.float32))
-
-
-def _run(
-    make: Callable[..., Any],
-    training: bool,
-    plan: _Plan,
-    bias: torch.Tensor | None,
-    *tensors: torch.Tensor,
-) -> bool:
-    """Run a pass; False if there are numbers that only the reference takes."""
-    sides = plan.sides if make is backward else plan.sides[:2]
-    body = _compiled(make, tensors[0].dtype, training, *sides)
-    biases = _NOTHING if bias is None else bias.float().contiguous()
-    addresses = [tensor.data_ptr() for tensor in (biases, *tensors)]
-    parts = min(torch.get_num_threads(), plan.most_threads)
-    return threads.run(body, parts, bias is not None, plan.address, *addresses)
-
-
-@functools.cache
-def _compiled(
-    make: Callable[..., Any], dtype: torch.dtype, training: bool, *sides: int
-) -> Callable[[int], None]:
-    what = f"{make.__name__} in {'training' if training else 'evaluation'}"
-    what = f"{what}, {sides[0]} x {sides[1]} cells, {str(dtype).removeprefix('torch.')},"
-    return compiled_for_c(make(_NUMBERS[dtype], training, *sides), what)
-
-
-def _empty(tensor: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(*tensor, dtype=dtype, device=_CPU)
-
-
-def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    return tensor.contiguous(memory_format=plan.layout)

@@ -1,4 +1,9 @@
-"""What numba compiles: parts of functions, functions for Python, and functions for C."""
+"""What numba compiles: parts of functions, functions for Python, and functions for C, which run on
+several threads: those of PyTorch's OpenMP team where there is one, else our own.
+
+OpenMP's workers look for their next piece of work for a while before they sleep. A thread of our
+own would share a core with one, just after a convolution; so the workers themselves are asked.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,19 @@ import ctypes
 import functools
 import hashlib
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite import binding
 from numba.core import event, types
 
 _log = logging.getLogger("stochastic_pooling")
 _for_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Call = ctypes.c_int64 * 12  # longer than any call needs
 
 # Compile as a part of the functions that call it. No fast-math: the draw depends on order.
 inlined = numba.njit(error_model="numpy")
@@ -59,3 +68,52 @@ class _Announcement(event.Listener):
 
     def on_end(self, _: Any) -> None:
         pass
+
+
+def _team() -> Callable[..., object] | None:
+    """The function that calls another on each thread of PyTorch's OpenMP team, if there is one.
+
+    PyTorch loads its runtime for all to see, on Linux and macOS. That of GCC, of LLVM and of Intel
+    have GCC's entry point.
+    """
+    names = "omp_get_thread_num", "omp_get_num_threads"
+    parallel, functions = None, [1, 1]
+    try:
+        runtime = ctypes.CDLL(None)  # a TypeError on Windows
+        parallel, *functions = (getattr(runtime, name) for name in ("GOMP_parallel", *names))
+    except (AttributeError, OSError, TypeError):
+        pass
+    # What is compiled names them, and calls them in a team.
+    for name, function in zip(names, functions, strict=True):
+        binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    return parallel
+
+
+_parallel = _team()
+_process = os.getpid()
+
+
+def run(body: Callable[[Any], None], threads: int, *arguments: int) -> bool:
+    """Run a pass of kernels.py.
+
+    Args:
+        arguments: whether there is a bias, the addresses of the plan and of the tensors.
+
+    Returns:
+        whether all numbers are such as the pass takes.
+    """
+
+    def do(part: int, parts: int, start: Callable[[Any], object] = body) -> bool:
+        call = _Call(0, part, parts, 0, *arguments)
+        call[0] = ctypes.addressof(call)
+        start(call)
+        return call[3] == 0
+
+    if threads == 1:
+        return do(0, 1)
+    # A forked child has the team, but none of its threads.
+    if (parallel := _parallel) is not None and os.getpid() == _process:
+        return do(0, 0, lambda call: parallel(body, call, threads, 0))
+    # Threads for this call alone: there is nothing that a fork or other threads could break.
+    with ThreadPoolExecutor(threads) as pool:
+        return all(pool.map(do, range(threads), [threads] * threads))

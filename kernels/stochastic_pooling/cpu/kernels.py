@@ -5,9 +5,9 @@ transposed on their way in and out. Either way a row is columns of `step` lanes,
 column always lies `step` lanes further, and one code serves both formats.
 
 A pass does `GROUP` rows of a sheet at a time, always the same whichever thread does them. Of the
-rows that their windows hold it makes a block of weights, rectified and in fp32, with zeros for the
-padding. Backward is a gather from a block of gradients and codes, and does the columns of each
-phase of the stride together, as the same cells of windows drew them.
+rows that their windows hold it makes a block of weights, rectified, with zeros for the padding.
+Backward is a gather from a block of gradients and codes, and does the columns of each phase of the
+stride together, as the same cells of windows drew them.
 
 LLVM turns the loops over lanes into vector instructions. Places and lanes are unsigned: of a signed
 index numba asks whether it is negative, and no loop that asks becomes vectors. No fast-math: the
@@ -26,12 +26,11 @@ from numba.core import types
 
 from .. import philox, reference
 from .compiling import inlined
-from .floats import narrow, widen
 
 # What a pass knows of the tensors and the window; see `_plan` in __init__.py.
 _PLAN = (
-    "planar", "channels", "planes", "step", "sheets", "height", "width", "out_height", "out_width",
-    "stride_h", "stride_w", "padding_h", "padding_w", "line",
+    "planar", "planes", "step", "sheets", "height", "width", "out_height", "out_width", "stride_h",
+    "stride_w", "padding_h", "padding_w", "line",
 )  # fmt: skip
 PLAN = np.dtype([(name, np.int64) for name in _PLAN])
 # It is called with an array: its own address; which of how many parts to do (of 0: the thread's in
@@ -40,11 +39,11 @@ PLAN = np.dtype([(name, np.int64) for name in _PLAN])
 _, PART, PARTS, UNUSUAL, WITH_BIAS = range(5)
 # Rows and columns of outputs that share a call of Philox.
 GROUP, PAIR = 4, 2
+ROUNDS = philox.ROUNDS
 # The bits of weights from which sums may overflow and below which their inverses may. Bits of
 # numbers that are not negative are in the order of the numbers, those of NaN beyond.
 TOO_LARGE = int(np.float32(2.0**120).view(np.uint32))
 TOO_SMALL = int(np.float32(reference.SMALLEST_SUM).view(np.uint32))
-ROUNDS = philox.ROUNDS
 DEAD = 255
 NO_CELL = 64  # as a part of a cell's number: a row or a column that a window does not have
 FETCH, STORE, PLACE = range(3)
@@ -80,55 +79,16 @@ def _row(task, staged, numbers, sheet, row, size, plan):
     height, width = size
     if not plan.planar:
         return numbers, _lanes((sheet * height + row) * width * plan.step)
-    start = _lanes((sheet * plan.step * height + row) * width)
-    planes = min(plan.step, plan.planes - sheet * plan.step)
+    planes = 0 if task == PLACE else min(plan.step, plan.planes - sheet * plan.step)
     # Plane by plane: their distance may be a multiple of 4 KiB, which caches do not like.
-    for p in range(_lanes(planes if task != PLACE else 0)):
+    for p in range(_lanes(planes)):
+        start = _lanes((sheet * plan.step * height + row) * width) + p * _lanes(height * width)
         for column in range(_lanes(width)):
-            lane, number = (
-                column * _lanes(plan.step) + p,
-                start + p * _lanes(height * width) + column,
-            )
             if task == FETCH:
-                staged[lane] = numbers[number]
+                staged[column * _lanes(plan.step) + p] = numbers[start + column]
             else:
-                numbers[number] = staged[lane]
+                numbers[start + column] = staged[column * _lanes(plan.step) + p]
     return staged, _START
-
-
-@inlined
-def _spread(lanes, bias, sheet, plan):
-    """The bias of each lane of a row."""
-    for k in range(min(plan.step, lanes.size)):
-        lanes[k] = bias[(sheet * plan.step + k) % plan.channels]
-    for k in range(plan.step, lanes.size):
-        lanes[k] = lanes[k - plan.step]
-
-
-@inlined
-def _weigh(weights, top, end, x, staged, bias, sheet, smallest, call, plan):
-    """Make weights of the rows from `top` on: max(x + bias, 0), where NaN stays NaN and no zero is
-    negative. Say so if there are some that only the reference takes."""
-    count = _lanes(plan.width * plan.step)
-    most, least = np.uint32(0), np.uint32(0xFFFFFFFF)  # bits; of the least one less, so not of 0
-    for row in range(top, end):
-        to = _lanes((row - top) * plan.line + plan.padding_w * plan.step)
-        if not 0 <= row < plan.height:
-            for k in range(count):
-                weights[to + k] = _ZERO
-            continue
-        numbers, start = _row(FETCH, staged, x, sheet, row, (plan.height, plan.width), plan)
-        for k in range(count):
-            w = widen(numbers[start + k], weights)
-            w = w + bias[k] if bias.size > 0 else w
-            w = _ZERO if w <= _ZERO else w
-            weights[to + k] = w
-            bits = np.float32(w).view(np.uint32)
-            most = bits if bits > most else most
-            below = np.uint32(bits - np.uint32(1))
-            least = below if below < least else least
-    if most >= TOO_LARGE or least < smallest:
-        call[UNUSUAL] = 1
 
 
 @inlined
@@ -136,31 +96,55 @@ def _random_halves(halves, words, pairs, lanes, first_plane, group, seed, step):
     """Philox's four words for each pair of columns of each plane (see philox.py), in 64 bits for
     the sake of its products; then the low halves for even columns, the high halves for odd ones.
     In one loop the second, over the lanes of a column, would be too short for vectors."""
-    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    count = np.uint64(pairs.size)
+    mask, half, count = _lanes(0xFFFFFFFF), _lanes(32), _lanes(pairs.size)
     for k in range(count):
-        plane = np.uint64(first_plane) + lanes[k]
-        c0, c1, c2, c3 = np.uint64(pairs[k]), np.uint64(group), plane & mask, plane >> half
-        k0, k1 = np.uint64(seed) & mask, np.uint64(seed) >> half
+        plane = _lanes(first_plane) + lanes[k]
+        c0, c1, c2, c3 = _lanes(pairs[k]), _lanes(group), plane & mask, plane >> half
+        k0, k1 = _lanes(seed) & mask, _lanes(seed) >> half
         for _ in range(ROUNDS):
-            product0 = np.uint64(0xD2511F53) * c0
-            product1 = np.uint64(0xCD9E8D57) * c2
+            product0, product1 = _lanes(0xD2511F53) * c0, _lanes(0xCD9E8D57) * c2
             c0, c1 = (product1 >> half) ^ c1 ^ k0, product1 & mask
             c2, c3 = (product0 >> half) ^ c3 ^ k1, product0 & mask
-            k0 = (k0 + np.uint64(0x9E3779B9)) & mask
-            k1 = (k1 + np.uint64(0xBB67AE85)) & mask
-        words[k] = np.uint32(c0)
-        words[count + k] = np.uint32(c1)
-        words[count * np.uint64(2) + k] = np.uint32(c2)
-        words[count * np.uint64(3) + k] = np.uint32(c3)
-    for column in range(np.uint64(words.size) // step):
+            k0, k1 = (k0 + _lanes(0x9E3779B9)) & mask, (k1 + _lanes(0xBB67AE85)) & mask
+        words[k], words[count + k] = np.uint32(c0), np.uint32(c1)
+        words[count + count + k] = np.uint32(c2)
+        words[count + count + count + k] = np.uint32(c3)
+    for column in range(_lanes(words.size) // step):
         for k in range(step):
-            word = words[column * step + k]
-            halves[np.uint64(PAIR) * column * step + k] = np.uint16(word)
-            halves[np.uint64(PAIR) * column * step + step + k] = np.uint16(word >> np.uint32(16))
+            word, even = words[column * step + k], _lanes(PAIR) * column * step + k
+            halves[even], halves[even + step] = np.uint16(word), np.uint16(word >> np.uint32(16))
 
 
-def _window(kernel_h: int, kernel_w: int) -> Callable[..., Any]:
+def _parts(widen: Any, kernel_h: int, kernel_w: int) -> tuple[Any, Any]:
+    @inlined
+    def weigh(weights, top, end, x, staged, biases, sheet, smallest, call, plan):
+        """Make weights of the rows from `top` on: max(x + bias, 0), where NaN stays NaN and no zero is
+        negative. Say so if there are some that only the reference takes."""
+        count, bias = _lanes(plan.width * plan.step), _lanes(sheet * plan.width * plan.step)
+        with_bias = call[WITH_BIAS] > 0
+        most, least = (
+            np.uint32(0),
+            np.uint32(0xFFFFFFFF),
+        )  # bits; of the least one less, so not of 0
+        for row in range(top, end):
+            to = _lanes((row - top) * plan.line + plan.padding_w * plan.step)
+            if not 0 <= row < plan.height:
+                for k in range(count):
+                    weights[to + k] = _ZERO
+                continue
+            numbers, start = _row(FETCH, staged, x, sheet, row, (plan.height, plan.width), plan)
+            for k in range(count):
+                w = widen(numbers[start + k])
+                w = w + biases[bias + k] if with_bias else w
+                w = _ZERO if w <= _ZERO else w
+                weights[to + k] = w
+                bits = np.float32(w).view(np.uint32)
+                most = bits if bits > most else most
+                below = np.uint32(bits - np.uint32(1))
+                least = below if below < least else least
+        if most >= TOO_LARGE or least < smallest:
+            call[UNUSUAL] = 1
+
     @inlined
     def window(weights, first, line, step):
         """Of the window whose first cell is a lane the sum, its inverse and the expectation."""
@@ -177,30 +161,30 @@ def _window(kernel_h: int, kernel_w: int) -> Callable[..., Any]:
                 mean += w * (w * inverse)
         return total, inverse, mean
 
-    return window
+    return weigh, window
 
 
-def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callable[..., None]:
-    """The pass for a dtype of the input's numbers (floats.py), a mode and a size of windows.
+def forward(
+    number: Any, widen: Any, narrow: Any, training: bool, kernel_h: int, kernel_w: int
+) -> Callable[..., None]:
+    """The pass for a dtype of numbers (floats.py), a mode and a size of windows.
 
-    Tensors: bias, input, output; in training also code and seed.
+    Tensors: biases of each row of lanes, input, output; in training also code and seed.
     """
-    window = _window(kernel_h, kernel_w)
-    smallest = 0 if training else TOO_SMALL
+    smallest, (weigh, window) = 0 if training else TOO_SMALL, _parts(widen, kernel_h, kernel_w)
 
     def forward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
         outputs = plan.planes * plan.out_height * plan.out_width
-        bias = carray(pointers[6], plan.channels, np.float32)
+        biases = carray(pointers[6], plan.sheets * plan.width * plan.step, np.float32)
         x = carray(pointers[7], plan.planes * plan.height * plan.width, number)
         output, code = carray(pointers[8], outputs, number), carray(pointers[9], outputs, np.uint8)
         size, step, line = (plan.out_height, plan.out_width), _lanes(plan.step), _lanes(plan.line)
         runs, run = _runs(_lanes(plan.out_width), plan)
         pitch = _lanes(plan.stride_w) * step
         weights = np.zeros(((GROUP - 1) * plan.stride_h + kernel_h) * plan.line, np.float32)
-        row_bias = np.empty(call[WITH_BIAS] * plan.width * plan.step, np.float32)
-        fetched = np.empty(plan.planar * plan.width * plan.step, number)
-        staged = np.empty(plan.planar * plan.out_width * plan.step, number)
+        fetched = np.empty(plan.width * plan.step, number)
+        staged = np.empty(plan.out_width * plan.step, number)
         staged_code = np.empty(staged.size, np.uint8)
         calls = (plan.out_width + PAIR - 1) // PAIR * plan.step
         pairs, lanes = np.empty(calls, np.uint32), np.empty(calls, np.uint32)
@@ -212,15 +196,12 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
         start, end = _share(call, plan.sheets * groups)
         for unit in range(start, end):
             sheet, group = unit // groups, unit % groups
-            if unit == start or group == 0:
-                _spread(row_bias, bias, sheet, plan)
             out_top, out_end = group * GROUP, min(group * GROUP + GROUP, plan.out_height)
             top = out_top * plan.stride_h - plan.padding_h
             bottom = (out_end - 1) * plan.stride_h - plan.padding_h + kernel_h
-            _weigh(weights, top, bottom, x, fetched, row_bias, sheet, smallest, call, plan)
+            weigh(weights, top, bottom, x, fetched, biases, sheet, smallest, call, plan)
             if training:
-                seed = carray(pointers[10], 1, np.int64)[0]
-                plane = sheet * plan.step
+                seed, plane = carray(pointers[10], 1, np.int64)[0], sheet * plan.step
                 _random_halves(halves, words, pairs, lanes, plane, group, seed, step)
             for oh in range(out_top, out_end):
                 target, to = _row(PLACE, staged, output, sheet, oh, size, plan)
@@ -245,7 +226,7 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
                                     before += w
                                 before_row += before
                             codes[to + lane] = DEAD if total <= threshold else drawn
-                        target[to + lane] = narrow(value, target)
+                        target[to + lane] = narrow(value)
                 _row(STORE, staged, output, sheet, oh, size, plan)
                 if training:
                     _row(STORE, staged_code, code, sheet, oh, size, plan)
@@ -254,59 +235,50 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Callab
 
 
 def backward(
-    number: Any, training: bool, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int
+    number: Any, widen: Any, narrow: Any, training: bool, *sides: int
 ) -> Callable[..., None]:
-    """Likewise. Tensors: bias, gradients of the output, of the input, and of the bias for each
+    """Likewise. Tensors: biases, gradients of the output, of the input, and of the bias for each
     group of rows and lane of a column; then code, or input."""
-    window = _window(kernel_h, kernel_w)
+    kernel_h, kernel_w, stride_h, stride_w = sides
+    evaluation, (weigh, window) = int(not training), _parts(widen, kernel_h, kernel_w)
     # So many windows hold an input, each way, and so many rows of them hold the rows of a group.
     taps_h, taps_w = -(-kernel_h // stride_h), -(-kernel_w // stride_w)
     most = GROUP // stride_h + taps_h
-    lone = training and taps_h * taps_w == 1  # such a gradient stays as it is stored
-    held_number = number if lone else np.float32
-    evaluation = int(not training)
 
     def backward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
         inputs = plan.planes * plan.height * plan.width
         outputs = plan.planes * plan.out_height * plan.out_width
-        bias, grad = (
-            carray(pointers[6], plan.channels, np.float32),
-            carray(pointers[7], outputs, number),
-        )
-        grad_input, groups = carray(pointers[8], inputs, number), (plan.height + GROUP - 1) // GROUP
+        biases = carray(pointers[6], plan.sheets * plan.width * plan.step, np.float32)
+        grad, grad_input = carray(pointers[7], outputs, number), carray(pointers[8], inputs, number)
+        groups = (plan.height + GROUP - 1) // GROUP
         grad_bias = carray(pointers[9], plan.sheets * groups * plan.step, np.float32)
         code, x = carray(pointers[10], outputs, np.uint8), carray(pointers[10], inputs, number)
         size, out_size = (plan.height, plan.width), (plan.out_height, plan.out_width)
         step, line = _lanes(plan.step), _lanes(plan.line)
-        row_lanes, out_lanes = plan.width * plan.step, _lanes(plan.out_width) * step
-        pitch = _lanes(stride_w) * step
-        fetched = np.empty(plan.planar * max(plan.width, plan.out_width) * plan.step, number)
+        pitch, out_lanes = _lanes(stride_w) * step, _lanes(plan.out_width) * step
+        fetched = np.empty(max(plan.width, plan.out_width) * plan.step, number)
         fetched_code = np.empty(fetched.size, np.uint8)
-        staged = np.empty(plan.planar * row_lanes, number)
-        # One more than the codes; 0 where there is no window.
-        codes = np.zeros(most * plan.line, np.uint8)
-        grads, offsets = (
-            np.zeros(codes.size, held_number),
-            np.zeros(evaluation * codes.size, np.float32),
-        )
-        totals = np.zeros(call[WITH_BIAS] * row_lanes, np.float32)
-        row_bias = np.empty(evaluation * totals.size, np.float32)
+        staged = np.empty(plan.width * plan.step, number)
+        codes = np.zeros(most * plan.line, np.uint8)  # one more than codes; 0 outside
+        grads = np.zeros(codes.size, np.float32)
+        totals = np.zeros(call[WITH_BIAS] * staged.size, np.float32)
+        offsets = np.zeros(evaluation * codes.size, np.float32)
         high = (most - 1) * stride_h + kernel_h
         weights = np.zeros(evaluation * high * plan.line, np.float32)
         start, end = _share(call, plan.sheets * groups)
         for unit in range(start, end):
             sheet, top = unit // groups, unit % groups * GROUP
-            if unit == start or top == 0:
-                _spread(row_bias, bias, sheet, plan)
             last = min(top + GROUP, plan.height) - 1
-            # The rows of windows that hold these rows, and the rows that those hold.
+            # The rows of windows that hold these rows, and the first row that those hold.
             out_top = (top + plan.padding_h) // stride_h - (taps_h - 1)
             out_last = (last + plan.padding_h) // stride_h
             above = out_top * stride_h - plan.padding_h
             if not training:
                 bottom = out_last * stride_h - plan.padding_h + kernel_h
-                _weigh(weights, above, bottom, x, fetched, row_bias, sheet, TOO_SMALL, call, plan)
+                _weigh(
+                    weights, above, bottom, x, fetched, widen, biases, sheet, TOO_SMALL, call, plan
+                )
             for oh in range(out_top, out_last + 1):
                 to = _lanes(oh - out_top) * line + _lanes(taps_w - 1) * step
                 inside = 0 <= oh < plan.out_height
@@ -318,7 +290,7 @@ def backward(
                 if training:
                     drew, first = _row(FETCH, fetched_code, code, sheet, oh, out_size, plan)
                     for k in range(out_lanes):
-                        grads[to + k] = widen(numbers[first + k], grads)
+                        grads[to + k] = widen(numbers[first + k])
                         codes[to + k] = drew[first + k] + 1
                     continue
                 # What a window's gradient is made of (reference.py): the number by which its
@@ -329,19 +301,21 @@ def backward(
                     for k in range(run):
                         lane = m * run + k
                         _, inverse, mean = window(weights, corner + m * pitch + k, line, step)
-                        slope = widen(numbers[first + lane], weights) * inverse
-                        slope = slope if inverse != _ZERO else _ZERO
+                        slope = (
+                            widen(numbers[first + lane]) * inverse if inverse != _ZERO else _ZERO
+                        )
                         grads[to + lane], offsets[to + lane] = slope, slope * mean
             for row in range(top, last + 1):
                 target, to = _row(PLACE, staged, grad_input, sheet, row, size, plan)
                 i0 = (row + plan.padding_h) % stride_h
-                upper = _lanes((row + plan.padding_h) // stride_h - (taps_h - 1) - out_top)
+                upper = (row + plan.padding_h) // stride_h - (taps_h - 1) - out_top
                 for phase in range(stride_w):
                     # Input columns that are `phase` modulo the stride, counted from the padding's.
                     low = (plan.padding_w - phase + stride_w - 1) // stride_w
                     columns = (plan.width - 1 + plan.padding_w - phase) // stride_w + 1 - low
                     column = low * stride_w + phase - plan.padding_w
-                    place, corner = to + _lanes(column) * step, upper * line + _lanes(low) * step
+                    place = to + _lanes(column) * step
+                    corner = _lanes(upper) * line + _lanes(low) * step
                     weight = _lanes(row - above) * line + _lanes(column + plan.padding_w) * step
                     runs, run = _runs(_lanes(max(columns, 0)), plan)
                     for m in range(runs):
@@ -355,18 +329,15 @@ def backward(
                                     tap = corner + lane + tap_row + _lanes(taps_w - 1 - u) * step
                                     cell = j * training if j < kernel_w else NO_CELL
                                     drawn = codes[tap] == np.uint8(cell_row + cell + 1)
-                                    g = grads[tap] if drawn else np.uint8(0)
-                                    total += widen(g, totals)
+                                    total += grads[tap] if drawn else _ZERO
                                     if not training:
                                         offset += offsets[tap] if drawn else _ZERO
                             if not training:
                                 w = weights[weight + m * pitch + k]
-                                total = w * (total + total) - offset
-                                total = total if w != _ZERO else _ZERO
+                                total = w * (total + total) - offset if w != _ZERO else _ZERO
                             if totals.size > 0:
                                 totals[lane] += total
-                            stored = g if lone else total
-                            target[place + m * pitch + k] = narrow(stored, target)
+                            target[place + m * pitch + k] = narrow(total)
                 _row(STORE, staged, grad_input, sheet, row, size, plan)
             for k in range(_lanes(totals.size)):
                 grad_bias[_lanes(unit) * step + k % step] += totals[k]
