@@ -118,7 +118,7 @@ def _random_halves(halves, words, pairs, lanes, first_plane, group, seed, step):
 def _parts(widen: Any, kernel_h: int, kernel_w: int) -> tuple[Any, Any]:
     @inlined
     def weigh(weights, top, end, x, staged, biases, sheet, smallest, call, plan):
-        """Make weights of the rows from `top` on: max(x + bias, 0), where NaN stays NaN and no zero is
+        """Make weights of rows from `top` on: max(x + bias, 0), where NaN stays NaN and no zero is
         negative. Say so if there are some that only the reference takes."""
         count, bias = _lanes(plan.width * plan.step), _lanes(sheet * plan.width * plan.step)
         with_bias = call[WITH_BIAS] > 0
@@ -276,9 +276,7 @@ def backward(
             above = out_top * stride_h - plan.padding_h
             if not training:
                 bottom = out_last * stride_h - plan.padding_h + kernel_h
-                _weigh(
-                    weights, above, bottom, x, fetched, widen, biases, sheet, TOO_SMALL, call, plan
-                )
+                weigh(weights, above, bottom, x, fetched, biases, sheet, TOO_SMALL, call, plan)
             for oh in range(out_top, out_last + 1):
                 to = _lanes(oh - out_top) * line + _lanes(taps_w - 1) * step
                 inside = 0 <= oh < plan.out_height
