@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .. import reference
 from ..window import Window, memory_format
@@ -38,81 +37,59 @@ class _Plan:
     """How the planes of a shape, format and window are walked over."""
 
     def __init__(self, shape: tuple[int, ...], layout: torch.memory_format, window: Window) -> None:
-        batch, channels, height, width = shape
-        out_height, out_width = window.output_size(height, width)
-        planes, planar = batch * channels, layout == torch.contiguous_format
-        sheets = -(-planes // _MOST_PLANES) if planar else batch
-        step, groups = -(-planes // sheets), -(-height // GROUP)
-        sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
+        self.batch, channels, height, self.width = shape
+        self.layout, self.planes = layout, self.batch * channels
+        self.sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
+        planar, meta = layout == torch.contiguous_format, _NOTHING.to("meta").new_empty
+        out_height, out_width = window.output_size(height, self.width)
+        sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
+        step, groups = -(-self.planes // sheets), -(-height // GROUP)
+        self.partial_size = sheets, groups, step
         # Room for all columns of windows, and in a gather for windows on both sides of them.
-        columns = max(out_width * window.stride_w, width + window.padding_w) + window.kernel_w
-        self.numbers = np.array(
-            [(
-                planar, planes, step, sheets, height, width, out_height, out_width, *sides[2:],
-                window.padding_h, window.padding_w, columns * step,
-            )],
-            PLAN,
-        )  # fmt: skip
+        columns = max(out_width * window.stride_w, self.width + window.padding_w) + window.kernel_w
+        numbers = (planar, self.planes, step, sheets, height, self.width, out_height, out_width)
+        paddings = window.padding_h, window.padding_w
+        self.numbers = np.array([(*numbers, *self.sides[2:], *paddings, columns * step)], PLAN)
         self.address = self.numbers.ctypes.data
-        self.sides, self.layout = sides, layout
-        self.batch, self.width, self.partial_size = batch, width, (sheets, groups, step)
-        large = planes * max(height * width, out_height * out_width) > _SMALL
+        large = self.planes * max(height * self.width, out_height * out_width) > _SMALL
         self.most_threads = sheets * groups if large else 1
-        # Shapes and strides: what is dense in both formats has those of the first.
+        # What is dense in both formats has the strides of the first.
         self.input, self.output = (
-            (size, torch.empty(size, device="meta").contiguous(memory_format=layout).stride())
-            for size in (shape, (batch, channels, out_height, out_width))
+            functools.partial(torch.empty_like, like.contiguous(memory_format=layout), device=_CPU)
+            for like in (meta(shape), meta((self.batch, channels, out_height, out_width)))
         )
 
     def dense(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous(memory_format=self.layout)
 
-    def run(
-        self,
-        make: Callable[..., Any],
-        training: bool,
-        bias: torch.Tensor | None,
-        *tensors: torch.Tensor,
-    ) -> bool:
+    def run(self, make: Any, training: bool, bias: Any, *tensors: torch.Tensor) -> bool:
         """Run a pass; False if there are numbers that only the reference takes."""
         sides = self.sides if make is backward else self.sides[:2]
         body = _compiled(make, tensors[0].dtype, training, *sides)
-        lanes = _NOTHING
-        if bias is not None and bias.numel() > 0:  # for each lane of a row of each sheet
+        biases = _NOTHING
+        if bias is not None and len(bias) > 0:  # for each lane of a row of each sheet
             sheets, _, step = self.partial_size
-            lanes = bias.float().repeat(self.batch)
-            lanes = F.pad(lanes, (0, sheets * step - lanes.numel())).view(sheets, 1, step)
-            lanes = lanes.expand(-1, self.width, -1).contiguous()
-        addresses = [tensor.data_ptr() for tensor in (lanes, *tensors)]
+            lanes = np.resize(bias.detach().float().contiguous().numpy(), (sheets, 1, step))
+            biases = torch.from_numpy(lanes.repeat(self.width, 1))
+        addresses = [tensor.data_ptr() for tensor in (biases, *tensors)]
         parts = min(torch.get_num_threads(), self.most_threads)
         return compiling.run(body, parts, bias is not None, self.address, *addresses)
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, window: Window
-) -> _Plan | None:
+def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
-    slides = {window.kernel_h, window.kernel_w} <= {2, 3} and {
-        window.stride_h,
-        window.stride_w,
-    } <= {1, 2}
-    if len(shape) != 4 or 0 in shape or dtype not in FLOATS or not slides:
-        return None
-    return _Plan(shape, layout, window) if window.dilation_h == window.dilation_w == 1 else None
+    kernel, stride = {window.kernel_h, window.kernel_w}, {window.stride_h, window.stride_w}
+    slides = kernel <= {2, 3} and stride <= {1, 2} and window.dilation_h == window.dilation_w == 1
+    served = len(shape) == 4 and 0 not in shape and dtype in FLOATS and slides
+    return _Plan(shape, layout, window) if served else None
 
 
 @functools.cache
-def _compiled(
-    make: Callable[..., Any], dtype: torch.dtype, training: bool, *sides: int
-) -> Callable[[Any], None]:
+def _compiled(make: Any, dtype: torch.dtype, training: bool, *sides: int) -> Callable[[Any], None]:
     what = f"{make.__name__} in {'training' if training else 'evaluation'}"
     what = f"{what}, {sides[0]} x {sides[1]} cells, {str(dtype).removeprefix('torch.')},"
     return compiling.compiled_for_c(make(*FLOATS[dtype], training, *sides), what)
-
-
-def _empty(tensor: Any, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(*tensor, dtype=dtype, device=_CPU)
 
 
 def sample(
@@ -121,7 +98,7 @@ def sample(
     """See `reference.sample`."""
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
-        output, code = _empty(plan.output, input.dtype), _empty(plan.output, torch.uint8)
+        output, code = (plan.output(dtype=dtype) for dtype in (input.dtype, torch.uint8))
         if plan.run(forward, True, bias, plan.dense(input), output, code, seed):
             return output, code
     return reference.sample(input, bias, seed, window)
@@ -146,7 +123,7 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     """See `reference.expectation`."""
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
-        output = _empty(plan.output, input.dtype)
+        output = plan.output(dtype=input.dtype)
         if plan.run(forward, False, bias, plan.dense(input), output):
             return output
     return reference.expectation(input, bias, window)
@@ -160,10 +137,9 @@ def expectation_backward(
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.expectation_backward`."""
+    served = grad_output.dtype == input.dtype and (bias is not None or not with_bias)
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
-    if grad_output.dtype != input.dtype or (with_bias and bias is None):
-        plan = None
-    gradients = plan and _gradients(plan, False, bias, with_bias, grad_output, input)
+    gradients = plan and served and _gradients(plan, False, bias, with_bias, grad_output, input)
     return gradients or reference.expectation_backward(grad_output, input, bias, window, with_bias)
 
 
@@ -171,15 +147,12 @@ def _gradients(
     plan: _Plan, training: bool, bias: torch.Tensor | None, with_bias: bool, *tensors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     grad_output, kept = map(plan.dense, tensors)
-    grad_input = _empty(plan.input, grad_output.dtype)
+    grad_input = plan.input(dtype=grad_output.dtype)
     partial = _NOTHING if bias is None else _NOTHING.new_zeros(plan.partial_size)
     if not plan.run(backward, training, bias, grad_output, grad_input, partial, kept):
         return None
     if not with_bias:
         return grad_input, _NOTHING.new_empty(0)  # a new one, for autograd makes it part of a graph
     # numpy, unlike torch, adds in an order that does not depend on a number of threads.
-    sums = np.add.reduce(partial.numpy(), 1, np.float64).reshape(-1)
-    sums = np.add.reduce(
-        sums[: len(grad_input) * grad_input.shape[1]].reshape(len(grad_input), -1), 0
-    )
-    return grad_input, torch.from_numpy(sums.astype(np.float32))
+    sums = partial.numpy().sum(1, np.float64).reshape(-1)[: plan.planes]
+    return grad_input, torch.from_numpy(sums.reshape(plan.batch, -1).sum(0).astype(np.float32))

@@ -71,11 +71,8 @@ class _Announcement(event.Listener):
 
 
 def _team() -> Callable[..., object] | None:
-    """The function that calls another on each thread of PyTorch's OpenMP team, if there is one.
-
-    PyTorch loads its runtime for all to see, on Linux and macOS. That of GCC, of LLVM and of Intel
-    have GCC's entry point.
-    """
+    """What calls a function on each thread of PyTorch's OpenMP team, if there is one: GCC's entry
+    point, which LLVM's and Intel's runtimes have, too. PyTorch loads its own for all to see."""
     names = "omp_get_thread_num", "omp_get_num_threads"
     parallel, functions = None, [1, 1]
     try:
@@ -94,14 +91,8 @@ _process = os.getpid()
 
 
 def run(body: Callable[[Any], None], threads: int, *arguments: int) -> bool:
-    """Run a pass of kernels.py.
-
-    Args:
-        arguments: whether there is a bias, the addresses of the plan and of the tensors.
-
-    Returns:
-        whether all numbers are such as the pass takes.
-    """
+    """Run a pass of kernels.py, whose arguments are whether there is a bias, the addresses of the
+    plan and of the tensors; False if there are numbers that it does not take."""
 
     def do(part: int, parts: int, start: Callable[[Any], object] = body) -> bool:
         call = _Call(0, part, parts, 0, *arguments)

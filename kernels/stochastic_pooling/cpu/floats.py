@@ -9,15 +9,8 @@ from .compiling import inlined
 
 _BIAS = 112  # the exponent's bias is so much larger in fp32 than in fp16
 
-
-@inlined
-def _same(number):
-    return number
-
-
-@inlined
-def _from_bfloat16(stored):
-    return np.uint32(np.uint32(stored) << 16).view(np.float32)
+_same = inlined(lambda number: number)
+_from_bfloat16 = inlined(lambda stored: np.uint32(np.uint32(stored) << 16).view(np.float32))
 
 
 @inlined

@@ -28,18 +28,15 @@ from .. import philox, reference
 from .compiling import inlined
 
 # What a pass knows of the tensors and the window; see `_plan` in __init__.py.
-_PLAN = (
-    "planar", "planes", "step", "sheets", "height", "width", "out_height", "out_width", "stride_h",
-    "stride_w", "padding_h", "padding_w", "line",
-)  # fmt: skip
-PLAN = np.dtype([(name, np.int64) for name in _PLAN])
+_PLAN = """planar planes step sheets height width out_height out_width stride_h stride_w padding_h
+padding_w line"""
+PLAN = np.dtype([(name, np.int64) for name in _PLAN.split()])
 # It is called with an array: its own address; which of how many parts to do (of 0: the thread's in
 # its team); what it tells, whether there are numbers that only the reference takes; whether there
 # is a bias; the addresses of the plan and the tensors.
 _, PART, PARTS, UNUSUAL, WITH_BIAS = range(5)
 # Rows and columns of outputs that share a call of Philox.
 GROUP, PAIR = 4, 2
-ROUNDS = philox.ROUNDS
 # The bits of weights from which sums may overflow and below which their inverses may. Bits of
 # numbers that are not negative are in the order of the numbers, those of NaN beyond.
 TOO_LARGE = int(np.float32(2.0**120).view(np.uint32))
@@ -51,7 +48,6 @@ FETCH, STORE, PLACE = range(3)
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 _lanes = np.uint64
-_START, _ONE = _lanes(0), _lanes(1)
 _ZERO = np.float32(0)
 _NOTHING = np.float32(-0.0)  # the zero that a sum starts with, for LLVM need not add it
 
@@ -69,7 +65,7 @@ def _share(call, units):
 def _runs(columns, plan):
     """Lanes of neighbouring windows that have neighbouring cells: how many times how many."""
     step = _lanes(plan.step)
-    return (_ONE, columns * step) if plan.stride_w == 1 else (columns, step)
+    return (_lanes(1), columns * step) if plan.stride_w == 1 else (columns, step)
 
 
 @inlined
@@ -88,7 +84,7 @@ def _row(task, staged, numbers, sheet, row, size, plan):
                 staged[column * _lanes(plan.step) + p] = numbers[start + column]
             else:
                 numbers[start + column] = staged[column * _lanes(plan.step) + p]
-    return staged, _START
+    return staged, _lanes(0)
 
 
 @inlined
@@ -101,7 +97,7 @@ def _random_halves(halves, words, pairs, lanes, first_plane, group, seed, step):
         plane = _lanes(first_plane) + lanes[k]
         c0, c1, c2, c3 = _lanes(pairs[k]), _lanes(group), plane & mask, plane >> half
         k0, k1 = _lanes(seed) & mask, _lanes(seed) >> half
-        for _ in range(ROUNDS):
+        for _ in range(philox.ROUNDS):
             product0, product1 = _lanes(0xD2511F53) * c0, _lanes(0xCD9E8D57) * c2
             c0, c1 = (product1 >> half) ^ c1 ^ k0, product1 & mask
             c2, c3 = (product0 >> half) ^ c3 ^ k1, product0 & mask
@@ -244,6 +240,7 @@ def backward(
     # So many windows hold an input, each way, and so many rows of them hold the rows of a group.
     taps_h, taps_w = -(-kernel_h // stride_h), -(-kernel_w // stride_w)
     most = GROUP // stride_h + taps_h
+    most_rows = (most - 1) * stride_h + kernel_h
 
     def backward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
@@ -264,8 +261,7 @@ def backward(
         grads = np.zeros(codes.size, np.float32)
         totals = np.zeros(call[WITH_BIAS] * staged.size, np.float32)
         offsets = np.zeros(evaluation * codes.size, np.float32)
-        high = (most - 1) * stride_h + kernel_h
-        weights = np.zeros(evaluation * high * plan.line, np.float32)
+        weights = np.zeros(evaluation * most_rows * plan.line, np.float32)
         start, end = _share(call, plan.sheets * groups)
         for unit in range(start, end):
             sheet, top = unit // groups, unit % groups * GROUP
