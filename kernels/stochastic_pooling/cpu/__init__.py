@@ -40,7 +40,7 @@ class _Plan:
         self.batch, channels, height, self.width = shape
         self.layout, self.planes = layout, self.batch * channels
         self.sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
-        planar, meta = layout == torch.contiguous_format, _NOTHING.to("meta").new_empty
+        planar = layout == torch.contiguous_format
         out_height, out_width = window.output_size(height, self.width)
         sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
         step, groups = -(-self.planes // sheets), -(-height // GROUP)
@@ -53,11 +53,13 @@ class _Plan:
         self.address = self.numbers.ctypes.data
         large = self.planes * max(height * self.width, out_height * out_width) > _SMALL
         self.most_threads = sheets * groups if large else 1
+        self.input = self._empty(shape)
+        self.output = self._empty((self.batch, channels, out_height, out_width))
+
+    def _empty(self, shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
         # What is dense in both formats has the strides of the first.
-        self.input, self.output = (
-            functools.partial(torch.empty_like, like.contiguous(memory_format=layout), device=_CPU)
-            for like in (meta(shape), meta((self.batch, channels, out_height, out_width)))
-        )
+        like = torch.empty(shape, device="meta").contiguous(memory_format=self.layout)
+        return functools.partial(torch.empty_strided, shape, like.stride(), device=_CPU)
 
     def dense(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous(memory_format=self.layout)

@@ -22,7 +22,6 @@ from llvmlite import binding
 from numba.core import event, types
 
 _log = logging.getLogger("stochastic_pooling")
-_for_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _Call = ctypes.c_int64 * 12  # longer than any call needs
 
 # Compile as a part of the functions that call it. No fast-math: the draw depends on order.
@@ -43,7 +42,7 @@ def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[Any], 
     signature = types.void(types.CPointer(types.voidptr))
     with event.install_listener("numba:compile", _Announcement(what)):
         code = _cached(functools.partial(numba.cfunc, signature), function)
-    for_c = _for_c(code.address)
+    for_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address)
     for_c.keeps = code  # type: ignore[attr-defined]
     return for_c
 

@@ -17,7 +17,6 @@ tenth of a second to compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -103,8 +102,7 @@ def _random_halves(halves, words, pairs, lanes, first_plane, group, seed, step):
             c2, c3 = (product0 >> half) ^ c3 ^ k1, product0 & mask
             k0, k1 = (k0 + _lanes(0x9E3779B9)) & mask, (k1 + _lanes(0xBB67AE85)) & mask
         words[k], words[count + k] = np.uint32(c0), np.uint32(c1)
-        words[count + count + k] = np.uint32(c2)
-        words[count + count + count + k] = np.uint32(c3)
+        words[count * _lanes(2) + k], words[count * _lanes(3) + k] = np.uint32(c2), np.uint32(c3)
     for column in range(_lanes(words.size) // step):
         for k in range(step):
             word, even = words[column * step + k], _lanes(PAIR) * column * step + k
@@ -118,10 +116,7 @@ def _parts(widen: Any, kernel_h: int, kernel_w: int) -> tuple[Any, Any]:
         negative. Say so if there are some that only the reference takes."""
         count, bias = _lanes(plan.width * plan.step), _lanes(sheet * plan.width * plan.step)
         with_bias = call[WITH_BIAS] > 0
-        most, least = (
-            np.uint32(0),
-            np.uint32(0xFFFFFFFF),
-        )  # bits; of the least one less, so not of 0
+        most, least = np.uint32(0), np.uint32(0xFFFFFFFF)  # bits; of the least one less, not of 0
         for row in range(top, end):
             to = _lanes((row - top) * plan.line + plan.padding_w * plan.step)
             if not 0 <= row < plan.height:
@@ -160,13 +155,10 @@ def _parts(widen: Any, kernel_h: int, kernel_w: int) -> tuple[Any, Any]:
     return weigh, window
 
 
-def forward(
-    number: Any, widen: Any, narrow: Any, training: bool, kernel_h: int, kernel_w: int
-) -> Callable[..., None]:
-    """The pass for a dtype of numbers (floats.py), a mode and a size of windows.
-
-    Tensors: biases of each row of lanes, input, output; in training also code and seed.
-    """
+def forward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) -> Any:
+    """The pass for a dtype (see floats.py), a mode and a size of windows. Tensors: the biases of a
+    row of lanes of each sheet, input, output; in training also code and seed."""
+    kernel_h, kernel_w = sides
     smallest, (weigh, window) = 0 if training else TOO_SMALL, _parts(widen, kernel_h, kernel_w)
 
     def forward(pointers):
@@ -230,11 +222,9 @@ def forward(
     return forward
 
 
-def backward(
-    number: Any, widen: Any, narrow: Any, training: bool, *sides: int
-) -> Callable[..., None]:
-    """Likewise. Tensors: biases, gradients of the output, of the input, and of the bias for each
-    group of rows and lane of a column; then code, or input."""
+def backward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) -> Any:
+    """Likewise for sizes and strides. Tensors: the biases; the gradients of output and input, and
+    that of the bias for each group of rows and lane of a column; then code, or input."""
     kernel_h, kernel_w, stride_h, stride_w = sides
     evaluation, (weigh, window) = int(not training), _parts(widen, kernel_h, kernel_w)
     # So many windows hold an input, each way, and so many rows of them hold the rows of a group.
@@ -295,9 +285,8 @@ def backward(
                     for k in range(run):
                         lane = m * run + k
                         _, inverse, mean = window(weights, corner + m * pitch + k, line, step)
-                        slope = (
-                            widen(numbers[first + lane]) * inverse if inverse != _ZERO else _ZERO
-                        )
+                        slope = widen(numbers[first + lane]) * inverse
+                        slope = slope if inverse != _ZERO else _ZERO
                         grads[to + lane], offsets[to + lane] = slope, slope * mean
             for row in range(top, last + 1):
                 target, to = _row(PLACE, staged, grad_input, sheet, row, size, plan)
