@@ -10,9 +10,8 @@ Backward is a gather from a block of gradients and codes, and does the columns o
 stride together, as the same cells of windows drew them.
 
 LLVM turns the loops over lanes into vector instructions. Places and lanes are unsigned: of a signed
-index numba asks whether it is negative, and no loop that asks becomes vectors. No fast-math: the
-draw depends on the order of the sums. Of numpy no more than this: each of its functions takes a
-tenth of a second to compile.
+index numba asks whether it is negative, and no loop that asks becomes vectors. Of numpy no more
+than this: each of its functions takes a tenth of a second to compile.
 """
 
 from __future__ import annotations
@@ -176,8 +175,9 @@ def forward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) -
         staged_code = np.empty(staged.size, np.uint8)
         calls = (plan.out_width + PAIR - 1) // PAIR * plan.step
         pairs, lanes = np.empty(calls, np.uint32), np.empty(calls, np.uint32)
-        for k in range(calls):
-            pairs[k], lanes[k] = k // plan.step, k % plan.step
+        for pair in range(calls // plan.step):
+            for k in range(plan.step):
+                pairs[pair * plan.step + k], lanes[pair * plan.step + k] = pair, k
         words = np.empty(GROUP * calls, np.uint32)
         halves = np.empty(PAIR * words.size, np.uint16)
         groups = (plan.out_height + GROUP - 1) // GROUP
@@ -322,8 +322,9 @@ def backward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) 
                                 totals[lane] += total
                             target[place + m * pitch + k] = narrow(total)
                 _row(STORE, staged, grad_input, sheet, row, size, plan)
-            for k in range(_lanes(totals.size)):
-                grad_bias[_lanes(unit) * step + k % step] += totals[k]
-                totals[k] = _ZERO
+            for column in range(_lanes(totals.size) // step):
+                for k in range(step):
+                    grad_bias[_lanes(unit) * step + k] += totals[column * step + k]
+                    totals[column * step + k] = _ZERO
 
     return backward
