@@ -21,7 +21,7 @@ try:
 
     from . import compiling
     from .floats import FLOATS
-    from .kernels import GROUP, PLAN, backward, forward
+    from .kernels import PLAN, ROWS, backward, forward
 except Exception as error:  # numba refuses versions of Python and numpy in several ways
     raise ImportError(f"numba cannot be used here: {error}") from error
 
@@ -43,7 +43,7 @@ class _Plan:
         planar = layout == torch.contiguous_format
         out_height, out_width = window.output_size(height, self.width)
         sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
-        step, groups = -(-self.planes // sheets), -(-height // GROUP)
+        step, groups = -(-self.planes // sheets), -(-height // ROWS)
         self.partial_size = sheets, groups, step
         # Room for all columns of windows, and in a gather for windows on both sides of them.
         columns = max(out_width * window.stride_w, self.width + window.padding_w) + window.kernel_w

@@ -4,8 +4,8 @@ A sheet is what windows slide over: an image in channels_last, or some contiguou
 transposed on their way in and out. Either way a row is columns of `step` lanes, so that the next
 column always lies `step` lanes further, and one code serves both formats.
 
-A pass does `GROUP` rows of a sheet at a time, always the same whichever thread does them. Of the
-rows that their windows hold it makes a block of weights, rectified, with zeros for the padding.
+A pass does some rows of a sheet at a time, always the same whichever thread does them. Of the rows
+that their windows hold it makes a block of weights, rectified, with zeros for the padding.
 Backward is a gather from a block of gradients and codes, and does the columns of each phase of the
 stride together, as the same cells of windows drew them.
 
@@ -33,8 +33,8 @@ PLAN = np.dtype([(name, np.int64) for name in _PLAN.split()])
 # its team); what it tells, whether there are numbers that only the reference takes; whether there
 # is a bias; the addresses of the plan and the tensors.
 _, PART, PARTS, UNUSUAL, WITH_BIAS = range(5)
-# Rows and columns of outputs that share a call of Philox.
-GROUP, PAIR = 4, 2
+# Rows and columns of outputs that share a call of Philox; rows that backward does at a time.
+GROUP, PAIR, ROWS = 4, 2, 8
 # The bits of weights from which sums may overflow and below which their inverses may. Bits of
 # numbers that are not negative are in the order of the numbers, those of NaN beyond.
 TOO_LARGE = int(np.float32(2.0**120).view(np.uint32))
@@ -229,7 +229,7 @@ def backward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) 
     evaluation, (weigh, window) = int(not training), _parts(widen, kernel_h, kernel_w)
     # So many windows hold an input, each way, and so many rows of them hold the rows of a group.
     taps_h, taps_w = -(-kernel_h // stride_h), -(-kernel_w // stride_w)
-    most = GROUP // stride_h + taps_h
+    most = ROWS // stride_h + taps_h
     most_rows = (most - 1) * stride_h + kernel_h
 
     def backward(pointers):
@@ -238,7 +238,7 @@ def backward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) 
         outputs = plan.planes * plan.out_height * plan.out_width
         biases = carray(pointers[6], plan.sheets * plan.width * plan.step, np.float32)
         grad, grad_input = carray(pointers[7], outputs, number), carray(pointers[8], inputs, number)
-        groups = (plan.height + GROUP - 1) // GROUP
+        groups = (plan.height + ROWS - 1) // ROWS
         grad_bias = carray(pointers[9], plan.sheets * groups * plan.step, np.float32)
         code, x = carray(pointers[10], outputs, np.uint8), carray(pointers[10], inputs, number)
         size, out_size = (plan.height, plan.width), (plan.out_height, plan.out_width)
@@ -254,8 +254,8 @@ def backward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) 
         weights = np.zeros(evaluation * most_rows * plan.line, np.float32)
         start, end = _share(call, plan.sheets * groups)
         for unit in range(start, end):
-            sheet, top = unit // groups, unit % groups * GROUP
-            last = min(top + GROUP, plan.height) - 1
+            sheet, top = unit // groups, unit % groups * ROWS
+            last = min(top + ROWS, plan.height) - 1
             # The rows of windows that hold these rows, and the first row that those hold.
             out_top = (top + plan.padding_h) // stride_h - (taps_h - 1)
             out_last = (last + plan.padding_h) // stride_h
