@@ -123,8 +123,8 @@ def test_expectations(window, special, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_every_16_bit_float(dtype):
-    """Each is a weight, alone and rounded with a bias; each passes as a gradient, and the sum of two
-    is rounded as torch rounds."""
+    """Each is a weight, alone and rounded with a bias; each passes as a gradient, and the sum of
+    two is rounded as torch rounds."""
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     weights = patterns[patterns.abs() < 2.0**119].reshape(1, 1, 4, -1)
     for bias in (None, torch.tensor([0.3])):

@@ -20,7 +20,7 @@ try:
     import numpy as np
 
     from . import compiling
-    from .floats import FLOATS
+    from .floats import NUMBERS
     from .kernels import PLAN, ROWS, backward, forward
 except Exception as error:  # numba refuses versions of Python and numpy in several ways
     raise ImportError(f"numba cannot be used here: {error}") from error
@@ -83,7 +83,7 @@ def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _P
     """None if the reference serves."""
     kernel, stride = {window.kernel_h, window.kernel_w}, {window.stride_h, window.stride_w}
     slides = kernel <= {2, 3} and stride <= {1, 2} and window.dilation_h == window.dilation_w == 1
-    served = len(shape) == 4 and 0 not in shape and dtype in FLOATS and slides
+    served = len(shape) == 4 and 0 not in shape and dtype in NUMBERS and slides
     return _Plan(shape, layout, window) if served else None
 
 
@@ -91,7 +91,7 @@ def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _P
 def _compiled(make: Any, dtype: torch.dtype, training: bool, *sides: int) -> Callable[[Any], None]:
     what = f"{make.__name__} in {'training' if training else 'evaluation'}"
     what = f"{what}, {sides[0]} x {sides[1]} cells, {str(dtype).removeprefix('torch.')},"
-    return compiling.compiled_for_c(make(*FLOATS[dtype], training, *sides), what)
+    return compiling.compiled_for_c(make(NUMBERS[dtype], training, *sides), what)
 
 
 def sample(

@@ -24,6 +24,7 @@ from numba.core import types
 
 from .. import philox, reference
 from .compiling import inlined
+from .floats import narrow, widen
 
 # What a pass knows of the tensors and the window; see `_plan` in __init__.py.
 _PLAN = """planar planes step sheets height width out_height out_width stride_h stride_w padding_h
@@ -108,57 +109,56 @@ def _random_halves(halves, words, pairs, lanes, first_plane, group, seed, step):
             halves[even], halves[even + step] = np.uint16(word), np.uint16(word >> np.uint32(16))
 
 
-def _parts(widen: Any, kernel_h: int, kernel_w: int) -> tuple[Any, Any]:
-    @inlined
-    def weigh(weights, top, end, x, staged, biases, sheet, smallest, call, plan):
-        """Make weights of rows from `top` on: max(x + bias, 0), where NaN stays NaN and no zero is
-        negative. Say so if there are some that only the reference takes."""
-        count, bias = _lanes(plan.width * plan.step), _lanes(sheet * plan.width * plan.step)
-        with_bias = call[WITH_BIAS] > 0
-        most, least = np.uint32(0), np.uint32(0xFFFFFFFF)  # bits; of the least one less, not of 0
-        for row in range(top, end):
-            to = _lanes((row - top) * plan.line + plan.padding_w * plan.step)
-            if not 0 <= row < plan.height:
-                for k in range(count):
-                    weights[to + k] = _ZERO
-                continue
-            numbers, start = _row(FETCH, staged, x, sheet, row, (plan.height, plan.width), plan)
+@inlined
+def _weigh(weights, top, end, x, staged, biases, sheet, smallest, call, plan):
+    """Make weights of rows from `top` on: max(x + bias, 0), where NaN stays NaN and no zero is
+    negative. Say so if there are some that only the reference takes."""
+    count, bias = _lanes(plan.width * plan.step), _lanes(sheet * plan.width * plan.step)
+    with_bias = call[WITH_BIAS] > 0
+    most, least = np.uint32(0), np.uint32(0xFFFFFFFF)  # bits; of the least one less, not of 0
+    for row in range(top, end):
+        to = _lanes((row - top) * plan.line + plan.padding_w * plan.step)
+        if not 0 <= row < plan.height:
             for k in range(count):
-                w = widen(numbers[start + k])
-                w = w + biases[bias + k] if with_bias else w
-                w = _ZERO if w <= _ZERO else w
-                weights[to + k] = w
-                bits = np.float32(w).view(np.uint32)
-                most = bits if bits > most else most
-                below = np.uint32(bits - np.uint32(1))
-                least = below if below < least else least
-        if most >= TOO_LARGE or least < smallest:
-            call[UNUSUAL] = 1
-
-    @inlined
-    def window(weights, first, line, step):
-        """Of the window whose first cell is a lane the sum, its inverse and the expectation."""
-        total, mean = _NOTHING, _ZERO
-        for i in range(kernel_h):
-            row = _NOTHING
-            for j in range(kernel_w):
-                row += weights[first + _lanes(i) * line + _lanes(j) * step]
-            total += row
-        inverse = np.float32(1) / total if total != _ZERO else _ZERO
-        for i in range(kernel_h):
-            for j in range(kernel_w):
-                w = weights[first + _lanes(i) * line + _lanes(j) * step]
-                mean += w * (w * inverse)
-        return total, inverse, mean
-
-    return weigh, window
+                weights[to + k] = _ZERO
+            continue
+        numbers, start = _row(FETCH, staged, x, sheet, row, (plan.height, plan.width), plan)
+        for k in range(count):
+            w = widen(numbers[start + k])
+            w = w + biases[bias + k] if with_bias else w
+            w = _ZERO if w <= _ZERO else w
+            weights[to + k] = w
+            bits = np.float32(w).view(np.uint32)
+            most = bits if bits > most else most
+            below = np.uint32(bits - np.uint32(1))
+            least = below if below < least else least
+    if most >= TOO_LARGE or least < smallest:
+        call[UNUSUAL] = 1
 
 
-def forward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) -> Any:
+@inlined
+def _window(weights, first, line, step, cells):
+    """Of the window whose first cell is a lane the sum, its inverse and the expectation."""
+    total, mean = _NOTHING, _ZERO
+    for i in range(len(cells[0])):
+        row = _NOTHING
+        for j in range(len(cells[1])):
+            row += weights[first + _lanes(i) * line + _lanes(j) * step]
+        total += row
+    inverse = np.float32(1) / total if total != _ZERO else _ZERO
+    for i in range(len(cells[0])):
+        for j in range(len(cells[1])):
+            w = weights[first + _lanes(i) * line + _lanes(j) * step]
+            mean += w * (w * inverse)
+    return total, inverse, mean
+
+
+def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Any:
     """The pass for a dtype (see floats.py), a mode and a size of windows. Tensors: the biases of a
     row of lanes of each sheet, input, output; in training also code and seed."""
-    kernel_h, kernel_w = sides
-    smallest, (weigh, window) = 0 if training else TOO_SMALL, _parts(widen, kernel_h, kernel_w)
+    # For their lengths. No function may be a constant of a pass, or the cache finds it never again.
+    cells = (0,) * kernel_h, (0,) * kernel_w
+    smallest = 0 if training else TOO_SMALL
 
     def forward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
@@ -187,7 +187,7 @@ def forward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) -
             out_top, out_end = group * GROUP, min(group * GROUP + GROUP, plan.out_height)
             top = out_top * plan.stride_h - plan.padding_h
             bottom = (out_end - 1) * plan.stride_h - plan.padding_h + kernel_h
-            weigh(weights, top, bottom, x, fetched, biases, sheet, smallest, call, plan)
+            _weigh(weights, top, bottom, x, fetched, biases, sheet, smallest, call, plan)
             if training:
                 seed, plane = carray(pointers[10], 1, np.int64)[0], sheet * plan.step
                 _random_halves(halves, words, pairs, lanes, plane, group, seed, step)
@@ -199,7 +199,7 @@ def forward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) -
                 for m in range(runs):
                     for k in range(run):
                         first, lane = corner + m * pitch + k, m * run + k
-                        total, _, value = window(weights, first, line, step)
+                        total, _, value = _window(weights, first, line, step, cells)
                         if training:
                             u = np.float32(halves[half + lane]) * np.float32(2.0**-16)
                             threshold = u * total
@@ -214,7 +214,7 @@ def forward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) -
                                     before += w
                                 before_row += before
                             codes[to + lane] = DEAD if total <= threshold else drawn
-                        target[to + lane] = narrow(value)
+                        target[to + lane] = narrow(value, target)
                 _row(STORE, staged, output, sheet, oh, size, plan)
                 if training:
                     _row(STORE, staged_code, code, sheet, oh, size, plan)
@@ -222,11 +222,11 @@ def forward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) -
     return forward
 
 
-def backward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) -> Any:
+def backward(number: Any, training: bool, *sides: int) -> Any:
     """Likewise for sizes and strides. Tensors: the biases; the gradients of output and input, and
     that of the bias for each group of rows and lane of a column; then code, or input."""
     kernel_h, kernel_w, stride_h, stride_w = sides
-    evaluation, (weigh, window) = int(not training), _parts(widen, kernel_h, kernel_w)
+    cells, evaluation = ((0,) * kernel_h, (0,) * kernel_w), int(not training)
     # So many windows hold an input, each way, and so many rows of them hold the rows of a group.
     taps_h, taps_w = -(-kernel_h // stride_h), -(-kernel_w // stride_w)
     most = ROWS // stride_h + taps_h
@@ -262,7 +262,7 @@ def backward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) 
             above = out_top * stride_h - plan.padding_h
             if not training:
                 bottom = out_last * stride_h - plan.padding_h + kernel_h
-                weigh(weights, above, bottom, x, fetched, biases, sheet, TOO_SMALL, call, plan)
+                _weigh(weights, above, bottom, x, fetched, biases, sheet, TOO_SMALL, call, plan)
             for oh in range(out_top, out_last + 1):
                 to = _lanes(oh - out_top) * line + _lanes(taps_w - 1) * step
                 inside = 0 <= oh < plan.out_height
@@ -283,8 +283,8 @@ def backward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) 
                 runs, run = _runs(_lanes(plan.out_width), plan)
                 for m in range(runs):
                     for k in range(run):
-                        lane = m * run + k
-                        _, inverse, mean = window(weights, corner + m * pitch + k, line, step)
+                        cell, lane = corner + m * pitch + k, m * run + k
+                        _, inverse, mean = _window(weights, cell, line, step, cells)
                         slope = widen(numbers[first + lane]) * inverse
                         slope = slope if inverse != _ZERO else _ZERO
                         grads[to + lane], offsets[to + lane] = slope, slope * mean
@@ -320,7 +320,7 @@ def backward(number: Any, widen: Any, narrow: Any, training: bool, *sides: int) 
                                 total = w * (total + total) - offset if w != _ZERO else _ZERO
                             if totals.size > 0:
                                 totals[lane] += total
-                            target[place + m * pitch + k] = narrow(total)
+                            target[place + m * pitch + k] = narrow(total, target)
                 _row(STORE, staged, grad_input, sheet, row, size, plan)
             for column in range(_lanes(totals.size) // step):
                 for k in range(step):
