@@ -9,6 +9,7 @@ import importlib
 import itertools
 import logging
 import multiprocessing
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -266,6 +267,14 @@ def test_compiling_is_announced_once_and_needs_no_folder(monkeypatch, caplog):
         return 2 * x
 
     assert double(21) == 42
+
+
+def test_another_process_finds_what_was_compiled():
+    code = "import torch; from tests.test_numba import *; run_all(torch.ones(1, 2, 8, 8), DENSE)"
+    for _ in range(2):
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert "compiling" not in result.stderr
 
 
 def test_numba_missing_is_an_import_error(monkeypatch):

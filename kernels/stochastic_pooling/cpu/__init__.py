@@ -25,10 +25,8 @@ try:
 except Exception as error:  # numba refuses versions of Python and numpy in several ways
     raise ImportError(f"numba cannot be used here: {error}") from error
 
-# Contiguous planes that are transposed together.
-_MOST_PLANES = 32
-# Below this many numbers a second thread costs more than it saves.
-_SMALL = 16_384
+_MOST_PLANES = 32  # contiguous ones that are transposed together
+_SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _CPU = torch.device("cpu")  # whatever the default is
 _NOTHING = torch.zeros(0, dtype=torch.float32, device=_CPU)
 

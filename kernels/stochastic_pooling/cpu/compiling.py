@@ -1,9 +1,6 @@
 """What numba compiles: parts of functions, functions for Python, and functions for C, which run on
-several threads: those of PyTorch's OpenMP team where there is one, else our own.
-
-OpenMP's workers look for their next piece of work for a while before they sleep. A thread of our
-own would share a core with one, just after a convolution; so the workers themselves are asked.
-"""
+the threads of PyTorch's OpenMP team where there is one: just after a convolution these still look
+for work, and a thread of our own would share a core with one."""
 
 from __future__ import annotations
 
@@ -65,8 +62,7 @@ class _Announcement(event.Listener):
             _log.warning("compiling %s for this CPU: seconds now, none the next time", self.what)
         self.what = None
 
-    def on_end(self, _: Any) -> None:
-        pass
+    on_end = on_start
 
 
 def _team() -> Callable[..., object] | None:

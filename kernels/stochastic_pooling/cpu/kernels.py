@@ -230,7 +230,6 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
     # So many windows hold an input, each way, and so many rows of them hold the rows of a group.
     taps_h, taps_w = -(-kernel_h // stride_h), -(-kernel_w // stride_w)
     most = ROWS // stride_h + taps_h
-    most_rows = (most - 1) * stride_h + kernel_h
 
     def backward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
@@ -251,7 +250,7 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
         grads = np.zeros(codes.size, np.float32)
         totals = np.zeros(call[WITH_BIAS] * staged.size, np.float32)
         offsets = np.zeros(evaluation * codes.size, np.float32)
-        weights = np.zeros(evaluation * most_rows * plan.line, np.float32)
+        weights = np.zeros(evaluation * ((most - 1) * stride_h + kernel_h) * plan.line, np.float32)
         start, end = _share(call, plan.sheets * groups)
         for unit in range(start, end):
             sheet, top = unit // groups, unit % groups * ROWS
