@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,75 +19,77 @@ from ..window import Window, memory_format
 try:
     import numpy as np
 
-    from . import threads
-    from .compiling import compiled_for_c
-    from .kernels import GROUP, PLAN, backward, forward
+    from . import compiling
+    from .floats import NUMBERS
+    from .kernels import PLAN, ROWS, backward, forward
 except Exception as error:  # numba refuses versions of Python and numpy in several ways
     raise ImportError(f"numba cannot be used here: {error}") from error
 
-# What numba knows of each dtype: fp16 and bf16 are their bits, see floats.py.
-_NUMBERS = {torch.float32: np.float32, torch.float16: np.uint16, torch.bfloat16: np.int16}
-# Contiguous planes that are transposed together.
-_MOST_PLANES = 32
-# Below this many numbers a second thread costs more than it saves.
-_SMALL = 16_384
+_MOST_PLANES = 32  # contiguous ones that are transposed together
+_SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _CPU = torch.device("cpu")  # whatever the default is
 _NOTHING = torch.zeros(0, dtype=torch.float32, device=_CPU)
 
 
-class _Plan(NamedTuple):
+class _Plan:
     """How the planes of a shape, format and window are walked over."""
 
-    numbers: Any  # of kernels.PLAN
-    address: int  # of the numbers
-    layout: torch.memory_format
-    input: tuple[tuple[int, ...], torch.memory_format]
-    output: tuple[tuple[int, ...], torch.memory_format]
-    partial_size: tuple[int, int, int]  # sheets, groups of rows, lanes of a column
-    sides: tuple[int, int, int, int]
-    most_threads: int
+    def __init__(self, shape: tuple[int, ...], layout: torch.memory_format, window: Window) -> None:
+        self.batch, channels, height, self.width = shape
+        self.layout, self.planes = layout, self.batch * channels
+        self.sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
+        planar = layout == torch.contiguous_format
+        out_height, out_width = window.output_size(height, self.width)
+        sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
+        step, groups = -(-self.planes // sheets), -(-height // ROWS)
+        self.partial_size = sheets, groups, step
+        # Room for all columns of windows, and in a gather for windows on both sides of them.
+        columns = max(out_width * window.stride_w, self.width + window.padding_w) + window.kernel_w
+        numbers = (planar, self.planes, step, sheets, height, self.width, out_height, out_width)
+        paddings = window.padding_h, window.padding_w
+        self.numbers = np.array([(*numbers, *self.sides[2:], *paddings, columns * step)], PLAN)
+        self.address = self.numbers.ctypes.data
+        large = self.planes * max(height * self.width, out_height * out_width) > _SMALL
+        self.most_threads = sheets * groups if large else 1
+        self.input = self._empty(shape)
+        self.output = self._empty((self.batch, channels, out_height, out_width))
+
+    def _empty(self, shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
+        # What is dense in both formats has the strides of the first.
+        like = torch.empty(shape, device="meta").contiguous(memory_format=self.layout)
+        return functools.partial(torch.empty_strided, shape, like.stride(), device=_CPU)
+
+    def dense(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.contiguous(memory_format=self.layout)
+
+    def run(self, make: Any, training: bool, bias: Any, *tensors: torch.Tensor) -> bool:
+        """Run a pass; False if there are numbers that only the reference takes."""
+        sides = self.sides if make is backward else self.sides[:2]
+        body = _compiled(make, tensors[0].dtype, training, *sides)
+        biases = _NOTHING
+        if bias is not None and len(bias) > 0:  # for each lane of a row of each sheet
+            sheets, _, step = self.partial_size
+            lanes = np.resize(bias.float().numpy(force=True), (sheets, 1, step))
+            biases = torch.from_numpy(lanes.repeat(self.width, 1))
+        addresses = [tensor.data_ptr() for tensor in (biases, *tensors)]
+        parts = min(torch.get_num_threads(), self.most_threads)
+        return compiling.run(body, parts, bias is not None, self.address, *addresses)
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, window: Window
-) -> _Plan | None:
+def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
-    sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
-    slides = {*sides[:2]} <= {2, 3} and {*sides[2:]} <= {1, 2}
-    dilated = max(window.dilation_h, window.dilation_w) > 1
-    if len(shape) != 4 or 0 in shape or dtype not in _NUMBERS or not slides or dilated:
-        return None
-    batch, channels, height, width = shape
-    out_height, out_width = window.output_size(height, width)
-    planes = batch * channels
-    planar = layout == torch.contiguous_format
-    sheets = -(-planes // _MOST_PLANES) if planar else batch
-    step = -(-planes // sheets)
-    # Columns of a row: of weights, those that windows look at; of gradients, those that a gather
-    # looks at, which are windows or beside them.
-    columns = max((out_width - 1) * window.stride_w + window.kernel_w, width + window.padding_w)
-    last = (width - 1 + window.padding_w) // window.stride_w
-    grad_columns = max(out_width, last + 1) + -(-window.kernel_w // window.stride_w) - 1
-    numbers = np.array(
-        [(
-            planar, channels, planes, step, sheets, height, width, out_height, out_width, *sides,
-            window.padding_h, window.padding_w, columns * step, grad_columns * step,
-        )],
-        PLAN,
-    )  # fmt: skip
-    groups = -(-height // GROUP)
-    size = planes * max(height * width, out_height * out_width)
+    kernel, stride = {window.kernel_h, window.kernel_w}, {window.stride_h, window.stride_w}
+    slides = kernel <= {2, 3} and stride <= {1, 2} and window.dilation_h == window.dilation_w == 1
+    served = len(shape) == 4 and 0 not in shape and dtype in NUMBERS and slides
+    return _Plan(shape, layout, window) if served else None
 
-    def tensor(height: int, width: int) -> tuple[tuple[int, ...], torch.memory_format]:
-        # What is dense in both formats has the strides of the first, as from `contiguous`.
-        dense = torch.contiguous_format if height == width == 1 else layout
-        return (batch, channels, height, width), dense
 
-    return _Plan(
-        numbers, numbers.ctypes.data, layout, tensor(height, width), tensor(out_height, out_width),
-        (sheets, groups, step), sides, sheets * groups if size > _SMALL else 1,
-    )  # fmt: skip
+@functools.cache
+def _compiled(make: Any, dtype: torch.dtype, training: bool, *sides: int) -> Callable[[Any], None]:
+    what = f"{make.__name__} in {'training' if training else 'evaluation'}"
+    what = f"{what}, {sides[0]} x {sides[1]} cells, {str(dtype).removeprefix('torch.')},"
+    return compiling.compiled_for_c(make(NUMBERS[dtype], training, *sides), what)
 
 
 def sample(
@@ -96,9 +98,8 @@ def sample(
     """See `reference.sample`."""
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
-        output, code = _empty(plan.output, input.dtype), _empty(plan.output, torch.uint8)
-        tensors = _dense(input, plan), _bias(bias), output, code, seed
-        if _run(forward, True, plan, bias is not None, *tensors):
+        output, code = (plan.output(dtype=dtype) for dtype in (input.dtype, torch.uint8))
+        if plan.run(forward, True, bias, plan.dense(input), output, code, seed):
             return output, code
     return reference.sample(input, bias, seed, window)
 
@@ -113,21 +114,17 @@ def sample_backward(
     """See `reference.sample_backward`."""
     shape = (*grad_output.shape[:2], *size)
     plan = _plan(shape, grad_output.dtype, memory_format(code), window)
-    if plan is None:
-        return reference.sample_backward(grad_output, code, size, window, with_bias)
-    grad_input, partial = _empty(plan.input, grad_output.dtype), _partial(plan, with_bias)
-    tensors = _dense(grad_output, plan), grad_input, partial, _dense(code, plan)
-    _run(backward, True, plan, with_bias, *tensors)
-    return grad_input, _grad_bias(partial, shape, with_bias)
+    bias = _NOTHING if with_bias else None
+    gradients = plan and _gradients(plan, True, bias, with_bias, grad_output, code)
+    return gradients or reference.sample_backward(grad_output, code, size, window, with_bias)
 
 
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """See `reference.expectation`."""
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
-        output = _empty(plan.output, input.dtype)
-        tensors = _dense(input, plan), _bias(bias), output
-        if _run(forward, False, plan, bias is not None, *tensors):
+        output = plan.output(dtype=input.dtype)
+        if plan.run(forward, False, bias, plan.dense(input), output):
             return output
     return reference.expectation(input, bias, window)
 
@@ -140,58 +137,22 @@ def expectation_backward(
     with_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.expectation_backward`."""
-    plan = _plan(input.shape, input.dtype, memory_format(input), window)
     served = grad_output.dtype == input.dtype and (bias is not None or not with_bias)
-    if plan is not None and served:
-        grad_input, partial = _empty(plan.input, input.dtype), _partial(plan, bias is not None)
-        tensors = _dense(grad_output, plan), grad_input, partial, _dense(input, plan), _bias(bias)
-        if _run(backward, False, plan, bias is not None, *tensors):
-            return grad_input, _grad_bias(partial, input.shape, with_bias)
-    return reference.expectation_backward(grad_output, input, bias, window, with_bias)
+    plan = _plan(input.shape, input.dtype, memory_format(input), window)
+    gradients = plan and served and _gradients(plan, False, bias, with_bias, grad_output, input)
+    return gradients or reference.expectation_backward(grad_output, input, bias, window, with_bias)
 
 
-def _run(
-    make: Callable[..., Any], training: bool, plan: _Plan, with_bias: bool, *tensors: torch.Tensor
-) -> bool:
-    """Run a pass; False if there are numbers that only the reference takes."""
-    sides = plan.sides if make is backward else plan.sides[:2]
-    body = _compiled(make, tensors[0].dtype, training, *sides)
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    parts = min(torch.get_num_threads(), plan.most_threads)
-    return threads.run(body, parts, with_bias, plan.address, *addresses)
-
-
-@functools.cache
-def _compiled(
-    make: Callable[..., Any], dtype: torch.dtype, training: bool, *sides: int
-) -> Callable[[int], None]:
-    what = f"{make.__name__} in {'training' if training else 'evaluation'}"
-    what = f"{what}, {sides[0]} x {sides[1]} cells, {str(dtype).removeprefix('torch.')},"
-    return compiled_for_c(make(_NUMBERS[dtype], training, *sides), what)
-
-
-def _empty(tensor: tuple[tuple[int, ...], torch.memory_format], dtype: torch.dtype) -> torch.Tensor:
-    shape, layout = tensor
-    return torch.empty(shape, dtype=dtype, device=_CPU, memory_format=layout)
-
-
-def _dense(tensor: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    return tensor.contiguous(memory_format=plan.layout)
-
-
-def _bias(bias: torch.Tensor | None) -> torch.Tensor:
-    return _NOTHING if bias is None else bias.float().contiguous()
-
-
-def _partial(plan: _Plan, with_bias: bool) -> torch.Tensor:
-    """For the sums of the gradient of the bias."""
-    return _NOTHING.new_zeros(plan.partial_size) if with_bias else _NOTHING
-
-
-def _grad_bias(partial: torch.Tensor, shape: Sequence[int], with_bias: bool) -> torch.Tensor:
+def _gradients(
+    plan: _Plan, training: bool, bias: torch.Tensor | None, with_bias: bool, *tensors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    grad_output, kept = map(plan.dense, tensors)
+    grad_input = plan.input(dtype=grad_output.dtype)
+    partial = _NOTHING if bias is None else _NOTHING.new_zeros(plan.partial_size)
+    if not plan.run(backward, training, bias, grad_output, grad_input, partial, kept):
+        return None
     if not with_bias:
-        return _NOTHING.new_empty(0)  # a new one, for autograd makes it part of a graph
+        return grad_input, _NOTHING.new_empty(0)  # a new one, for autograd makes it part of a graph
     # numpy, unlike torch, adds in an order that does not depend on a number of threads.
-    sums = np.add.reduce(partial.numpy(), 1, np.float64).reshape(-1)
-    sums = sums[: shape[0] * shape[1]].reshape(shape[:2])
-    return torch.from_numpy(np.add.reduce(sums, 0).astype(np.float32))
+    sums = partial.numpy().sum(1, np.float64).reshape(-1)[: plan.planes]
+    return grad_input, torch.from_numpy(sums.reshape(plan.batch, -1).sum(0).astype(np.float32))

@@ -1,4 +1,6 @@
-"""What numba compiles: parts of functions, functions for Python, and functions for C."""
+"""What numba compiles: parts of functions, functions for Python, and functions for C, which run on
+the threads of PyTorch's OpenMP team where there is one: just after a convolution these still look
+for work, and a thread of our own would share a core with one."""
 
 from __future__ import annotations
 
@@ -6,21 +8,21 @@ import ctypes
 import functools
 import hashlib
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite import binding
 from numba.core import event, types
 
 _log = logging.getLogger("stochastic_pooling")
+_Call = ctypes.c_int64 * 12  # longer than any call needs
 
-C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile as a part of the functions that call it. No fast-math: the draw depends on order."""
-    return numba.njit(function, nogil=True, error_model="numpy")
+# Compile as a part of the functions that call it. No fast-math: the draw depends on order.
+inlined = numba.njit(error_model="numpy")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,15 +30,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return _cached(functools.partial(numba.njit, nogil=True), function)
 
 
-def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[int], None]:
+def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[Any], None]:
     """Compile a function of an array of pointers, for callers from any thread; `what` says to the
     log which."""
     # numba's cache knows of the file that a function is in, and not of those that it calls.
-    function.__qualname__ = f"{function.__name__}-{_sources()}"
+    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    function.__qualname__ = f"{function.__name__}-{hashlib.sha256(sources).hexdigest()[:16]}"
     signature = types.void(types.CPointer(types.voidptr))
     with event.install_listener("numba:compile", _Announcement(what)):
         code = _cached(functools.partial(numba.cfunc, signature), function)
-    for_c = C_FUNCTION(code.address)
+    for_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address)
     for_c.keeps = code  # type: ignore[attr-defined]
     return for_c
 
@@ -46,12 +49,6 @@ def _cached(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
         return compiler(cache=True, error_model="numpy")(function)
     except (RuntimeError, OSError):  # no folder that numba can write its cache to
         return compiler(error_model="numpy")(function)
-
-
-@functools.cache
-def _sources() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 class _Announcement(event.Listener):
@@ -65,5 +62,44 @@ class _Announcement(event.Listener):
             _log.warning("compiling %s for this CPU: seconds now, none the next time", self.what)
         self.what = None
 
-    def on_end(self, _: Any) -> None:
+    on_end = on_start
+
+
+def _team() -> Callable[..., object] | None:
+    """What calls a function on each thread of PyTorch's OpenMP team, if there is one: GCC's entry
+    point, which LLVM's and Intel's runtimes have, too. PyTorch loads its own for all to see."""
+    names = "omp_get_thread_num", "omp_get_num_threads"
+    parallel, functions = None, [1, 1]
+    try:
+        runtime = ctypes.CDLL(None)  # a TypeError on Windows
+        parallel, *functions = (getattr(runtime, name) for name in ("GOMP_parallel", *names))
+    except (AttributeError, OSError, TypeError):
         pass
+    # What is compiled names them, and calls them in a team.
+    for name, function in zip(names, functions, strict=True):
+        binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    return parallel
+
+
+_parallel = _team()
+_process = os.getpid()
+
+
+def run(body: Callable[[Any], None], threads: int, *arguments: int) -> bool:
+    """Run a pass of kernels.py, whose arguments are whether there is a bias, the addresses of the
+    plan and of the tensors; False if there are numbers that it does not take."""
+
+    def do(part: int, parts: int, start: Callable[[Any], object] = body) -> bool:
+        call = _Call(0, part, parts, 0, *arguments)
+        call[0] = ctypes.addressof(call)
+        start(call)
+        return call[3] == 0
+
+    if threads == 1:
+        return do(0, 1)
+    # A forked child has the team, but none of its threads.
+    if (parallel := _parallel) is not None and os.getpid() == _process:
+        return do(0, 0, lambda call: parallel(body, call, threads, 0))
+    # Threads for this call alone: there is nothing that a fork or other threads could break.
+    with ThreadPoolExecutor(threads) as pool:
+        return all(pool.map(do, range(threads), [threads] * threads))
