@@ -103,7 +103,8 @@ def _show(message: Warning | str, *details: Any) -> None:
     if (path := getattr(_decoded, "path", None)) is None:
         _show_others(message, *details)
     else:
-        print(f"warning: {path}: {' '.join(str(message).split())}", file=sys.stderr)
+        # In one piece, or the lines of two threads may mix.
+        sys.stderr.write(f"warning: {path}: {' '.join(str(message).split())}\n")
 
 
 @contextlib.contextmanager
