@@ -30,9 +30,8 @@ from .floats import narrow, widen
 _PLAN = """planar planes step sheets height width out_height out_width stride_h stride_w padding_h
 padding_w line"""
 PLAN = np.dtype([(name, np.int64) for name in _PLAN.split()])
-# It is called with an array: its own address; which of how many parts to do (of 0: the thread's in
-# its team); what it tells, whether there are numbers that only the reference takes; whether there
-# is a bias; the addresses of the plan and the tensors.
+# Its arguments: their address; which of how many parts to do (of 0: the thread's in its team); what
+# it tells, whether only the reference takes the numbers; whether there is a bias; more addresses.
 _, PART, PARTS, UNUSUAL, WITH_BIAS = range(5)
 # Rows and columns of outputs that share a call of Philox; rows that backward does at a time.
 GROUP, PAIR, ROWS = 4, 2, 8
@@ -248,7 +247,8 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
         staged = np.empty(plan.width * plan.step, number)
         codes = np.zeros(most * plan.line, np.uint8)  # one more than codes; 0 outside
         grads = np.zeros(codes.size, np.float32)
-        totals = np.zeros(call[WITH_BIAS] * staged.size, np.float32)
+        # Of full size without a bias, too: masked access where no memory is costs 100s of cycles.
+        with_bias, totals = call[WITH_BIAS] > 0, np.zeros(staged.size, np.float32)
         offsets = np.zeros(evaluation * codes.size, np.float32)
         weights = np.zeros(evaluation * ((most - 1) * stride_h + kernel_h) * plan.line, np.float32)
         start, end = _share(call, plan.sheets * groups)
@@ -317,11 +317,11 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
                             if not training:
                                 w = weights[weight + m * pitch + k]
                                 total = w * (total + total) - offset if w != _ZERO else _ZERO
-                            if totals.size > 0:
+                            if with_bias:
                                 totals[lane] += total
                             target[place + m * pitch + k] = narrow(total, target)
                 _row(STORE, staged, grad_input, sheet, row, size, plan)
-            for column in range(_lanes(totals.size) // step):
+            for column in range(_lanes(with_bias * totals.size) // step):
                 for k in range(step):
                     grad_bias[_lanes(unit) * step + k] += totals[column * step + k]
                     totals[column * step + k] = _ZERO
