@@ -178,7 +178,8 @@ def main() -> None:
     bank = ImageBank(test, channels_last=True)
     images, labels = bank.batch(torch.arange(len(bank)))
     methods, noises = [], []
-    for run in sorted(run for study in args.studies for run in study.glob("*-stochastic-*")):
+    finished = [path for study in args.studies for path in study.glob("*-stochastic-*/result.json")]
+    for run in sorted(path.parent for path in finished):
         recipe, _, seed = run.name.split("-")
         model = load_network(run / "last.pt").model.to(memory_format=torch.channels_last)
         of = {"recipe": recipe, "seed": int(seed)}
