@@ -89,8 +89,8 @@ def fill(page: str, texts: dict[str, str]) -> str:
 def why() -> Figure:
     """Noise beside the signal at every pool; digits by the number of training images."""
     noise, digits = pd.read_csv(HERE / "noise.csv"), pd.read_csv(HERE / "digits.csv")
-    figure = Figure(figsize=(11, 3.8), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
     names = {"paper": "CNN_SP, stride 1, five times", "digits": "digits, stride 2, three times"}
     for (recipe, name), colour in zip(names.items(), ("#CC79A7", "#56B4E9"), strict=True):
         at = noise[noise["recipe"] == recipe].groupby("pool")[["own", "all"]].mean()
