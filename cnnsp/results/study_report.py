@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +17,7 @@ from . import pictures
 
 # Colours that the colour-blind can tell apart (Okabe and Ito).
 COLOURS = {"stochastic": "#D55E00", "max": "#0072B2", "avg": "#009E73"}
-_CASE = ["recipe", "pool", "seed"]
+CASE = ["recipe", "pool", "seed"]
 # What runs must have in common to be compared without a word.
 _ORIGIN = ["machine", "torch", "threads"]
 # Columns of the table: title and decimals.
@@ -42,11 +42,11 @@ def read_csv(path: Path) -> pd.DataFrame:
 def read(path: Path) -> pd.DataFrame:
     """``runs.csv`` or ``epochs.csv``, in the order of ``--help``; raises UserError."""
     rows = read_csv(path)
-    if not {*_CASE} <= {*rows.columns}:
+    if not {*CASE} <= {*rows.columns}:
         raise UserError(f"{path} is none that study.py wrote")
     rows["recipe"] = pd.Categorical(rows["recipe"], [*RECIPES])
     rows["pool"] = pd.Categorical(rows["pool"], POOLINGS)
-    return rows.sort_values(_CASE, kind="stable", ignore_index=True)
+    return rows.sort_values(CASE, kind="stable", ignore_index=True)
 
 
 def cell(values: pd.Series, digits: int = 2, sign: str = "") -> str:
@@ -61,6 +61,18 @@ def markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
+def means(
+    rows: pd.DataFrame, by: list[str], columns: Mapping[str, tuple[str, int]]
+) -> pd.DataFrame:
+    """A row of texts for each group, :func:`cell` of each column: its title and decimals."""
+    groups = rows.groupby(by, observed=True, sort=False)
+    cells = {
+        title: groups[name].agg(lambda values, digits=digits: cell(values, digits))
+        for name, (title, digits) in columns.items()
+    }
+    return pd.DataFrame(cells).reset_index()
+
+
 def table(runs: pd.DataFrame) -> str:
     """Markdown: one row for each recipe and pool, mean ± sample standard deviation over seeds.
 
@@ -70,12 +82,13 @@ def table(runs: pd.DataFrame) -> str:
     columns = dict(_COLUMNS)
     for name in runs.columns[runs.columns.str.startswith("sensitivity ")]:
         columns[name] = (f"{name}, %", 2)
-    rows = []
-    for (recipe, pool), group in runs.groupby(_CASE[:2], observed=True):
+    rows = means(runs, CASE[:2], columns).rename(columns={"pool": "pooling"})
+    seeds = []
+    for _, group in runs.groupby(CASE[:2], observed=True, sort=False):
         star = r" \*" if len(group[_ORIGIN].drop_duplicates()) > 1 else ""
-        figures = {title: cell(group[name], digits) for name, (title, digits) in columns.items()}
-        rows.append({"recipe": recipe, "pooling": pool, "seeds": f"{len(group)}{star}", **figures})
-    return markdown(pd.DataFrame(rows))
+        seeds.append(f"{len(group)}{star}")
+    rows.insert(2, "seeds", seeds)
+    return markdown(rows.astype(str))
 
 
 def origins(runs: pd.DataFrame) -> str:
@@ -85,7 +98,7 @@ def origins(runs: pd.DataFrame) -> str:
         name = f"{machine}, torch {version}, {threads} thread{'s' * (threads > 1)}"
         which = "; ".join(
             f"{recipe} {pool} (seed {', '.join(map(str, seeds))})"
-            for (recipe, pool), seeds in group.groupby(_CASE[:2], observed=True)["seed"]
+            for (recipe, pool), seeds in group.groupby(CASE[:2], observed=True)["seed"]
         )
         lines.append((name, which))
     if len(lines) == 1:
@@ -153,7 +166,7 @@ def document(runs: pd.DataFrame, started_with: str, flags: str) -> str:
 def draw(runs: pd.DataFrame, epochs: pd.DataFrame, path: Path) -> None:
     """Draw the last test accuracies, and each recipe's test losses, as PNG."""
     recipes: Sequence[str] = list(runs["recipe"].unique())
-    groups = runs.groupby(_CASE[:2], observed=True)["test_accuracy"]
+    groups = runs.groupby(CASE[:2], observed=True)["test_accuracy"]
     widths = [max(4.2, 0.85 * len(groups)), *[4.2] * len(recipes)]
     figure = Figure(figsize=(sum(widths), 4), dpi=120, layout="constrained")
     accuracy, *curves = figure.subplots(1, len(widths), width_ratios=widths)

@@ -18,19 +18,20 @@ from matplotlib.figure import Figure
 
 from cnnsp.results import pictures
 from cnnsp.results.study_report import (
+    CASE,
     COLOURS,
     cell,
     differences,
     dots,
     draw,
     markdown,
+    means,
     origins,
     read,
     table,
 )
 
 HERE = Path(__file__).parent
-CASE = ["recipe", "pool", "seed"]
 FIGURES = {
     "accuracy": ("test accuracy, %", 2),
     "loss": ("negative log-likelihood", 3),
@@ -52,16 +53,6 @@ def add(studies: Sequence[Path]) -> None:
             found.to_csv(HERE / name, index=False, float_format="%.6g")
 
 
-def means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """A row of texts for each group: mean ± sample standard deviation over the seeds."""
-    groups = rows.groupby(by, sort=False)
-    cells = {
-        title: groups[name].agg(lambda values, digits=digits: cell(values, digits))
-        for name, (title, digits) in FIGURES.items()
-    }
-    return pd.DataFrame(cells).replace({r"nan.*": ""}, regex=True).reset_index()
-
-
 def tables() -> dict[str, str]:
     """What stands between ``<!-- NAME -->`` and ``<!-- end -->`` in the page."""
     runs = read(HERE / "runs.csv")
@@ -69,10 +60,11 @@ def tables() -> dict[str, str]:
     digits["images"] = digits["train_images"].astype(str)
     of_digits = digits.groupby(["pool", "images"], sort=False)["test_accuracy"].agg(cell)
     paired = differences(runs)
+    draws = means(pd.read_csv(HERE / "draws.csv"), ["recipe", "method"], FIGURES)
     return {
         "runs": f"{table(runs)}\n\n{origins(runs)}",
         "differences": paired or "",
-        "draws": markdown(means(pd.read_csv(HERE / "draws.csv"), ["recipe", "method"])),
+        "draws": markdown(draws.replace({r"nan.*": ""}, regex=True)),  # no spread of one pass
         "digits": markdown(of_digits.unstack().reset_index()[["pool", *digits["images"].unique()]]),
     }
 
