@@ -21,12 +21,12 @@ from .sliding import (
     LARGEST_SQUARED,
     NUMBERS,
     _bias,
-    _elements,
     _in_plane,
     _lanes,
     _largest,
     _load_columns,
     _pair,
+    _plane,
     _seen,
     _store,
     _store_bias,
@@ -187,16 +187,6 @@ def _row(
         index = grad_input[1] + (top + i) * grad_input[3]
         _store(grad_input, index, two, first_mask, second_mask, v.own, v)
     return rows[v.stride_h :], sums[v.stride_h :], bias_sum, largest, smallest
-
-
-@triton.jit
-def _plane(tensor, image, channel, t: tl.constexpr, v: tl.constexpr):
-    """Pointer to each lane's plane, and how many elements lie from a row and a column to the
-    next."""
-    tensor = _seen(tensor, image, channel, 0, t, v)
-    _, lane, _, pitch, step = tensor
-    step = step * t.unit if v.channels_last else step
-    return _elements(tensor, lane, 0, t, v), pitch * t.unit, step
 
 
 @triton.jit

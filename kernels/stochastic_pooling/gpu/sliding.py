@@ -419,31 +419,38 @@ def _expect_row(output, index, rows, largest, smallest, exists, has_second, v: t
 
 
 @triton.jit
+def _plane(tensor, image, channel, t: tl.constexpr, v: tl.constexpr):
+    """Pointer to each lane's plane, and how many elements lie from a row and a column to the
+    next."""
+    tensor = _seen(tensor, image, channel, 0, t, v)
+    _, lane, _, pitch, step = tensor
+    step = step * t.unit if v.channels_last else step
+    return _elements(tensor, lane, 0, t, v), pitch * t.unit, step
+
+
+@triton.jit
 def _strip_again(
     input, bias_ptr, seed_ptr, output, code_ptr, channels, height, width, out_width,
     pairs, lanes, first_row, end_row, v: tl.constexpr,
 ):  # fmt: skip
     """A strip window by window, with what NaN, infinities and overflow ask for."""
     _, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
-    input = _seen(input, image, channel, 0, v.read, v)
-    output = _seen(output, image, channel, pair * 2, v.own, v)
-    code = (code_ptr,) + output[1:]
-    _, origin, _, in_pitch, in_step = input
+    input_ptr, in_pitch, in_step = _plane(input, image, channel, v.read, v)
+    output_ptr, out_pitch, out_step = _plane(output, image, channel, v.own, v)
+    if v.draws:
+        code_ptr, _, _ = _plane((code_ptr,) + output[1:], image, channel, v.own, v)
     bias = _bias(bias_ptr, channel, v)
     for strip_row in range(end_row - first_row):
         out_row = first_row + strip_row
-        index = output[1] + out_row * output[3]
         top = out_row * v.stride_h - v.padding_h
         for x in range(2):
             out_column = pair * 2 + x
             mask = tl.broadcast_to(exists & (out_column < out_width), [v.block, v.vector])
             window = (
-                _elements(input, origin, 0, v.read, v), bias,
-                0, top, out_column * v.stride_w - v.padding_w, mask,
-                1, height, width, 0, in_pitch * v.read.unit,
-                in_step * v.read.unit if v.channels_last else in_step,
+                input_ptr, bias, 0, top, out_column * v.stride_w - v.padding_w, mask,
+                1, height, width, 0, in_pitch, in_step,
             )  # fmt: skip
-            to = _elements(output, index, x, v.own, v)
+            to = out_row * out_pitch + out_column * out_step
             if v.draws:
                 plane = tl.arange(0, v.vector)[None, :] + channel
                 plane += (out_row if v.folded else image) * channels
@@ -452,11 +459,11 @@ def _strip_again(
                     tl.float32,
                 )  # fmt: skip
                 value, drawn = draw_cells(window, number, v, tl.float32)
-                tl.store(_elements(code, index, x, v.own, v), drawn.to(tl.uint8), mask=mask)
+                tl.store(code_ptr + to, drawn.to(tl.uint8), mask=mask)
             else:
                 value, _total, infinite, scale = expect(window, v, tl.float32)
                 value = unscaled(value, infinite, scale, tl.float32)
-            tl.store(to, value.to(output[0].dtype.element_ty), mask=mask)
+            tl.store(output_ptr + to, value.to(output_ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------- forward
