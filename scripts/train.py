@@ -212,7 +212,9 @@ def train(
             common: Any = {"device": device, "channels_last": last, "workers": args.workers}
             random = None
             if args.augment == "random":
-                random, variants = RandomAugment(repeats=args.repeats, seed=args.seed), AS_IS
+                scale = (args.crop_scale, 1.0)
+                random = RandomAugment(repeats=args.repeats, scale=scale, seed=args.seed)
+                variants = AS_IS
             bank = ImageBank(
                 train_images,
                 variants,

@@ -12,7 +12,14 @@ from torch import nn
 
 from cnnsp.training.processes import Team
 from cnnsp.training.recipe import TrainOptions, learning_rate
-from cnnsp.training.step import Learner, average_weights, make_optimizer, seed_draws, smoothed
+from cnnsp.training.step import (
+    Learner,
+    average_weights,
+    make_optimizer,
+    mixed,
+    seed_draws,
+    smoothed,
+)
 
 
 def test_steps_divide_the_learning_rate_by_ten() -> None:
@@ -122,6 +129,41 @@ def test_mixup_takes_the_loss_of_both_images_by_their_shares(
         output = start(0.3 * images + 0.7 * images[others])
     expected = 0.3 * F.nll_loss(output, labels) + 0.7 * F.nll_loss(output, labels[others])
     torch.testing.assert_close(loss, expected)
+
+
+def test_cutmix_pastes_a_rectangle_and_takes_labels_by_its_area() -> None:
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 256, 256).clone()
+    images = images.to(memory_format=torch.channels_last)
+    areas = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        result, others, share = mixed(images, TrainOptions(cutmix=1.0, mixup=0.4))
+        assert others is not None
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        for own, other, image in zip(range(4), others, result, strict=True):
+            strange = (image != own)[0]
+            assert set(image[:, strange].unique().tolist()) <= {int(other)}
+            if own != other:
+                assert strange.float().mean() == pytest.approx(1 - share)
+                height, width = (int(strange.any(side).sum()) for side in (1, 0))
+                assert height * width == strange.sum()  # one rectangle
+        areas.add(share)
+    assert len(areas) > 10
+    assert torch.equal(images[:, 0, 0, 0], torch.arange(4.0))  # the bank's own stay
+    empty, _, _ = mixed(images[:0], TrainOptions(cutmix=1.0))  # a process's part of a small batch
+    assert len(empty) == 0
+
+
+def test_cutmix_and_mixup_share_the_batches() -> None:
+    images = torch.rand(2, 3, 256, 256)
+    kinds = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        result, others, _ = mixed(images, TrainOptions(cutmix=0.5, mixup=1.0))
+        # CutMix leaves each number as it is in one image or the other.
+        kinds.append(bool(((result == images) | (result == images[others])).all()))
+    assert 15 < sum(kinds) < 45
+    assert mixed(images, TrainOptions())[1] is None
 
 
 def test_fused_momentum_is_whole_when_the_scaler_skips_the_first_step(

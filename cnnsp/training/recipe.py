@@ -69,6 +69,7 @@ class TrainOptions:
         augment: the paper's rotations and gamma corrections, each once an epoch, or random crops,
             rotations, flips and colours, always new
         repeats: with --augment random, how often an epoch takes each image
+        crop_scale: with --augment random, the least area of a crop, as a share of the image's
         epochs: epochs in all, those before a resumed checkpoint included
         batch_size: images in a step of the optimiser, over all parts and processes
         opt: optimiser
@@ -81,6 +82,8 @@ class TrainOptions:
         warmup_epochs: epochs over which the learning rate rises at the start
         label_smoothing: share of the target that is spread over all classes
         mixup: mix each image with another, by a share from Beta(MIXUP, MIXUP)
+        cutmix: with this probability paste a rectangle of another image into each of a batch,
+            instead of --mixup
         ema: evaluate a moving average of the weights, with this decay
         dropout: probability, before the last layer
         seed: of the weights, the order and augmentation of the images, dropout and the pools
@@ -101,6 +104,7 @@ class TrainOptions:
     pool: Annotated[str, {"choices": POOLINGS}] = "stochastic"
     augment: Annotated[str, {"choices": ("paper", "random")}] = "paper"
     repeats: Count = 61
+    crop_scale: Annotated[float, {"least": 0, "most": 1, "exclusive": True}] = 0.6
     epochs: Count = 30
     batch_size: Annotated[int, {"least": 1, "short": "-b"}] = 256
     opt: Annotated[str, {"choices": OPTIMIZERS}] = "sgd"
@@ -113,6 +117,7 @@ class TrainOptions:
     warmup_epochs: Amount = 0.0
     label_smoothing: Share = 0.0
     mixup: Amount = 0.0
+    cutmix: Share = 0.0
     ema: Share = 0.0
     dropout: Share = 0.1
     seed: Annotated[int, {"least": 0, "most": 2**32 - 1}] = 0

@@ -101,13 +101,7 @@ class Learner:
 
     def _backward(self, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
         """Add a part's gradients; its share of the batch's mean loss."""
-        share, others = 1.0, None
-        if self.options.mixup > 0:
-            # Mixup (Zhang et al. 2018, arXiv 1710.09412), with partners of the same batch.
-            alpha = self.options.mixup
-            share = float(torch.distributions.Beta(alpha, alpha).sample())
-            others = torch.randperm(len(images), device=self.device)
-            images = torch.lerp(images[others], images, share)
+        images, others, share = mixed(images, self.options)
         with autocast(self.device, self.amp_dtype):
             output = self._forward(images)
         loss = F.nll_loss(output.float(), labels, reduction="sum")
@@ -158,6 +152,35 @@ class Learner:
                 # Fused optimisers need a state that lies in memory as the weight does.
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     values[name] = torch.empty_like(parameter).copy_(value)
+
+
+def mixed(images: Tensor, options: TrainOptions) -> tuple[Tensor, Tensor | None, float]:
+    """Mix each image of a batch with another of it, if ``options`` ask for that.
+
+    With the probability ``options.cutmix`` by a rectangle of the other (CutMix, Yun et al. 2019,
+    arXiv 1905.04899), else by weights (mixup, Zhang et al. 2018, arXiv 1710.09412).
+
+    Returns images, the others' numbers and the share of the first: mixed labels are
+    ``share * labels + (1 - share) * labels[others]``. No others: the images are as they were.
+    """
+    # torchvision's transforms of these names leave channels_last on CUDA.
+    if options.cutmix > 0 and float(torch.rand(())) < options.cutmix:
+        others = torch.randperm(len(images), device=images.device)
+        height, width = images.shape[2:]
+        side = float(torch.rand(())) ** 0.5  # so its area is uniform
+        high, wide = round(side * height), round(side * width)
+        top, left = (
+            int(torch.randint(height - high + 1, ())),
+            int(torch.randint(width - wide + 1, ())),
+        )
+        images, box = images.clone(), (..., slice(top, top + high), slice(left, left + wide))
+        images[box] = images[others][box]
+        return images, others, 1 - high * wide / (height * width)
+    if options.mixup > 0:
+        share = float(torch.distributions.Beta(options.mixup, options.mixup).sample())
+        others = torch.randperm(len(images), device=images.device)
+        return torch.lerp(images[others], images, share), others, share
+    return images, None, 1.0
 
 
 def smoothed(loss: Tensor, log_probabilities: Tensor, smoothing: float) -> Tensor:
