@@ -46,7 +46,6 @@ COMMON = [
     Arguments((3, 3), (2, 2), (1, 1)),
     Arguments((3, 3), (2, 2), ceil_mode=True),
     Arguments((2, 2), (2, 2)),
-    Arguments((2, 2), (1, 1)),
 ]
 VALUES = ["normal", "quarters", "wide", "special"]
 VIEWS = [
