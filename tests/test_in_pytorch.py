@@ -468,11 +468,13 @@ def train_two_steps(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_data_parallel_ranks_draw_by_their_seeds(tmp_path):
     multiprocessing.spawn(train_two_steps, (free_port(), str(tmp_path)), nprocs=2)
     ranks = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for (output, gradient), (other, other_gradient), alike in zip(*ranks, (False, True), strict=True):
+    steps = zip(*ranks, (False, True), strict=True)
+    for (output, gradient), (other, other_gradient), alike in steps:
         assert torch.equal(output, other) == alike
         assert torch.equal(gradient, other_gradient)  # their mean
         assert gradient.abs().sum() > 0

@@ -66,6 +66,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert [[r[k] for k in timeless] for r in rows] == [[r[k] for k in timeless] for r in others]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_killed_run_equals_undisturbed_run(photos: Path, whole: Path, tmp_path: Path) -> None:
     """Killed at random moments, in steps, evaluations and checkpoints, and resumed each time."""
@@ -89,6 +90,7 @@ def test_killed_run_equals_undisturbed_run(photos: Path, whole: Path, tmp_path: 
     assert_same_run(whole, output)
 
 
+@pytest.mark.slow
 def test_signal_saves_the_run_and_ends_it(
     photos: Path,
     whole: Path,
@@ -200,6 +202,7 @@ def test_ctrl_c_during_imports_is_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "train.py: interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a mount namespace is Linux's")
 def test_little_shared_memory_is_enough(photos: Path, tmp_path: Path) -> None:
     """Docker gives 64 MiB; here it is 64 KiB, less than an image."""

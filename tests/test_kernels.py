@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -51,7 +52,22 @@ def layout(request: pytest.FixtureRequest) -> torch.memory_format:
     return request.param
 
 
-@pytest.mark.parametrize(("case", "dtype"), COMBINATIONS, ids=case_ids)
+def grid(test: Callable[..., None]) -> Callable[..., None]:
+    """Every case, dtype, layout and backend; the interpreter is slow, and in a plain run it is
+    test_every_window.py that tests the sliding kernels in channels_last."""
+    backends = [
+        pytest.param(
+            name, form, id=f"{name}-{str(form).removeprefix('torch.').removesuffix('_format')}",
+            marks=[pytest.mark.slow] if (name, form) == ("triton", torch.channels_last) else [],
+        )
+        for name in ("triton", "numba")
+        for form in LAYOUTS
+    ]  # fmt: skip
+    test = pytest.mark.parametrize(("kernels", "layout"), backends, indirect=True)(test)
+    return pytest.mark.parametrize(("case", "dtype"), COMBINATIONS, ids=case_ids)(test)
+
+
+@grid
 def test_sample_draws_the_reference_cells(kernels, case, dtype, layout, device):
     shape, window = CASES[case]
     x = plane(shape, dtype, layout).to(device)
@@ -72,7 +88,7 @@ def test_sample_draws_the_reference_cells(kernels, case, dtype, layout, device):
     )
 
 
-@pytest.mark.parametrize(("case", "dtype"), COMBINATIONS, ids=case_ids)
+@grid
 def test_sample_backward(kernels, case, dtype, layout, device):
     shape, window = CASES[case]
     x = plane(shape, dtype, layout).to(device)
@@ -84,7 +100,7 @@ def test_sample_backward(kernels, case, dtype, layout, device):
     assert_gradients_close(result, expected, dtype)
 
 
-@pytest.mark.parametrize(("case", "dtype"), COMBINATIONS, ids=case_ids)
+@grid
 def test_expectation(kernels, case, dtype, layout, device):
     shape, window = CASES[case]
     x = plane(shape, dtype, layout).to(device)
@@ -122,10 +138,10 @@ def sliding(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ("value", "row", "col"),
     [
         ("nan", 5, 3),
-        ("-nan", 8, 9),
-        ("inf", 7, 0),
+        pytest.param("-nan", 8, 9, marks=pytest.mark.slow),
+        pytest.param("inf", 7, 0, marks=pytest.mark.slow),
         ("3e38", 0, 1),
-        ("1e20", 4, 4),
+        pytest.param("1e20", 4, 4, marks=pytest.mark.slow),
         ("1e-30", 6, 5),
     ],
 )
@@ -448,8 +464,14 @@ def test_few_variants_are_compiled_and_one_channel_can_be():
     [
         ["--only", "small: 2x3x13x6 f16 nchw 2x2 s22 p11 d11 plain"],
         # Quotients as imprecise as a GPU's may be: near the largest number they overflowed.
-        ["--only", "content: 2x4x11x10 f32 nchw 3x3 s11 p11 d11 mixed", "--approximate", "1"],
-        ["--only", "view: 2x4x9x10 f32 nhwc 2x2 s22 p00 d11 normal bias f32 expanded"],
+        pytest.param(
+            ["--only", "content: 2x4x11x10 f32 nchw 3x3 s11 p11 d11 mixed", "--approximate", "1"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--only", "view: 2x4x9x10 f32 nhwc 2x2 s22 p00 d11 normal bias f32 expanded"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["--quick"], marks=pytest.mark.slow),
     ],
     ids=["one", "approximate", "a view", "every fifth"],
