@@ -58,7 +58,7 @@ def same(result: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def windows() -> Iterator[ParameterSet]:
-    """Kernels and strides. To compile each takes seconds, so a plain run has those that are the same
+    """Kernels and strides. To compile each takes seconds, so a plain run has those that are alike
     in both dimensions and those of test_expectations."""
     pairs = itertools.product(itertools.product((2, 3), (2, 3)), itertools.product((1, 2), (1, 2)))
     for kernel, stride in pairs:
