@@ -78,7 +78,9 @@ def counting(backend: str) -> torch._dynamo.testing.CompileCounterWithBackend:
     return torch._dynamo.testing.CompileCounterWithBackend(backend)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "evaluation"]
+)
 def test_one_graph_for_every_batch_size(training, network_and_shape, device):
     network, shape = network_and_shape
     network.train(training)

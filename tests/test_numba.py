@@ -133,7 +133,11 @@ def test_expectations(window, special, layout):
             assert result.stride() == right.stride()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["float16", "bfloat16"],
+)
 def test_every_16_bit_float(dtype):
     """Each is a weight, alone and rounded with a bias; each passes as a gradient, and the sum of
     two is rounded as torch rounds."""

@@ -161,6 +161,7 @@ def test_resumed_run_equals_undisturbed_run(tmp_path: Path) -> None:
     assert [row["lr"] for row in rows] == ["0.001", "0.0001", "1e-05"]
 
 
+@pytest.mark.slow
 def test_half_precision_in_contiguous_format_runs(photos: Path, tmp_path: Path) -> None:
     arguments = ["--amp-dtype", "bfloat16", "--no-channels-last", "--opt", "adam", "-b", "2"]
     arguments += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import pytest
 import torch
 
 from stochastic_pooling.window import Window
@@ -32,9 +33,9 @@ CASES = {
     "a window that steps over the input": ((1, 2, 1, 3), Window(2, 2, 1, 1, 1, 1, 2, 2, False)),
 }
 
-# Every window in fp32, those that train networks in the other dtypes too.
-COMBINATIONS = [(case, torch.float32) for case in CASES] + [
-    (case, dtype)
+# Every window in fp32, those that train networks in the other dtypes too; in a plain run in fp16.
+COMBINATIONS = [pytest.param(case, torch.float32) for case in CASES] + [
+    pytest.param(case, dtype, marks=[] if dtype == torch.float16 else [pytest.mark.slow])
     for case in ("overlapping, padded", "tiles side by side")
     for dtype in DTYPES
     if dtype != torch.float32
