@@ -23,6 +23,8 @@ keep_freed_memory()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # What pytest-benchmark's clock shows next, from the end: the rounds that were timed before.
 readings: list[float] = []
+# Of the contests held, by case.
+outcomes: dict[str, dict[str, Outcome | Exception]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,15 +55,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.benchmark(timer=readings.pop))
 
 
-@pytest.fixture(scope="session")
-def outcomes() -> dict[str, dict[str, Outcome | Exception]]:
-    """Of the contests held, by case."""
-    return {}
-
-
 @pytest.fixture
 def record(
-    benchmark, outcomes, request: pytest.FixtureRequest, case: str, contestant: str
+    benchmark, request: pytest.FixtureRequest, case: str, contestant: str
 ) -> Callable[[], None]:
     """Record a contestant; the first of a case starts the contest of all that were selected."""
 

@@ -22,7 +22,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -41,12 +40,7 @@ TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (75, 80, 86, 89, 90, 100
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+DTYPES = {n: getattr(torch, n) for n in ("float16", "bfloat16", "float32", "float64")}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CNN_SP = "3x3 s1 p1"
 WINDOWS = {
@@ -108,18 +102,14 @@ class AbsentGpu:
         self.get_current_stream = lambda device: 0
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """A kernel that was compiled instead of run, and what it would have been run with."""
 
+    name: str
     kernel: Any
     arguments: dict[str, Any]
     programs: int
     warp_size: int
-
-    @property
-    def name(self) -> str:
-        return self.kernel.metadata.name.strip("_")
 
     def instructions(self) -> collections.Counter[str]:
         """Those that all threads of all programs execute, by class."""
@@ -142,11 +132,12 @@ def compiled(launch: Callable[[], Any], target: GPUTarget) -> list[Launch]:
 
     def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
         kernel = run(self, *args, **{**kwargs, "warmup": True})
-        named = {name: value for name, value in kwargs.items() if name in self.arg_names}
-        arguments = {**dict(zip(self.arg_names, args, strict=False)), **named}
+        given = kwargs | dict(zip(self.arg_names, args, strict=False))
+        arguments = {name: value for name, value in given.items() if name in self.arg_names}
         grid = kwargs["grid"]
         programs = math.prod(grid(arguments) if callable(grid) else grid)
-        kernels.append(Launch(kernel, arguments, programs, target.warp_size))
+        name = kernel.metadata.name.strip("_")
+        kernels.append(Launch(name, kernel, arguments, programs, target.warp_size))
         return kernel
 
     triton.runtime.driver.set_active(AbsentGpu(target))

@@ -58,16 +58,14 @@ def markdown(content: dict[str, Any]) -> str:
         for found in content["benchmarks"]:
             if f"bench_{section}.py" in found["fullname"]:
                 cases.setdefault(found["group"], {})[found["params"]["contestant"]] = found
-        names = dict.fromkeys(name for case in cases.values() for name in case)
         rows = []
         for title, case in cases.items():
             row = {"case": title}
-            if base in case:
-                row[f"{base}, ms"] = f"{1e3 * case[base]['stats']['median']:.2f}"
-            for name in names if base in case else ():
-                if name in case and name != base:
-                    times = [case[who]["stats"]["median"] for who in (name, base)]
-                    value = times[1] / times[0] if section == "data" else times[0] / times[1]
+            medians = {name: found["stats"]["median"] for name, found in case.items()}
+            if unit := medians.pop(base, None):
+                row[f"{base}, ms"] = f"{1e3 * unit:.2f}"
+                for name, median in medians.items():
+                    value = unit / median if section == "data" else median / unit
                     row[name] = f"{value:.{2 if value < 9.995 else 1}f} ×"
             info = {name: found["extra_info"] for name, found in case.items()}
             if "gb_per_second" in info.get(ours, {}):

@@ -77,12 +77,9 @@ def main() -> None:
         conditions = {
             "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
             "cores": os.cpu_count(),
-            "threads": args.threads,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "pool": args.pool,
-            "steps": args.steps,
-            "rounds": args.rounds,
+            **{name: vars(args)[name] for name in ("threads", "pool", "steps", "rounds")},
         }
         path = Path(__file__).with_name("results") / f"training_ratio-{args.output}.json"
         path.write_text(json.dumps({**conditions, **result}, indent=1) + "\n")

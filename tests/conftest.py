@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,20 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):
+        from triton.language import core
         from triton.runtime import interpreter
+
+        patch_language = interpreter._patch_lang
+
+        def patch_language_once(function: Any) -> Any:
+            """Not again for each function that a kernel calls: that was 40 % of the time."""
+            values = function.__globals__.values()
+            found = [lang for lang in (interpreter.tl, core) if any(v is lang for v in values)]
+            if any(core.is_builtin(lang.load) for lang in found):
+                return patch_language(function)
+            return SimpleNamespace(restore=lambda: None)
+
+        interpreter._patch_lang = patch_language_once
 
         # Before Triton 3.8 it takes int() of an array of one number, which NumPy 2.4 refuses.
         patch_tensor = interpreter._patch_lang_tensor

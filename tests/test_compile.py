@@ -78,7 +78,9 @@ def counting(backend: str) -> torch._dynamo.testing.CompileCounterWithBackend:
     return torch._dynamo.testing.CompileCounterWithBackend(backend)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "evaluation"]
+)
 def test_one_graph_for_every_batch_size(training, network_and_shape, device):
     network, shape = network_and_shape
     network.train(training)
@@ -235,7 +237,9 @@ def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.Expo
     return torch.export.load(file)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize(
+    "strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"]
+)
 def test_export_of_a_model_in_evaluation(strict, network_and_shape, device):
     network, shape = network_and_shape
     network.eval()
@@ -283,6 +287,7 @@ def test_export_for_any_image_size(case, device):
             torch.testing.assert_close(exported(x), pool(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("case", DYNAMIC)
 def test_onnx_for_any_image_size(case, tmp_path):
@@ -320,7 +325,9 @@ def test_exported_training_graph_draws_and_trains(device):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "half", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "fp16"]
+)
 def test_onnx_of_a_model_in_evaluation(half, network_and_shape, tmp_path):
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -15,6 +15,7 @@ from .test_train import load, make_photographs, read_summary
 main = load_script("train").main
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
 def test_two_processes_and_then_one_make_the_run_of_one(tmp_path: Path) -> None:
     """Pools that draw nothing, so that the runs may be compared; 8 items in batches of 7.

@@ -41,7 +41,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(photos: Path, output: Path, epochs: int) -> list[str]:
     """Everything that keeps a state: momentum, a schedule, averages, draws and augmentation."""
-    flags = ["--augment", "random", "--repeats", "12", "-b", "7", "--epochs", str(epochs)]
+    # Seven steps an epoch, the last of two images.
+    flags = ["--augment", "random", "--repeats", "5", "-b", "3", "--epochs", str(epochs)]
     flags += ["--ema", "0.9", "--schedule", "cosine", "--warmup-epochs", "1", "--dropout", "0.5"]
     flags += ["--device", "cpu", "--log-interval", "1", "--checkpoint-interval", "0"]
     return [*flags, "--data-dir", str(photos), "--output-dir", str(output)]
@@ -66,6 +67,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert [[r[k] for k in timeless] for r in rows] == [[r[k] for k in timeless] for r in others]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_killed_run_equals_undisturbed_run(photos: Path, whole: Path, tmp_path: Path) -> None:
     """Killed at random moments, in steps, evaluations and checkpoints, and resumed each time."""
@@ -89,6 +91,7 @@ def test_killed_run_equals_undisturbed_run(photos: Path, whole: Path, tmp_path: 
     assert_same_run(whole, output)
 
 
+@pytest.mark.slow
 def test_signal_saves_the_run_and_ends_it(
     photos: Path,
     whole: Path,
@@ -200,6 +203,7 @@ def test_ctrl_c_during_imports_is_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "train.py: interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a mount namespace is Linux's")
 def test_little_shared_memory_is_enough(photos: Path, tmp_path: Path) -> None:
     """Docker gives 64 MiB; here it is 64 KiB, less than an image."""

@@ -31,6 +31,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
 ]
 
+# In a plain run it is test_kernels.py and test_numba.py that test numba: to compile for each of the
+# windows and dtypes here takes a minute.
+backends = pytest.mark.parametrize(
+    "backend", ["torch", "triton", pytest.param("numba", marks=pytest.mark.slow)], indirect=True
+)
 EXAMPLES = {"torch": 80, "numba": 160, "triton": 5}
 # One rounding in the input's precision of a result in the accumulation's, and for 16 bits a cut-off
 # in Triton's interpreter where others round.
@@ -46,7 +51,6 @@ COMMON = [
     Arguments((3, 3), (2, 2), (1, 1)),
     Arguments((3, 3), (2, 2), ceil_mode=True),
     Arguments((2, 2), (2, 2)),
-    Arguments((2, 2), (1, 1)),
 ]
 VALUES = ["normal", "quarters", "wide", "special"]
 VIEWS = [
@@ -297,6 +301,7 @@ def test_the_grid_is_the_oracles(case, device):
         check_against_the_oracle(example, "torch", device)
 
 
+@backends
 def test_pools_are_the_oracles(backend, device):
     interpreted = backend == "triton" and device.type == "cpu"
     largest = 5 if interpreted else 9
@@ -309,6 +314,7 @@ def test_pools_are_the_oracles(backend, device):
 # ---------------------------------------------------------------- without it, on larger planes
 
 
+@backends
 def test_outputs_are_members_of_their_windows(backend, device):
     interpreted = backend == "triton" and device.type == "cpu"
 
@@ -334,6 +340,7 @@ def test_outputs_are_members_of_their_windows(backend, device):
             assert (inside | dead).all()
 
 
+@backends
 def test_training_gradients_conserve_mass(backend, device):
     interpreted = backend == "triton" and device.type == "cpu"
     values = [name for name in VALUES if name != "special"]
@@ -351,6 +358,7 @@ def test_training_gradients_conserve_mass(backend, device):
         assert torch.equal(grad_bias, mass.to(bias.dtype))
 
 
+@backends
 def test_one_live_cell_makes_it_max_pooling(backend, device):
     """Then both modes, the indices and the gradients are those of `F.max_pool2d` after a ReLU."""
     interpreted = backend == "triton" and device.type == "cpu"

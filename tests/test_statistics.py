@@ -91,7 +91,9 @@ NEIGHBOURS = {
 }
 
 
-def assert_independent(first: torch.Tensor, second: torch.Tensor, tests: int) -> None:
+def assert_independent(
+    first: torch.Tensor, second: torch.Tensor, tests: int, name: str = ""
+) -> None:
     """Of two tensors of uniform numbers: no bucket of 32 by 32 and no correlation stands out.
 
     Args:
@@ -106,17 +108,19 @@ def assert_independent(first: torch.Tensor, second: torch.Tensor, tests: int) ->
     # Of independent numbers it is normal with this standard deviation.
     correlation_p_value = torch.special.erfc(correlation.abs() * (first.numel() / 2) ** 0.5)
     smallest = min(float(p_value), float(low_p_value), float(correlation_p_value))
-    assert smallest > SMALLEST_P / (3 * tests), (p_value, low_p_value, correlation)
+    assert smallest > SMALLEST_P / (3 * tests), (name, p_value, low_p_value, correlation)
 
 
-@pytest.mark.parametrize("name", NEIGHBOURS)
-def test_neighbouring_numbers_are_independent(name):
+def neighbours(numbers: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    by = NEIGHBOURS[name]
+    first = numbers[tuple(slice(0, n - step) for n, step in zip(numbers.shape, by, strict=True))]
+    return first, numbers[tuple(slice(step, None) for step in by)]
+
+
+def test_neighbouring_numbers_are_independent():
     numbers = philox.uniforms(torch.tensor(100), (9, 16, 64, 64))
-    first = numbers[
-        tuple(slice(0, size - by) for size, by in zip(numbers.shape, NEIGHBOURS[name], strict=True))
-    ]
-    second = numbers[tuple(slice(by, None) for by in NEIGHBOURS[name])]
-    assert_independent(first, second, tests=len(NEIGHBOURS))
+    for name in NEIGHBOURS:
+        assert_independent(*neighbours(numbers, name), tests=len(NEIGHBOURS), name=name)
 
 
 # Seeds that differ in the low half of the key, in the high half, in a carry between them, in sign.
@@ -192,15 +196,13 @@ def test_weights_whose_sum_overflows():
     assert_fits(counts, shares)
 
 
-@pytest.mark.parametrize("name", NEIGHBOURS)
-def test_neighbouring_windows_draw_independently(name):
+def test_neighbouring_windows_draw_independently():
     """Pairs of windows of three unequal cells: nine outcomes, as likely as the products say."""
-    by = NEIGHBOURS[name]
     weights = torch.tensor([3.0, 1, 2])
     cell = drawn_cells(weights.repeat(64).expand(9, 16, 32, -1), (1, 3), seed=5)
-    first = cell[tuple(slice(0, size - step) for size, step in zip(cell.shape, by, strict=True))]
-    second = cell[tuple(slice(step, None) for step in by)]
-    assert_fits(count(3 * first + second, 9), weights.outer(weights).flatten())
+    pairs = (neighbours(cell, name) for name in NEIGHBOURS)
+    counts = torch.stack([count(3 * first + second, 9) for first, second in pairs])
+    assert_fits(counts, weights.outer(weights).flatten())
 
 
 def test_overlapping_windows_draw_independently():

@@ -230,6 +230,7 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     assert len(runner.commands) == 3
 
 
+@pytest.mark.slow
 def test_result_is_that_of_the_last_checkpoint(
     photos: Path, tmp_path: Path, runner: Runner
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import pytest
 import torch
 
 from stochastic_pooling.window import Window
@@ -12,29 +13,30 @@ from stochastic_pooling.window import Window
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
-# What the case is for: (shape of the input, window). Small, for Triton's interpreter.
+# What the case is for: (shape of the input, window). Small, for Triton's interpreter: the large
+# window's outputs are just a tile of the general kernels, those of the first dilated one are three.
 CASES = {
     "overlapping, padded": ((2, 3, 7, 9), Window(3, 3, 1, 1, 1, 1, 1, 1, False)),
     "tiles side by side": ((1, 5, 4, 4), Window(2, 2, 2, 2, 0, 0, 1, 1, False)),
     "overlapping, stride 2": ((1, 5, 10, 6), Window(3, 3, 2, 2, 1, 1, 1, 1, False)),
     "stride beyond the kernel": ((1, 2, 11, 12), Window(2, 3, 3, 5, 1, 1, 1, 1, False)),
-    "dilated, not square": ((1, 2, 11, 13), Window(3, 2, 2, 1, 1, 1, 2, 3, False)),
+    "dilated, not square": ((1, 2, 24, 26), Window(3, 2, 2, 1, 1, 1, 2, 3, False)),
     "dilated, strided, not square": ((1, 2, 9, 14), Window(2, 4, 1, 3, 1, 2, 3, 1, True)),
     "ceil_mode, a last partial window": ((1, 2, 6, 8), Window(3, 3, 2, 2, 0, 0, 1, 1, True)),
     "ceil_mode, a last window dropped": ((1, 2, 5, 5), Window(2, 2, 3, 3, 1, 1, 1, 1, True)),
     "planes of one cell": ((2, 3, 1, 1), Window(3, 3, 1, 1, 1, 1, 1, 1, False)),
     "one row": ((1, 3, 1, 17), Window(1, 3, 1, 2, 0, 1, 1, 1, False)),
-    "global": ((2, 3, 5, 7), Window(5, 7, 1, 1, 0, 0, 1, 1, False)),
-    "more than 255 cells": ((1, 1, 17, 18), Window(16, 17, 1, 1, 8, 8, 1, 1, False)),
+    "global": ((2, 3, 4, 5), Window(4, 5, 1, 1, 0, 0, 1, 1, False)),
+    "more than 255 cells": ((1, 1, 15, 16), Window(16, 17, 1, 1, 8, 8, 1, 1, False)),
     "more positions than a tile": ((1, 1, 20, 30), Window(3, 3, 1, 1, 1, 1, 1, 1, False)),
     "more channels than a tile": ((1, 67, 3, 2), Window(2, 2, 1, 1, 1, 1, 1, 1, False)),
     "a window that steps over the input": ((1, 2, 1, 3), Window(2, 2, 1, 1, 1, 1, 2, 2, False)),
 }
 
-# Every window in fp32, those that train networks in the other dtypes too.
-COMBINATIONS = [(case, torch.float32) for case in CASES] + [
-    (case, dtype)
-    for case in ("overlapping, padded", "tiles side by side", "ceil_mode, a last partial window")
+# Every window in fp32, those that train networks in the other dtypes too; in a plain run in fp16.
+COMBINATIONS = [pytest.param(case, torch.float32) for case in CASES] + [
+    pytest.param(case, dtype, marks=[] if dtype == torch.float16 else [pytest.mark.slow])
+    for case in ("overlapping, padded", "tiles side by side")
     for dtype in DTYPES
     if dtype != torch.float32
 ]
