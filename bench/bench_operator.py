@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
-import kernel_model
+import model
 import torch
 import torch.nn.functional as F
 from contest import Contestant, Makers
@@ -167,11 +167,11 @@ class Pooling(NamedTuple):
         return [output, *torch.autograd.grad(output, leaves, ramp.view(output.shape))]
 
     def bytes_moved(self, name: str, batch: int) -> float | None:
-        if (name, "forward") not in kernel_model.PASSES:  # nobody has counted
+        if (name, "forward") not in model.PASSES:  # nobody has counted
             return None
         layer, bias = self.layer, self.device.type == "cuda"
         size, inputs = DTYPES[self.dtype].itemsize, (layer.side / layer.outputs) ** 2
-        per_output = kernel_model.bytes_moved(name, self.step, size, inputs, bias=bias)
+        per_output = model.bytes_moved(name, self.step, size, inputs, bias=bias)
         return round(per_output * batch * layer.channels * layer.outputs**2)
 
 

@@ -7,7 +7,7 @@ The operator's own launchers run on CPU tensors that are never read, with a stan
 driver that names the target, so what is compiled is what a GPU of that kind would get. Registers
 and spills are the assembler's own figures: `cuobjdump --dump-resource-usage` for NVIDIA, the
 metadata of the code object for AMD. Instructions are counted in the machine code,
-kernel_instructions.py says how; the time is modelled, kernel_model.py says how. Nothing here is
+instructions.py says how; the time is modelled, model.py says how. Nothing here is
 measured.
 """
 
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import kernel_instructions
-import kernel_model
+import instructions
+import model
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -60,11 +60,17 @@ TOLERANCE = 0.03
 class Case(NamedTuple):
     """A call of the operator that compiles to code of its own."""
 
-    variant: str
+    call: str
+    window: str
+    layout: str
     dtype: str
     launch: functools.partial[Any]
     inputs: int
     outputs: int
+
+    @property
+    def variant(self) -> str:
+        return f"{self.call} {self.window} {self.layout}"
 
 
 def cases(dtypes: list[str], windows: list[str], device: str = "cpu") -> Iterator[Case]:
@@ -87,13 +93,13 @@ def cases(dtypes: list[str], windows: list[str], device: str = "cpu") -> Iterato
         }
         for call, arguments in calls.items():
             launch = functools.partial(getattr(backend, call), *arguments)
-            yield Case(f"{call} {shape} {layout}", dtype, launch, x.numel(), y.numel())
+            yield Case(call, shape, layout, dtype, launch, x.numel(), y.numel())
 
 
 # ---------------------------------------------------------------- compiling
 
 
-class AbsentGpu:
+class _AbsentGpu:
     """The part of a Triton driver that a compilation asks."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -105,17 +111,20 @@ class AbsentGpu:
 class Launch(NamedTuple):
     """A kernel that was compiled instead of run, and what it would have been run with."""
 
-    name: str
     kernel: Any
     arguments: dict[str, Any]
     programs: int
     warp_size: int
 
+    @property
+    def name(self) -> str:
+        return str(self.kernel.metadata.name.strip("_"))
+
     def instructions(self) -> collections.Counter[str]:
         """Those that all threads of all programs execute, by class."""
         threads = self.programs * self.kernel.metadata.num_warps * self.warp_size
         known = averages(self.name, self.arguments)
-        per_thread = kernel_instructions.count(self.kernel, self.arguments, known)
+        per_thread = instructions.count(self.kernel, self.arguments, known)
         return collections.Counter({unit: threads * n for unit, n in per_thread.items()})
 
     def bytes(self) -> int:
@@ -136,11 +145,10 @@ def compiled(launch: Callable[[], Any], target: GPUTarget) -> list[Launch]:
         arguments = {name: value for name, value in given.items() if name in self.arg_names}
         grid = kwargs["grid"]
         programs = math.prod(grid(arguments) if callable(grid) else grid)
-        name = kernel.metadata.name.strip("_")
-        kernels.append(Launch(name, kernel, arguments, programs, target.warp_size))
+        kernels.append(Launch(kernel, arguments, programs, target.warp_size))
         return kernel
 
-    triton.runtime.driver.set_active(AbsentGpu(target))
+    triton.runtime.driver.set_active(_AbsentGpu(target))
     with mock.patch.object(JITFunction, "run", compile_only):
         launch()
     return kernels
@@ -187,9 +195,7 @@ def resources(kernel: Any) -> dict[str, int]:
     Scalar registers that AMD's compiler keeps in lanes of a vector register touch no memory.
     """
     if "cubin" in kernel.asm:
-        usage = kernel_instructions.cuda_tool(
-            "cuobjdump", kernel.asm["cubin"], "--dump-resource-usage"
-        )
+        usage = instructions.cuda_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
         found = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", usage)}
         registers, shared = found["REG"], found["SHARED"]
         spills = found["STACK"] + found["LOCAL"]
@@ -203,24 +209,24 @@ def resources(kernel: Any) -> dict[str, int]:
 def report(targets: list[str], dtypes: list[str], windows: list[str]) -> Iterator[dict[str, Any]]:
     """One row for each kernel, variant, dtype and target. What is per output is per output of the
     pooling, in a backward too; the baselines are those of the whole call. There is no time where
-    kernel_model.py has no device for the target, and no instructions either where a compiler left
+    model.py has no device for the target, and no instructions either where a compiler left
     loops that cannot be counted."""
     steps = {"sample": "forward", "expectation": "evaluation"}
     for target, case in ((target, case) for target in targets for case in cases(dtypes, windows)):
         rivals = functools.partial(
-            kernel_model.bytes_moved,
-            step=steps.get(case.variant.split()[0], "backward"),
+            model.bytes_moved,
+            step=steps.get(case.call, "backward"),
             itemsize=DTYPES[case.dtype].itemsize,
             inputs=case.inputs / case.outputs,
         )
         for launch in compiled(case.launch, TARGETS[target]):
             moved = launch.bytes()
-            instructions = seconds = limit = None
+            per_output = seconds = limit = None
             try:
                 executed = launch.instructions()
-                instructions = round(sum(executed.values()) / case.outputs, 2)
-                if device := kernel_model.DEVICES.get(target):
-                    seconds, limit = kernel_model.kernel_time(device, executed, moved)
+                per_output = round(sum(executed.values()) / case.outputs, 2)
+                if device := model.DEVICES.get(target):
+                    seconds, limit = model.kernel_time(device, executed, moved)
             except ValueError as error:
                 print(f"{target}: {launch.name} not counted: {error}", file=sys.stderr)
             yield {
@@ -229,7 +235,7 @@ def report(targets: list[str], dtypes: list[str], windows: list[str]) -> Iterato
                 "dtype": case.dtype,
                 "target": target,
                 **resources(launch.kernel),
-                "instructions_per_output": instructions,
+                "instructions_per_output": per_output,
                 "bytes_per_output": round(moved / case.outputs, 2),
                 "modelled_us": None if seconds is None else round(1e6 * seconds, 1),
                 "limit": limit,
@@ -247,10 +253,10 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
         if row["limit"] and re.match(f"sample(_backward)? {CNN_SP}", row["variant"]):
             steps[row["target"], row["dtype"], row["variant"].split()[-1]].append(row)
     for (target, dtype, layout), both in steps.items():
-        device = kernel_model.DEVICES[target]
+        device = model.DEVICES[target]
         ours = sum(row["modelled_us"] for row in both) / 1e3
         eager, inductor = (
-            1e3 * kernel_model.memory_time(device, outputs * sum(row[pool] for row in both))
+            1e3 * model.memory_time(device, outputs * sum(row[pool] for row in both))
             for pool in ("eager_max_pool_bytes", "inductor_bytes")
         )
         yield (

@@ -53,7 +53,7 @@ def unrolled(input_ptr, output_ptr, count):
 COMPILE = """
 import json, sys
 import torch
-import kernel_instructions, kernel_report, tiny
+import instructions, kernel_report, tiny
 
 def counts(target, kernel, *arguments, averages={}):
     launch = lambda: kernel[(3,)](*tensors, *arguments, num_warps=1)
@@ -61,7 +61,7 @@ def counts(target, kernel, *arguments, averages={}):
     assert compiled.programs == 3
     assert compiled.bytes() == 2 * 4 * 4096
     averages = {"tl.max(total) > 7": 0, **averages}
-    return kernel_instructions.count(compiled.kernel, compiled.arguments, averages)
+    return instructions.count(compiled.kernel, compiled.arguments, averages)
 
 tensors = torch.empty(4096), torch.empty(4096)
 found = {
@@ -104,7 +104,7 @@ def sass(*lines: str | tuple[str, ...]) -> str:
 
 
 def test_code_is_parsed_without_its_padding(bench: ModuleType) -> None:
-    code = bench.kernel_instructions.parse_sass(
+    code = bench.instructions.parse_sass(
         sass(
             ("a.py:3", "a.py:9"), "MOV R1, c[0x0][0x28]", "@!P0 FADD R0, R0, 1",
             ("a.py:4",), ".L_x_0:", "@P1 BRA `(.L_x_0)", "EXIT",
@@ -114,17 +114,17 @@ def test_code_is_parsed_without_its_padding(bench: ModuleType) -> None:
     assert [i.opcode for i in code.instructions] == ["MOV", "FADD", "BRA", "EXIT"]
     assert code.instructions[1].chain == (("a.py", 3), ("a.py", 9))
     assert code.instructions[2].chain == (("a.py", 4),)
-    assert [loop.body for loop in bench.kernel_instructions.find_loops(code)] == [{2}]
+    assert [loop.body for loop in bench.instructions.find_loops(code)] == [{2}]
 
 
 def test_cold_code_behind_the_rest_is_no_loop(bench: ModuleType) -> None:
-    code = bench.kernel_instructions.parse_sass(
+    code = bench.instructions.parse_sass(
         sass(
             ("a.py:1",), "@P0 BRA `(.L_x_1)", ".L_x_0:", "FADD R0, R0, 1", "EXIT",
             ".L_x_1:", "FMUL R0, R0, 2", "BRA `(.L_x_0)",
         )
     )  # fmt: skip
-    assert bench.kernel_instructions.find_loops(code) == []
+    assert bench.instructions.find_loops(code) == []
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_cold_code_behind_the_rest_is_no_loop(bench: ModuleType) -> None:
     ],
 )  # fmt: skip
 def test_classes(bench: ModuleType, opcode: str, unit: str) -> None:
-    assert bench.kernel_instructions.classify_sass(opcode) == unit
+    assert bench.instructions.classify_sass(opcode) == unit
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
@@ -191,18 +191,18 @@ def test_check_lists_what_is_worse(bench: ModuleType) -> None:
 
 
 def test_a_kernel_takes_as_long_as_its_busiest_resource(bench: ModuleType) -> None:
-    card = bench.kernel_model.DEVICES["sm_86"]
-    free = bench.kernel_model.LAUNCH_SECONDS
+    card = bench.model.DEVICES["sm_86"]
+    free = bench.model.LAUNCH_SECONDS
     moved = 0.9 * card.bandwidth  # in one second
     cycle = card.multiprocessors * card.clock
-    assert bench.kernel_model.kernel_time(card, {"alu": 1}, moved) == (1 + free, "memory")
-    assert bench.kernel_model.kernel_time(card, {"alu": 128 * cycle}, moved) == (2 + free, "alu")
+    assert bench.model.kernel_time(card, {"alu": 1}, moved) == (1 + free, "memory")
+    assert bench.model.kernel_time(card, {"alu": 128 * cycle}, moved) == (2 + free, "alu")
     fp32 = {"fp32": 64 * cycle, "uniform": 192 * cycle}
-    assert bench.kernel_model.kernel_time(card, fp32, moved) == (2 + free, "issue")
+    assert bench.model.kernel_time(card, fp32, moved) == (2 + free, "issue")
 
 
 def test_bytes_of_the_baselines(bench: ModuleType) -> None:
-    moved = bench.kernel_model.bytes_moved
+    moved = bench.model.bytes_moved
     for pool, forward, backward in (
         ("max", 20, 22), ("max_compiled", 9, 9), ("avg", 12, 12), ("stochastic", 5, 5),
     ):  # fmt: skip

@@ -398,7 +398,7 @@ def variants(shapes, window, layout=torch.contiguous_format):
         keys[fn.name].add(key)
         return True  # nothing is compiled
 
-    triton.runtime.driver.set_active(kernel_report.AbsentGpu(kernel_report.TARGETS["sm_86"]))
+    triton.runtime.driver.set_active(kernel_report._AbsentGpu(kernel_report.TARGETS["sm_86"]))
     triton.knobs.runtime.jit_cache_hook = count
     for shape in shapes:
         launch(shape, window, layout)

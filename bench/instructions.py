@@ -316,7 +316,7 @@ def _unrolled_in_part(
 
 # ---------------------------------------------------------------- classes of instructions
 
-# The unit that executes each SASS opcode, up to its first dot; kernel_model.py has what is known of
+# The unit that executes each SASS opcode, up to its first dot; model.py has what is known of
 # them. What is not here works on integers, bits and predicates, or compares or selects: FSEL,
 # FSETP, FMNMX, SEL, LOP3, SHF, IADD3, ISETP, PRMT, LEA, MOV and so on, on the "alu".
 _SASS = {

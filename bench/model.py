@@ -28,6 +28,7 @@ hand to check against:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 # Threads' instructions that the four warp schedulers of a multiprocessor issue per clock.
@@ -38,7 +39,8 @@ ACHIEVABLE_BANDWIDTH = 0.9
 LAUNCH_SECONDS = 3e-6
 
 
-class Device(NamedTuple):
+@dataclass(frozen=True)
+class Device:
     name: str
     multiprocessors: int
     clock: float  # Hz
@@ -46,7 +48,7 @@ class Device(NamedTuple):
     pipes: Mapping[str, Mapping[str, int]]
 
 
-# For each pipe how many threads' instructions of a class (see kernel_instructions.py) it executes
+# For each pipe how many threads' instructions of a class (see instructions.py) it executes
 # per clock and multiprocessor, if it does nothing else. Classes that no pipe lists (uniform, other)
 # count to the issue alone.
 _COMMON = {"alu": {"alu": 64}, "conversion": {"conversion": 16}, "lsu": {"lsu": 32}}
