@@ -24,6 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {
         "augment": "random",
         "repeats": 20,
+        "crop_scale": 0.4,
         "epochs": 15,
         "batch_size": 64,
         "lr": 0.02,
@@ -33,6 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup_epochs": 0.5,
         "label_smoothing": 0.1,
         "mixup": 0.4,
+        "cutmix": 0.5,
         "ema": 0.99,
         "dropout": 0.3,
     },
