@@ -93,13 +93,8 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
         # A Windows code page lacks characters that names of files and classes may have.
         sys.stdout.reconfigure(errors="backslashreplace")
     status, message, before = 0, "", threading.excepthook
-
-    def tell(thread: Any) -> None:
-        # Of a full disk and of a reader that is gone this thread learns by itself.
-        if not isinstance(thread.exc_value, OSError):
-            before(thread)
-
-    threading.excepthook = tell
+    # Of a full disk and of a reader that is gone this thread learns by itself.
+    threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or before(args)
     try:
         work()
         print(end="", flush=True)

@@ -144,11 +144,11 @@ class EpochProgress:
         self._images, self._start = 0, time.perf_counter()
         # Of several processes one has a standard output; and tqdm shows nothing on a terminal that
         # does not tell its width, such as Docker's.
-        shown = sys.stdout is not None and sys.stderr.isatty()
-        shown = shown and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        hidden = sys.stdout is None or not sys.stderr.isatty()
+        hidden = hidden or os.get_terminal_size(sys.stderr.fileno()).columns == 0
         # Short enough for 80 columns.
         form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
-        options = {"leave": False, "dynamic_ncols": True, "disable": not shown, "bar_format": form}
+        options = {"leave": False, "dynamic_ncols": True, "disable": hidden, "bar_format": form}
         self._bar = tqdm(desc=name, total=steps, initial=done, **options)
 
     def __enter__(self) -> EpochProgress:

@@ -346,6 +346,7 @@ class Trainer:
             raise UserError(f"checkpoint {path} does not fit: {reason}") from None
         self.progress = progress
         self._tell_changes(before, state["items"])
+        # For a run that goes on in another folder, so that all of it is there.
         best = Path(path).with_name("best.pt")
         if self.team.leads and best.is_file() and not (self.output / best.name).exists():
             files.write(self.output / best.name, best.read_bytes())
