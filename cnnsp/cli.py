@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import errno
 import io
-import math
 import os
 import signal
 import sys
@@ -48,9 +47,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type[int] | type[float], least: float, *, exclusive: bool = False, most: float = math.inf
+    kind: type[int] | type[float], least: float, *, exclusive: bool = False, most: float = 10**15
 ) -> Callable[[str], float]:
-    """An argument type: a finite ``kind``, at least ``least`` or above it, at most ``most``."""
+    """An argument type: a ``kind``, at least ``least`` or above it, at most ``most``."""
 
     def parse(text: str) -> float:
         try:
@@ -58,11 +57,11 @@ def number(
         except ValueError:
             what = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
-        if not math.isfinite(value) or value < least or (exclusive and value == least):
-            bound = f"above {least}" if exclusive else f"at least {least}"
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
         if value > most:
             raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
+        if not value >= least or (exclusive and value == least):  # NaN, too, is refused
+            bound = f"above {least}" if exclusive else f"at least {least}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
         return value
 
     return parse
@@ -89,13 +88,16 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
     """
     # A notebook's, which only a notebook can import. No figure here is shown.
     os.environ["MPLBACKEND"] = "agg"
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  where it was closed
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A Windows code page lacks characters that names of files and classes may have.
         sys.stdout.reconfigure(errors="backslashreplace")
+    status, message, before = 0, "", threading.excepthook
+    # Of a full disk and of a reader that is gone this thread learns by itself.
+    threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or before(args)
     try:
         work()
         print(end="", flush=True)
-        return 0
     except UserError as error:
         status, message = 2, f"error: {error}"
     except Interrupted as interruption:
@@ -105,38 +107,48 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
     except BrokenPipeError:  # as `| head` leaves it
         status, message = 141, ""
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        status, message = 2, f"error: cannot write the output: {error.strerror}"
-    try:
-        print(end="", flush=True)
-    except OSError:  # what is in the buffer would raise it again at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        what = "write the output" if error.filename is None else f"use {error.filename}"
+        status, message = 2, f"error: cannot {what}: {error.strerror}"
+    finally:
+        threading.excepthook = before
+        try:
+            print(end="", flush=True)
+        except OSError:  # what is in the buffer would raise it again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
-        print(f"{prog}: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            print(f"{prog}: {printable(message)}", file=sys.stderr)
     return status
 
 
+def is_launched() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+
+
 @contextlib.contextmanager
-def importing(prog: str) -> Iterator[None]:
+def importing(prog: str, extra: str = "train") -> Iterator[None]:
     """Within this context Ctrl-C ends the process at once, in one line.
 
     As an exception it would reach libraries in the middle of their imports, which answer with
-    tracebacks of their own.
+    tracebacks of their own. Of a package that is missing, this says which ``extra`` has it.
     """
 
     def end(*_: object) -> None:
         os.write(2, f"{prog}: interrupted\n".encode())
         os._exit(130)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, end)
+    alone = threading.current_thread() is not threading.main_thread()
+    before = None if alone else signal.signal(signal.SIGINT, end)
     try:
         yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}: pip install -e '.[{extra}]'") from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        if not alone:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,8 @@ def claimed(folder: Path, *, rename: bool = False) -> Iterator[Path]:
         raise UserError(f"output folder {folder}: {above} is not writable")
     wanted, numbers, made = folder, count(2), []
     try:
-        for path in (*reversed(folder.parents), folder):
+        # Only what is missing: systems differ in what they say to the making of a root.
+        for path in (p for p in (*reversed(folder.parents), folder) if not p.exists()):
             with suppress(FileExistsError):
                 path.mkdir()
                 made.append(path)

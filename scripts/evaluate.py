@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnnsp import files
-from cnnsp.cli import ArgumentParser, align, exit_status, importing
+from cnnsp.cli import ArgumentParser, align, exit_status, importing, printable
 from cnnsp.data import folder
 from cnnsp.training import checkpoint
 from cnnsp.training.recipe import SYNTHETIC
@@ -72,11 +72,7 @@ def run(arguments: Sequence[str] | None) -> None:
         images, device=device, channels_last=device.type == "cpu", workers=args.workers
     )
     result = evaluate(network.model, bank, args.batch_size)
-    picture = (args.output_dir or path.parent) / f"confusion-{args.split}.png"
-    files.make_folder(picture.parent)
-    title = f"CNN_SP, {network.pooling} pooling, {data_dir}/{args.split}"
-    pictures.write(pictures.confusion(result, images.classes, title), picture)
-
+    title = printable(f"CNN_SP, {network.pooling} pooling, {data_dir}/{args.split}")
     if args.json:
         summary = {
             "checkpoint": str(path),
@@ -92,17 +88,21 @@ def run(arguments: Sequence[str] | None) -> None:
             "confusion": result.confusion.tolist(),
         }
         print(json.dumps(summary, indent=2, allow_nan=False))
-        return
-    print(
-        title,
-        f"average loss {result.loss:.4f}, "
-        f"accuracy {result.correct}/{result.total} ({result.accuracy:.2f} %)",
-        "",
-        *align(confusion_rows(result, images.classes)),
-        "",
-        f"Picture: {picture}",
-        sep="\n",
-    )
+    else:
+        print(
+            title,
+            f"average loss {result.loss:.4f}, "
+            f"accuracy {result.correct}/{result.total} ({result.accuracy:.2f} %)",
+            "",
+            *align(confusion_rows(result, images.classes)),
+            sep="\n",
+        )
+    # At the end, for the folder of another's run may be read-only.
+    picture = (args.output_dir or path.parent) / f"confusion-{args.split}.png"
+    files.make_folder(picture.parent)
+    pictures.write(pictures.confusion(result, images.classes, title), picture)
+    if not args.json:
+        print(f"\nPicture: {picture}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -69,7 +69,7 @@ def run(arguments: Sequence[str] | None) -> None:
         elif source.in_folder:
             tqdm.write(f"skipped: {printable(str(result))}", file=sys.stderr)
         else:
-            failures.append(printable(str(result)))
+            failures.append(str(result))
 
     if args.json:
         entries = [as_entry(*prediction, network.classes) for prediction in predictions]
@@ -79,7 +79,7 @@ def run(arguments: Sequence[str] | None) -> None:
     if failures:
         raise UserError("; ".join(failures))
     if not predictions:
-        raise UserError(f"no images in {', '.join(map(printable, args.images))}")
+        raise UserError(f"no images in {', '.join(args.images)}")
 
 
 def as_entry(path: Path, prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ of the files and the seed only.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import random
@@ -73,7 +72,8 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def run(arguments: Sequence[str] | None) -> None:
+    args = make_parser().parse_args(arguments)
     output: Path = args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; remove it or choose another --output")
@@ -153,8 +153,7 @@ def write(chosen: dict[str, list[Photo]], output: Path, train: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run with ``arguments`` (default: the command line); returns the exit status."""
-    args = make_parser().parse_args(arguments)
-    return exit_status(PROG, lambda: run(args))
+    return exit_status(PROG, lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 from cnnsp import POOLINGS
 from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, number
 from cnnsp.data.folder import check_folder
-from cnnsp.errors import UserError
 from cnnsp.training.recipe import RECIPES
 
 PROG = "study.py"
@@ -51,23 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     end = given.index("--") if "--" in given else len(given)
-    args, flags = make_parser().parse_args(given[:end]), given[end + 1 :]
     failures: list[str] = []
 
     def work() -> None:
+        args = make_parser().parse_args(given[:end])
         check_folder(args.data_dir, "data folder")
-        try:
-            with importing(PROG):
-                from cnnsp.results.study import Study, cases, machine_name
-                from cnnsp.training.devices import choose_device
-        except ModuleNotFoundError as error:
-            raise UserError(f"{error}: pip install -e '.[study]'") from None
+        with importing(PROG, "study"):
+            from cnnsp.results.study import Study, cases, machine_name
+            from cnnsp.training.devices import choose_device
 
         study = Study(
             script=Path(__file__).with_name("train.py"),
             folder=args.output_dir,
             data_dir=args.data_dir,
-            flags=flags,
+            flags=given[end + 1 :],
             device=args.device,
             machine=args.name or machine_name(choose_device(args.device)),
             started_with=f"python scripts/study.py {shlex.join(given)}",

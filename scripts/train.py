@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnsp import UserError, files
-from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, number
+from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, is_launched, number
 from cnnsp.data import folder
 from cnnsp.training import checkpoint
 from cnnsp.training.interruption import Interrupted
@@ -176,7 +176,7 @@ def run(arguments: Sequence[str] | None) -> None:
     output = args.output_dir or (args.resume and args.resume.parent)
     new = Path("runs", f"{args.pool}-{time.strftime('%Y%m%d-%H%M%S')}")
     # Of the processes that torchrun starts, the first one writes.
-    leads = os.environ.get("RANK", "0") == "0"
+    leads = not is_launched() or os.environ["RANK"] == "0"
     claim = files.claimed(output or new, rename=output is None) if leads else nullcontext(new)
     with claim as args.output_dir:
         if leads:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import subprocess
+import sys
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from cnnsp.data.batches import ImageBank, epoch_batches
 from cnnsp.data.decoding import decode
 from cnnsp.data.images import ImageFiles, ImageSet, load_folder
 from cnnsp.data.synthetic import CLASSES, synthetic_flowers
+
+from .scripts import ENVIRONMENT
 
 
 @pytest.fixture
@@ -127,6 +132,23 @@ def test_processes_draw_the_same_flowers(error, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(one.images, many.images)
     assert one.names == many.names
     assert one.names[41] == "dandelion 1"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_the_processes_that_draw_end_with_this_one() -> None:
+    """They hold its output, so `run` waits for all of them."""
+    code = """if True:
+        import os, signal
+        from cnnsp.data import synthetic
+        def die(images, *_, **__):
+            next(images)
+            os.kill(os.getpid(), signal.SIGKILL)
+        synthetic.tqdm, synthetic.os.cpu_count = die, lambda: 2
+        synthetic.synthetic_flowers(40, size=16)
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_synthetic_flowers_are_not_told_apart_by_colour() -> None:

@@ -56,7 +56,9 @@ DEEP = {
     "16-png": ((RAMP * 65535).astype(np.uint16), ".png"),
     "16-tif": ((RAMP * 65535).astype(np.uint16), ".tif"),
     "16-tif-big": ((RAMP * 65535).astype(">u2"), ".tif"),
+    "10-in-16": ((RAMP * 1023).astype(np.uint16), ".tif"),
     "12-in-16": ((RAMP * 4095).astype(np.uint16), ".tif"),
+    "14-in-16": ((RAMP * 16383).astype(np.uint16), ".png"),
     "32-int": ((RAMP * 65535).astype(np.int32), ".tif"),
     "float-to-1": (RAMP.astype(np.float32), ".tif"),
     "float-to-255": ((RAMP * 255).astype(np.float32), ".tif"),
@@ -68,6 +70,14 @@ DEEP = {
 def test_more_than_eight_bits_are_scaled(tmp_path: Path, pixels: np.ndarray, suffix: str) -> None:
     path = tmp_path / f"deep{suffix}"
     Image.fromarray(pixels).save(path)
+    difference = decode(path, 32).astype(int) - resized(Image.fromarray(GREY))
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(("pixels", "top"), [(np.uint16, 65535), (np.float32, 1)])
+def test_a_tiff_whose_white_is_0(tmp_path: Path, pixels: type, top: int) -> None:
+    path = tmp_path / "scan.tif"
+    Image.fromarray(((1 - RAMP) * top).astype(pixels)).save(path, tiffinfo={262: 0})
     difference = decode(path, 32).astype(int) - resized(Image.fromarray(GREY))
     assert np.abs(difference).max() <= 1
 
@@ -99,6 +109,14 @@ def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
     seen = decode(path, 64)
     assert (seen[:, :30] == 255).all()
     assert np.abs(seen[:, 34:].astype(int) - 200).max() <= 2
+
+
+def test_a_deep_grey_that_stands_for_nothing_is_white(tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    pixels = np.full((8, 8), 51400, np.uint16)
+    pixels[:, :4] = 4660
+    Image.fromarray(pixels).save(path, transparency=4660)
+    assert (decode(path, 8) == np.repeat([255, 200], 4)[:, None]).all()
 
 
 def test_half_transparent_pixels_are_mixed_with_white(tmp_path: Path) -> None:
@@ -140,25 +158,30 @@ def test_heic_is_read_where_its_package_is(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_warnings_name_their_files(tmp_path: Path) -> None:
-    """Each of them, from several threads at once, and none of other code."""
+    """Each of them, from several threads at once, none of other code, and nothing stays changed."""
     paths = [str(tmp_path / f"{number}.png") for number in range(6)]
     for path in paths:
         picture().save(path)
     code = """if True:
-        import sys, warnings
+        import numpy, sys, warnings  # which changes them, too
         from concurrent.futures import ThreadPoolExecutor
         from pathlib import Path
         from PIL import Image
+        before = warnings.showwarning, list(warnings.filters)
         from cnnsp.data.decoding import decode
         Image.MAX_IMAGE_PIXELS = 5000
         with ThreadPoolExecutor(3) as pool:
             list(pool.map(decode, map(Path, sys.argv[1:])))
+        assert (warnings.showwarning, list(warnings.filters)) == before
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            decode(Path(sys.argv[1]))
         warnings.warn("of other code")
     """
     command = [sys.executable, "-c", code, *paths]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True)
     lines = [line.split(": ") for line in done.stderr.splitlines() if "6144 pixels" in line]
-    assert sorted(path for _, path, _ in lines) == paths
+    assert sorted(path for _, path, _ in lines) == sorted([*paths, paths[0]])
     assert all(start == "warning" for start, *_ in lines)
     assert "UserWarning: of other code" in done.stderr
 
@@ -168,11 +191,13 @@ def test_errors_name_their_files(tmp_path: Path, monkeypatch) -> None:
     picture().save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "empty.jpg").touch()
     (tmp_path / "set.zip").write_bytes(b"PK\3\4" + bytes(30))
     for name, reason in [
         ("huge.png", "cannot decode .*huge.png: .*exceeds limit"),
         ("folder.jpg", "folder.jpg is not a file"),
         ("none.jpg", "none.jpg does not exist"),
+        ("empty.jpg", "empty.jpg is empty"),
         ("set.zip", "set.zip is not an image.*unpack it"),
     ]:
         with pytest.raises(UserError, match=reason):
@@ -210,6 +235,16 @@ def test_all_that_is_wrong_with_folders_is_named_at_once(tmp_path: Path) -> None
         list_folder(folder)
     for reason in ("more is not a file", "gone.png is a link to nothing", "c holds no images"):
         assert reason in str(caught.value)
+
+
+def test_one_class_is_too_few_for_quarters_too(tmp_path: Path) -> None:
+    folder = tmp_path / "train_data" / "a"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        (folder / f"{number}.png").touch()
+    (folder.parent / "@eaDir").mkdir()  # a network drive's
+    with pytest.raises(UserError, match="holds one class, 'a'"):
+        list_folder(tmp_path, validate=2)
 
 
 def test_a_folder_too_deep_and_one_that_cannot_be_read(tmp_path: Path, monkeypatch) -> None:

@@ -23,6 +23,7 @@ from cnnsp.data import images
 from cnnsp.errors import UserError
 from cnnsp.results import board
 from cnnsp.training import checkpoint, run
+from cnnsp.training.interruption import Requests
 from cnnsp.training.step import Learner
 
 from .scripts import ENVIRONMENT, ROOT, load_script
@@ -99,12 +100,13 @@ def test_signal_saves_the_run_and_ends_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C in the first epoch, SIGTERM in the second."""
+    """Ctrl-C in the first epoch, SIGTERM and a terminal that closes in the second."""
     step, last = Learner.step, tmp_path / "last.pt"
     arguments = [*recipe(photos, tmp_path, EPOCHS), "--checkpoint-interval", "3600"]
     for number, status, when, where in [
         (signal.SIGINT, 130, 3, "1 after step 4"),
         (signal.SIGTERM, 143, 8, "2 after step 2"),
+        (getattr(signal, "SIGHUP", signal.SIGTERM), 129, 10, "2 after step 4"),
     ]:
         before = signal.getsignal(number)
 
@@ -115,7 +117,7 @@ def test_signal_saves_the_run_and_ends_it(
 
         with monkeypatch.context() as patch:
             patch.setattr(Learner, "step", step_and_signal)
-            assert main(arguments) == status
+            assert main(arguments) in (status, 128 + number)
         error = capsys.readouterr().err
         assert f"{number.name}: a checkpoint is written as soon as the step is done" in error
         assert ("Ctrl-C again ends it without" in error) == (number == signal.SIGINT)
@@ -125,6 +127,17 @@ def test_signal_saves_the_run_and_ends_it(
         arguments = ["--device", "cpu", "--resume", str(last)]
     assert main(arguments) == 0
     assert_same_run(whole, tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_what_nohup_ignores_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Requests("nothing follows") as requests:
+            signal.raise_signal(signal.SIGHUP)
+        assert requests.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("where", ["decoding", "evaluation"])
@@ -166,10 +179,15 @@ def test_a_signal_acts_while_the_run_waits(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
+@pytest.mark.parametrize("what", ["pipe", "terminal"])
 def test_a_reader_that_goes_is_no_full_disk(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    what: str,
 ) -> None:
-    """As `| head` does; what was trained is kept."""
+    """As `| head` does, or a terminal that a run outlives; what was trained is kept."""
     lines, reader = 0, os.pipe()
     with os.fdopen(reader[1], "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
@@ -180,6 +198,8 @@ def test_a_reader_that_goes_is_no_full_disk(
             lines += 1
             if lines == 3:
                 os.close(reader[0])
+                if what == "terminal":
+                    raise OSError(errno.EIO, "Input/output error")
             report(self, loss)
 
         monkeypatch.setattr(board.EpochProgress, "report", close_and_report)

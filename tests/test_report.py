@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,8 +23,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from wcwidth import wcswidth
 
-from cnnsp import CNN_SP
-from cnnsp.cli import align, patience
+from cnnsp import CNN_SP, UserError
+from cnnsp.cli import align, exit_status, importing, patience
 from cnnsp.data.batches import ImageBank
 from cnnsp.data.images import ImageSet
 from cnnsp.results import board as boards
@@ -246,6 +249,29 @@ def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str
     assert error == ""
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other terminals")
+@pytest.mark.parametrize("columns", [0, 80])
+def test_progress_on_a_terminal(columns: int, monkeypatch, capsys) -> None:
+    """It fits 80 columns; where nothing tells their number, as in Docker, there are lines."""
+    import fcntl
+    import termios
+
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with boards.EpochProgress("epoch 12/30", 1144, done=1100, rest=9999) as progress:
+            progress.advance(256)
+            progress.report(0.5)
+            monkeypatch.undo()
+            shown = capsys.readouterr().out
+            while columns and "loss" not in shown:
+                shown += os.read(master, 9999).decode()
+    os.close(master)
+    assert "loss 0.5000" in shown
+    assert shown.rstrip().endswith(" left")
+
+
 def test_times_are_for_people() -> None:
     shown = [boards.duration(seconds) for seconds in (45.4, 119, 12 * 60, 3 * 3600 + 290)]
     assert shown == ["45 s", "2 min", "12 min", "3 h 05 min"]
@@ -281,6 +307,42 @@ def test_what_takes_long_is_announced(capsys) -> None:
     with patience("compiling", seconds=0.01):
         time.sleep(0.5)
     assert capsys.readouterr() == ("compiling\n", "")
+
+
+def test_what_the_system_refuses_is_one_line(capsys, monkeypatch) -> None:
+    def work() -> None:
+        Path("x" * 300).stat()
+
+    assert exit_status("x", work) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("x: error: cannot use xxx")
+    assert error.count("\n") == 1
+    monkeypatch.setattr(sys, "stderr", None)  # closed, as by 2>&-
+    assert exit_status("x", lambda: print("text", file=sys.stderr)) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_threads_that_cannot_write_say_nothing(capsys) -> None:
+    """Of a full disk and a reader that is gone, the main thread speaks."""
+
+    def fail() -> None:
+        raise BrokenPipeError
+
+    def work() -> None:
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    before = threading.excepthook
+    assert exit_status("x", work) == 0
+    assert capsys.readouterr().err == ""
+    assert threading.excepthook is before
+
+
+def test_packages_that_are_missing_are_named() -> None:
+    with pytest.raises(UserError, match=r"'no_such_package': pip install -e '\.\[train\]'"):  # noqa: SIM117
+        with importing("train.py"):
+            importlib.import_module("no_such_package")
 
 
 def test_a_notebook_s_backend_is_left_alone() -> None:

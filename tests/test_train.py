@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cnnsp import CNN_SP, files
+from cnnsp import CNN_SP, UserError, files
 from cnnsp.data import images, synthetic
 from cnnsp.data.batches import ImageBank
 from cnnsp.data.images import ImageSet
@@ -162,7 +162,10 @@ def test_resumed_run_equals_undisturbed_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_half_precision_in_contiguous_format_runs(photos: Path, tmp_path: Path) -> None:
+def test_half_precision_in_contiguous_format_runs(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")  # of something else than torchrun
     arguments = ["--amp-dtype", "bfloat16", "--no-channels-last", "--opt", "adam", "-b", "2"]
     arguments += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
     assert main([*CPU, *arguments, "--max-steps", "1"]) == 0
@@ -197,6 +200,10 @@ def test_evaluation_counts_each_image_once_and_keeps_the_mode() -> None:
     assert result.total == 5
     assert result.correct == int((output.argmax(1) == labels).sum())
     assert result.loss == pytest.approx(float(torch.nn.functional.nll_loss(output, labels)))
+    with torch.no_grad():
+        model.fc2.weight.fill_(3e38)  # finite, but what follows is not
+    with pytest.raises(UserError, match="outputs are not finite: it diverged; a lower --lr may"):
+        evaluate(model, bank, batch_size=2)
 
 
 def _cut(folder: Path) -> None:
@@ -213,6 +220,11 @@ BAD_PHOTOS: list[Any] = [
         lambda p: (p / "test_data" / "rose").rename(p / "test_data" / "tulip"),
         "'rose' is only in train_data, 'tulip' is only in test_data",
         id="classes-differ",
+    ),
+    pytest.param(
+        lambda p: (p / "test_data" / "tulip").symlink_to("nowhere"),
+        "{photos}/test_data/tulip is a link to nothing",
+        id="class-linked-to-nothing",
     ),
     pytest.param(_cut, "cannot decode {photos}/train_data/rose/1.jpg", id="truncated"),
 ]
@@ -258,6 +270,11 @@ def test_bad_photographs(
         (["--seed", str(2**32)], "--seed: must be at most 4294967295"),
         (["--recipe", "best", "--momentum", "0"], "--nesterov needs --momentum above 0"),
         (["--torchcompile", "reduce-overhead", "--accumulate", "2"], "know no --accumulate"),
+        (["--lr", "1e300"], "--lr: must be at most 1000000000000000, got 1e300"),
+        (["--epochs", "9" * 400], "--epochs: must be at most"),
+        (["--device", "meta"], "--device meta: not available on this machine"),
+        (["--device", "privateuseone"], "--device privateuseone: not available"),
+        (["--data-dir", "x" * 300], "cannot use xxx"),
         (["--gpu-memory-gb", "6", "--device", "cpu"], "--gpu-memory-gb needs a GPU"),
     ],
 )
@@ -312,6 +329,22 @@ def test_a_folder_belongs_to_one_run(
     with files.claimed(tmp_path / "run"):
         assert_refused([*CPU, "--resume", str(tmp_path / "run")], "another run is writing", capsys)
     assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_folder_is_made_where_a_root_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS and Windows do not say that it exists."""
+    mkdir = Path.mkdir
+
+    def make(path: Path) -> None:
+        if path == path.parent:
+            raise IsADirectoryError(21, "Is a directory", str(path))
+        mkdir(path)
+
+    monkeypatch.setattr(Path, "mkdir", make)
+    with files.claimed(tmp_path / "runs" / "max") as folder:
+        assert folder.is_dir()
 
 
 def test_starts_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -376,6 +409,14 @@ def test_a_schedule_that_jumps_says_so(
     assert main([*resume[:-1], "4", "--max-steps", "1"]) == 0
     printed = capsys.readouterr().out
     assert "The learning rate goes on at 0.005; it would have been 0.00146." in printed
+    shutil.copytree(photos / "train_data", photos / "more")
+    for path in (photos / "more").glob("*/0.jpg"):
+        path.rename(photos / "train_data" / path.parent.name / "more.jpg")
+    other = tmp_path / "other"
+    assert main([*resume[:-1], "5", "--output-dir", str(other)]) == 0
+    printed = capsys.readouterr().out
+    assert "(in brackets): --epochs 5 (4), 6 images an epoch (4)\n" in printed
+    assert (other / "best.pt").exists()  # all of it is there
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "study"])
@@ -397,9 +438,9 @@ def test_help_and_wrong_paths_need_no_pytorch(name: str, tmp_path: Path) -> None
     for arguments, status, text in ((["--help"], 0, "examples:"), (missing, 2, "does not exist")):
         run = f"import sys; sys.argv = {[script, *arguments]!r}\n{code}"
         command = [sys.executable, "-c", run]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT
-        )
+        # An output that lacks characters, as a code page of Windows does.
+        ascii = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ascii)
         assert done.returncode == status, done.stderr
         assert text in done.stdout + done.stderr
         assert done.stdout.splitlines()[-1] == "[]"

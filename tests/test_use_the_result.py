@@ -24,6 +24,7 @@ from cnnsp.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from cnnsp.data.batches import ImageBank
 from cnnsp.data.decoding import decode
 from cnnsp.data.images import ImageSet
+from cnnsp.results.board import Board
 from cnnsp.results.evaluation import Evaluation
 from cnnsp.results.inference import load_network
 from cnnsp.training import checkpoint
@@ -300,6 +301,12 @@ def test_evaluate_script(
     assert (path.parent / "confusion-test_data.png").is_file()
     assert run(evaluate, path, "--split", "train_data", "--json") == 0
     assert json.loads(capsys.readouterr().out)["total"] == 2
+    # What cannot be written costs the picture alone.
+    (tmp_path / "confusion-test_data.png").mkdir()
+    assert run(evaluate, path, "--output-dir", tmp_path) == 2
+    shown = capsys.readouterr()
+    assert f"accuracy {told['correct']}/5" in shown.out
+    assert f"cannot write {tmp_path / 'confusion-test_data.png'}" in shown.err
 
 
 def test_evaluation_needs_no_other_photographs(
@@ -318,6 +325,25 @@ def test_evaluation_needs_no_other_photographs(
     assert run(evaluate, path.parent, "--data-dir", alone, "--split", "train_data") == 2
     assert run(evaluate, photos, "--data-dir", alone) == 2
     assert f"folder {photos} holds no last.pt" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_names_of_another_encoding(
+    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As old archives have them; and with a line break."""
+    folder = tmp_path / os.fsdecode(b"h\xe9rbier")
+    names = ["line\nbreak", os.fsdecode(b"\xe9glantine")]
+    for old, new in zip(CLASSES, names, strict=True):
+        shutil.copytree(photos / "test_data" / old, folder / "test_data" / new)
+    options = {"data_dir": str(folder)}
+    assert run(evaluate, make_checkpoint("max", classes=names, options=options)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert r"h\udce9rbier/test_data" in lines[0]
+    assert [line.split()[0] for line in lines[4:6]] == [r"line\nbreak", r"\udce9glantine"]
+    writer = Board(tmp_path / "board")
+    writer.hyper_parameters(options, {"last_accuracy": 1.0})
+    writer.close()
 
 
 def test_evaluation_says_where_a_folder_comes_from(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import sys
 import threading
 import warnings
@@ -38,7 +39,7 @@ def read(path: Path) -> Image.Image:
 
     It stands upright (EXIF), lies on white where it is transparent, and is the first frame of an
     animation. Pixels of 16 or 32 bits or floats are scaled: from 0 to 1, if they are floats that
-    never exceed it, or else to 255, 4095 or 65535, the least that none exceeds.
+    never exceed it, or else to the least largest number of 8, 10, 12, 14 or 16 bits that none does.
 
     Raises:
         UserError: when the file is no image, damaged, or has pixels beyond those scales.
@@ -69,6 +70,8 @@ def _open(path: Path) -> Image.Image:
     except Image.UnidentifiedImageError:
         with path.open("rb") as file:
             start = file.read(12)
+    if not start:
+        raise UserError(f"{path} is empty")
     if start[4:8] != b"ftyp" or start[8:] not in _PACKAGES:
         more = ""
         if path.suffix.lower() in Image.registered_extensions():
@@ -87,16 +90,23 @@ def _open(path: Path) -> Image.Image:
 def _scaled(image: Image.Image, path: Path) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()
-    tops = (1, 255, 4095, 65535) if image.mode == "F" else (255, 4095, 65535)
+    tops = [1] * (image.mode == "F") + [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
     top = next((top for top in tops if high <= top), None)
     if not low >= 0 or top is None:  # NaN, too, is refused
         raise UserError(
             f"{path} has pixels from {low:g} to {high:g}; convert it to 8 bits a channel"
         )
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF whose white is 0
+        values = top - values
+    values[values == image.info.get("transparency")] = top
     return Image.fromarray((values * (255 / top)).round().astype(np.uint8)).convert("RGB")
 
 
-_decoded, _show_others = threading.local(), warnings.showwarning
+_decoded, _lock = threading.local(), threading.Lock()
+_under_way, _show_others = 0, warnings.showwarning
+# For each file, though Pillow's texts name none.
+_PILLOW = re.compile(r"(PIL|cnnsp)\.")
+_FILTERS = [("always", None, kind, _PILLOW, 0) for kind in (UserWarning, RuntimeWarning)]
 
 
 def _show(message: Warning | str, *details: Any) -> None:
@@ -111,16 +121,30 @@ def _show(message: Warning | str, *details: Any) -> None:
 def naming(path: Path) -> Iterator[None]:
     """Within this context, Pillow's warnings go to stderr in one line with the file's name.
 
-    In this thread alone, and for each file, though Pillow's texts name none.
+    In this thread alone; after the last of several threads, Python's warnings are what they were.
     """
     _decoded.path = path
+    _count(1)
     try:
         yield
     finally:
+        _count(-1)
         del _decoded.path
 
 
-# Python's own context for warnings is no use to several threads at once.
-warnings.showwarning = _show  # type: ignore[assignment]
-for category in (UserWarning, RuntimeWarning):
-    warnings.filterwarnings("always", category=category, module=r"(PIL|cnnsp)\.")
+def _count(change: int) -> None:
+    """Take Python's warnings over for the first of the contexts under way, until the last ends."""
+    # Python's own context serves one thread, and forgets what other code has warned of before.
+    global _under_way, _show_others
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    with _lock:
+        _under_way += change
+        if _under_way == change:
+            filters[:0] = _FILTERS
+            if warnings.showwarning is not _show:
+                _show_others = warnings.showwarning
+                warnings.showwarning = _show  # type: ignore[assignment]
+        elif _under_way == 0:
+            filters[:] = [entry for entry in filters if entry not in _FILTERS]
+            if warnings.showwarning is _show:
+                warnings.showwarning = _show_others

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from ..errors import UserError, raise_all
 
 SPLITS = ("train_data", "test_data")
-# What operating systems leave in folders. Hidden files are ignored too.
-_JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
+# What operating systems and network drives leave in folders. Hidden files are ignored too.
+_JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r", "lost+found", "$recycle.bin"}
 _ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
 _LAYOUT = "expected {0}/train_data/<class>/ and {0}/test_data/<class>/"
 
@@ -40,14 +40,16 @@ def list_split(folder: Path, problems: list[str]) -> Split:
         problems.append(f"{folder} is missing: {_LAYOUT.format(folder.parent)} ({makes})")
         return {}
     files: Split = {}
-    for class_folder in sorted(p for p in folder.iterdir() if p.is_dir() and not is_junk(p)):
-        paths = sorted(p for p in class_folder.iterdir() if not is_junk(p))
+    entries = sorted(path for path in folder.iterdir() if not is_junk(path))
+    problems += [f"{path} is a link to nothing" for path in entries if not path.exists()]
+    for class_folder in filter(Path.is_dir, entries):
+        paths = sorted(path for path in class_folder.iterdir() if not is_junk(path))
         if not paths:
             problems.append(f"{class_folder} holds no images")
         problems += [
-            f"{path} is a link to nothing"
-            if path.is_symlink() and not path.exists()
-            else f"{path} is not a file: images lie directly in their class folder"
+            f"{path} is not a file: images lie directly in their class folder"
+            if path.exists()
+            else f"{path} is a link to nothing"
             for path in paths
             if not path.is_file()
         ]
@@ -95,7 +97,7 @@ def list_folder(
         for name in sorted(mine - classes[0].intersection(*classes))
     ]:
         raise UserError(f"classes of {data_dir} differ between the splits: {', '.join(differ)}")
-    if len(classes[0]) < 2 and len(found) > 1:
+    if len(classes[0]) < 2 and (len(found) > 1 or validate is not None):
         name = next(iter(classes[0]))
         raise UserError(f"{data_dir} holds one class, {name!r}; it takes two or more")
     if validate is None:

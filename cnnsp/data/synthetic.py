@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
@@ -14,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .. import IMAGE_SIZE
+from ..training.interruption import end_with_parent
 from .augment import Variant
 from .drawing import CLASSES, draw
 from .images import ImageSet
@@ -55,10 +55,7 @@ def _draw_all(arguments: list[tuple[int, ...]], workers: int) -> Iterator[np.nda
     if (workers := min(workers, os.cpu_count() or 1)) > 1:
         with suppress(OSError, BrokenExecutor):  # where none can be started, or one is killed
             pool = ProcessPoolExecutor(
-                workers,
-                multiprocessing.get_context("spawn"),
-                signal.signal,  # Ctrl-C is for this process
-                (signal.SIGINT, signal.SIG_IGN),
+                workers, multiprocessing.get_context("spawn"), end_with_parent
             )
             try:
                 for image in pool.map(draw, *zip(*arguments, strict=True), chunksize=10):

@@ -23,6 +23,7 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from ..cli import printable
 from ..data.augment import normalisation
 from ..data.batches import ImageBank
 from . import pictures
@@ -70,7 +71,7 @@ class Board:
             metrics: by the names of their columns, which no other scalar has.
         """
         shown = {
-            name: value if type(value) in (int, float, str) else str(value)
+            name: value if type(value) in (int, float) else printable(str(value))
             for name, value in options.items()
             if value is not None
         }
@@ -141,10 +142,14 @@ class EpochProgress:
         self._name, self._steps, self._step = name, steps, done
         self._first, self._rest = done, rest
         self._images, self._start = 0, time.perf_counter()
-        # Of several processes one has a standard output.
+        # Of several processes one has a standard output; and tqdm shows nothing on a terminal that
+        # does not tell its width, such as Docker's.
         hidden = sys.stdout is None or not sys.stderr.isatty()
-        options = {"leave": False, "dynamic_ncols": True, "disable": hidden}
-        self._bar = tqdm(desc=name, total=steps, initial=done, unit="step", **options)
+        hidden = hidden or os.get_terminal_size(sys.stderr.fileno()).columns == 0
+        # Short enough for 80 columns.
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+        options = {"leave": False, "dynamic_ncols": True, "disable": hidden, "bar_format": form}
+        self._bar = tqdm(desc=name, total=steps, initial=done, **options)
 
     def __enter__(self) -> EpochProgress:
         return self

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..cli import printable
 from ..data.batches import ImageBank
+from ..errors import UserError
 from ..training.devices import autocast
 from ..training.processes import Team
 
@@ -82,6 +84,9 @@ def evaluate(
 
     It gives log-probabilities ``[B, C]``, in ``amp_dtype`` or fp32; its mode is restored. Processes
     of a ``team`` share the images, and each gets the whole evaluation.
+
+    Raises:
+        UserError: when what it says is not finite.
     """
     team, training, outputs = team or Team(), model.training, []
     items = torch.arange(len(bank))
@@ -94,11 +99,14 @@ def evaluate(
     model.train(training)
     # The host waits for the device once, here.
     log_probs = team.rows(torch.cat(outputs).cpu(), len(items))
+    if not log_probs.isfinite().all():
+        raise UserError("the network's outputs are not finite: it diverged; a lower --lr may help")
     return Evaluation.of(log_probs, bank.labels.repeat_interleave(bank.repeats))
 
 
 def confusion_rows(evaluation: Evaluation, classes: Sequence[str]) -> list[list[str]]:
     """The confusion matrix and the sensitivities as the cells of a table, header first."""
+    classes = [printable(name) for name in classes]
     rows = [["true \\ predicted", *classes, "images", "sensitivity"]]
     counts = evaluation.confusion.tolist()
     for name, row, share in zip(classes, counts, evaluation.sensitivities, strict=True):

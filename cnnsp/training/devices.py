@@ -31,8 +31,8 @@ def choose_device(name: str | None) -> torch.device:
             raise UserError(f"--device {name}: there are {count} GPUs, numbered from 0")
         return device
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name}: not available on this machine") from None
     return device
 

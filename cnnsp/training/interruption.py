@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next good moment."""
+"""Ctrl-C, SIGTERM and a terminal that closes as a request to stop at the next good moment."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -24,10 +26,11 @@ class Asked(Exception):  # noqa: N818  nor is this
 
 
 class Requests:
-    """Within this context SIGINT and SIGTERM set :attr:`signal`, and say that they were heard.
+    """Within this context SIGINT, SIGTERM and SIGHUP set :attr:`signal`, and say they were heard.
 
-    A second Ctrl-C raises KeyboardInterrupt, for those who cannot wait. Outside the main thread,
-    where Python allows no signal handlers, it does nothing. ``promise`` is said to come next.
+    One that was ignored, as by ``nohup``, still is. A second Ctrl-C raises KeyboardInterrupt, for
+    those who cannot wait. Outside the main thread, where Python allows no signal handlers, it does
+    nothing. ``promise`` is said to come next.
     """
 
     def __init__(self, promise: str) -> None:
@@ -37,8 +40,10 @@ class Requests:
 
     def __enter__(self) -> Requests:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._request)
+            # Windows has no SIGHUP.
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,3 +76,16 @@ class Requests:
         if self._at_once:
             self._at_once = False
             raise Asked
+
+
+def end_with_parent() -> None:
+    """Begin a process that leaves Ctrl-C to its parent and ends with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -31,7 +31,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..cli import ArgumentParser, align, number
+from ..cli import ArgumentParser, align, exit_status, number
 from ..errors import UserError
 from ..network import CNN_SP, IMAGE_SIZE, POOLINGS
 from .devices import autocast
@@ -278,8 +278,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the account with ``arguments`` (default: the command line); returns the exit status."""
+def run(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
     pools = [args.pool] if args.pool else POOLINGS
     precision = {"amp_dtype": args.amp_dtype if args.amp else None, "channels_last": args.amp}
@@ -293,7 +292,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fitting = (largest_batch(args.gpu_memory_gb * 1e9, recipe) for recipe in recipes)
     table += [[f"batch for {args.gpu_memory_gb:g} GB", *(f"{batch:,}" for batch in fitting)]]
     print(*align(table), sep="\n")
-    return 0
 
 
 def _measured(batch_size: int, options: TrainOptions) -> str:
@@ -301,6 +299,11 @@ def _measured(batch_size: int, options: TrainOptions) -> str:
         return f"{measure(batch_size, options) / 1e6:,.1f}"
     except torch.OutOfMemoryError:
         return "out of memory"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the account with ``arguments`` (default: the command line); returns the exit status."""
+    return exit_status(PROG, lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..cli import is_launched
 from ..errors import UserError
 
 
@@ -47,11 +48,6 @@ class Team:
         return self.sum(table)
 
 
-def _is_launched() -> bool:
-    """Whether ``torchrun`` started this process."""
-    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
-
-
 def own_device(device: torch.device) -> torch.device:
     """The GPU of this process, made the current one; ``torchrun`` starts one process a GPU.
 
@@ -63,7 +59,7 @@ def own_device(device: torch.device) -> torch.device:
     if device.type != "cuda":
         return device
     index = device.index or 0
-    if _is_launched():
+    if is_launched():
         if device.index is not None:
             raise UserError("torchrun gives each process its GPU: --device cuda, without a number")
         index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -75,7 +71,7 @@ def own_device(device: torch.device) -> torch.device:
 
 def start(device: torch.device) -> Team:
     """Join the processes that ``torchrun`` started; alone, without it."""
-    if not _is_launched():
+    if not is_launched():
         return Team()
     # CPU tensors go by gloo in any case, so that the hosts can agree without stopping the GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

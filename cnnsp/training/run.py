@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import operator
 import signal
@@ -45,9 +46,8 @@ class Progress:
     history: list[EpochResult] = field(default_factory=list)  # one for each evaluated epoch
 
 
-# What is due beside a signal, whose numbers are larger: 2 for SIGINT, 15 for SIGTERM; and that of
-# a pipe that nobody reads, which Windows does not have.
-_CHECKPOINT, _PIPE = 1, 13
+# The signal of a pipe that nobody reads, which Windows does not have.
+_PIPE = 13
 _COMPILING = "the first step compiles its kernels: up to a minute, once on a machine …"
 
 
@@ -81,7 +81,7 @@ class Trainer:
 
         Raises:
             UserError: when the output folder cannot be written, or the loss is not finite.
-            Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+            Interrupted: on Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
         """
         board, progress, most = None, self.progress, self.options.max_steps
         self._last = math.inf if most is None else progress.total_steps + most
@@ -93,9 +93,9 @@ class Trainer:
             with Requests("a checkpoint is written as soon as the step is done") as self._requests:
                 while progress.epoch < self.options.epochs and progress.total_steps < self._last:
                     self._epoch(board)
-        except BrokenPipeError:
-            self._stop(_PIPE, "nobody reads the output any more")
         except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # of a pipe, and of a terminal
+                self._stop(_PIPE, "nobody reads the output any more")
             raise UserError(f"cannot write to {self.output}: {error.strerror or error}") from None
         finally:
             if board is not None:
@@ -211,12 +211,12 @@ class Trainer:
         """Save within the epoch, and stop there if a signal asks for it."""
         due = time.monotonic() - self._saved_at > self.options.checkpoint_interval
         # Signals and clocks need not come to every process at the same step.
-        wish = self.team.highest(self._requests.signal or (_CHECKPOINT if due else 0))
-        if wish == _CHECKPOINT:
+        wish = self.team.highest(2 * (self._requests.signal or 0) + due)
+        if wish == 1:
             self._check()
             self._save()
         elif wish:
-            self._stop(wish)
+            self._stop(wish // 2)
 
     def _at_once(self, work: Callable[[], _T]) -> _T:
         """Do what leaves no trace until it is done, so that a signal need not wait for it.
@@ -345,9 +345,13 @@ class Trainer:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"checkpoint {path} does not fit: {reason}") from None
         self.progress = progress
-        self._tell_changes(before)
+        self._tell_changes(before, state["items"])
+        # For a run that goes on in another folder, so that all of it is there.
+        best = Path(path).with_name("best.pt")
+        if self.team.leads and best.is_file() and not (self.output / best.name).exists():
+            files.write(self.output / best.name, best.read_bytes())
 
-    def _tell_changes(self, before: TrainOptions) -> None:
+    def _tell_changes(self, before: TrainOptions, items: int) -> None:
         """Say what goes on otherwise than it began."""
         old, new = asdict(before), asdict(self.options)
         changed = [
@@ -355,6 +359,8 @@ class Trainer:
             for name, value in new.items()
             if name not in ("data_dir", "recipe", "max_steps") and value != old[name]
         ]
+        if items != len(self.train):
+            changed.append(f"{len(self.train)} images an epoch ({items})")
         if changed:
             print(f"Other settings than before (in brackets): {', '.join(changed)}")
         here = self.progress.epoch, self.progress.step
