@@ -1,10 +1,10 @@
-"""What the draws do to trained networks: at test time, and layer by layer.
+"""What can be averaged over at test time, and how large the noise of the draws is in each layer.
 
-Takes the stochastic runs of a study (``scripts/study.py``) and writes beside this file
+Takes the runs of studies (``scripts/study.py``) and writes beside this file
 
-- ``draws.csv``: the test images seen through the expectation and through averages over draws
-  (Zeiler & Fergus 2013, section 4.6): accuracy, negative log-likelihood, calibration, and whether
-  the spread over draws finds the images that are wrong;
+- ``draws.csv``: the test images seen in one pass, as the average of several views of each and, with
+  stochastic pooling, as averages over draws (Zeiler & Fergus 2013, section 4.6): accuracy, negative
+  log-likelihood, calibration, and whether the spread over draws finds the images that are wrong;
 - ``noise.csv``: how large the noise of the draws is beside the signal, at every pool.
 
     python docs/study/draws.py runs/paper runs/best --data-dir datasets
@@ -25,13 +25,28 @@ from digits import HERE, digits, train
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from cnnsp.data.augment import RandomAugment
 from cnnsp.data.batches import ImageBank
-from cnnsp.data.images import load_folder
+from cnnsp.data.images import ImageSet, load_folder
 from cnnsp.results.inference import load_network
 from stochastic_pooling import StochasticPool2d, sampling
 
 DRAWS = 100
 BATCH = 100
+# Crops, rotations and flips as in training, without its changes of colour.
+VIEWS = RandomAugment(repeats=16, brightness=0, contrast=0, saturation=0, gamma=(1, 1))
+
+
+@torch.inference_mode()
+def probabilities(model: nn.Module, images: ImageSet, views: RandomAugment | None = None) -> Tensor:
+    """Of each class, ``[N, C]``: in one pass, or averaged over views of each image."""
+    bank = ImageBank(images, augment=views, channels_last=True)
+    parts = torch.arange(len(bank)).split(BATCH)
+    return (
+        torch.cat([model(bank.batch(part)[0]).exp() for part in parts])
+        .unflatten(0, (-1, bank.repeats))
+        .mean(1)
+    )
 
 
 def passes(model: nn.Module, images: Tensor, draws: int) -> Tensor:
@@ -67,15 +82,12 @@ def quality(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def at_test_time(model: nn.Module, images: Tensor, labels: Tensor) -> pd.DataFrame:
-    """A row for the expectation and one for averages over 1, 5, 20 and 100 draws.
+def average_passes(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[dict[str, Any]]:
+    """A row for averages over 1, 5, 20 and 100 draws each.
 
     Fewer draws are averaged as often as they fit into 100, and their figures are means over that.
     """
     drawn = passes(model, images, DRAWS)
-    with torch.inference_mode():
-        expectation = torch.cat([model(part).exp() for part in images.split(BATCH)])
-    rows = [{"method": "expectation", **quality(expectation, labels)}]
     for count in (1, 5, 20, 100):
         groups = []
         for group in drawn.split(count):
@@ -87,8 +99,7 @@ def at_test_time(model: nn.Module, images: Tensor, labels: Tensor) -> pd.DataFra
                 figures["spread_finds"] = float(roc_auc_score(predicted != labels, spread))
             groups.append(figures)
         name = f"{count} draw{'s' * (count > 1)}"
-        rows.append({"method": name, **pd.DataFrame(groups).mean().to_dict()})
-    return pd.DataFrame(rows)
+        yield {"method": name, **pd.DataFrame(groups).mean().to_dict()}
 
 
 @contextlib.contextmanager
@@ -177,15 +188,22 @@ def main() -> None:
     _, test = load_folder(args.data_dir)
     bank = ImageBank(test, channels_last=True)
     images, labels = bank.batch(torch.arange(len(bank)))
-    methods, noises = [], []
-    finished = [path for study in args.studies for path in study.glob("*-stochastic-*/result.json")]
-    for run in sorted(path.parent for path in finished):
-        recipe, _, seed = run.name.split("-")
-        model = load_network(run / "last.pt").model.to(memory_format=torch.channels_last)
-        of = {"recipe": recipe, "seed": int(seed)}
-        methods.append(at_test_time(model, images, labels).assign(**of))
-        noises.append(noise(model, images[::3], labels[::3]).assign(**of))
-        print(run, methods[-1], noises[-1], sep="\n")
+    methods: list[dict[str, Any]] = []
+    noises = []
+    for path in sorted(path for study in args.studies for path in study.glob("*/result.json")):
+        recipe, pool, seed = path.parent.name.split("-")
+        network = load_network(path.with_name("last.pt"))
+        model = network.model.to(memory_format=torch.channels_last)
+        rows = [{"method": "one pass", **quality(probabilities(model, test), labels)}]
+        if recipe == "best":
+            seen = probabilities(model, test, VIEWS)
+            rows.append({"method": f"{VIEWS.repeats} views", **quality(seen, labels)})
+        if pool == "stochastic":
+            rows += average_passes(model, images, labels)
+            measured = noise(model, images[::3], labels[::3])
+            noises.append(measured.assign(recipe=recipe, seed=int(seed)))
+        methods += [{"recipe": recipe, "pool": pool, "seed": int(seed), **row} for row in rows]
+        print(path.parent, pd.DataFrame(rows), sep="\n")
     for seed in range(3):
         small, of_small = digits(seed)
         model = train("stochastic", small[:400], of_small[:400], seed)
@@ -193,7 +211,7 @@ def main() -> None:
         noises.append(measured.assign(recipe="digits", seed=seed))
         print(noises[-1])
     write = {"index": False, "float_format": "%.5g"}
-    pd.concat(methods).to_csv(HERE / "draws.csv", **write)
+    pd.DataFrame(methods).to_csv(HERE / "draws.csv", **write)
     pd.concat(noises).to_csv(HERE / "noise.csv", **write)
 
 

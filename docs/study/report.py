@@ -60,7 +60,7 @@ def tables() -> dict[str, str]:
     digits["images"] = digits["train_images"].astype(str)
     of_digits = digits.groupby(["pool", "images"], sort=False)["test_accuracy"].agg(cell)
     paired = differences(runs)
-    draws = means(pd.read_csv(HERE / "draws.csv"), ["recipe", "method"], FIGURES)
+    draws = means(pd.read_csv(HERE / "draws.csv"), ["recipe", "pool", "method"], FIGURES)
     return {
         "runs": f"{table(runs)}\n\n{origins(runs)}",
         "differences": paired or "",
