@@ -21,7 +21,7 @@ from numba.core import event, types
 
 _log = logging.getLogger("stochastic_pooling")
 _Call = ctypes.c_int64 * 12  # longer than any call needs
-if numba.config.DISABLE_JIT:
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set, so that it compiles nothing")
 
 # Compile as a part of the functions that call it. No fast-math: the draw depends on order.
