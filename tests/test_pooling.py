@@ -98,6 +98,13 @@ def test_bad_arguments_raise_what_max_pool2d_raises(arguments):
         (lambda x: stochastic_pool1d(x, 3), RuntimeError, "Expected 2D or 3D"),
         (lambda x: stochastic_pool2d(x.numpy(), 3), TypeError, "'input' must be a tensor, not nda"),
         (lambda x: stochastic_pool2d(x, 3, bias=1.0), TypeError, "'bias' must be a tensor, not fl"),
+        (lambda x: stochastic_pool2d(x.to_sparse(), 3), NotImplementedError, "'input'.* dense"),
+        (lambda x: stochastic_pool2d(x.to_mkldnn(), 3), NotImplementedError, "'input'.* dense"),
+        (
+            lambda x: stochastic_pool2d(x, 3, bias=torch.ones(2).to_sparse()),
+            NotImplementedError,
+            "'bias'.* dense",
+        ),
         (lambda x: stochastic_pool2d(kernel_size=3), TypeError, "stochastic_pool2d.*'input'"),
         (lambda x: stochastic_pool1d(x[0], (2, 2)), RuntimeError, "a tuple of one int"),
         # Equal to the numbers of a window that is remembered.

@@ -329,10 +329,14 @@ def _fitted(window: Window, channels: int, *size: int) -> Window:
     return window.bounded(*size)
 
 
-def _check_tensors(input: object, bias: object) -> None:
+def _check_tensors(input: Any, bias: Any) -> None:
     for name, value in (("input", input), ("bias", bias)):
         if not isinstance(value, torch.Tensor) and not (name == "bias" and value is None):
             raise TypeError(f"argument '{name}' must be a tensor, not {type(value).__name__}")
+        if value is not None and value.layout != torch.strided:
+            raise NotImplementedError(
+                f"argument '{name}' must be a dense tensor, but its layout is {value.layout}"
+            )
 
 
 def _check(input: torch.Tensor, bias: torch.Tensor | None) -> None:

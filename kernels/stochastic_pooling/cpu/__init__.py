@@ -2,7 +2,7 @@
 
 Compiled are the windows that networks train with: 2 or 3 cells a side, strides of 1 or 2, no
 dilation, in fp16, bf16 and fp32. The reference serves the others, fp64 and volumes, and every call
-whose numbers are too large, or for the expectation too small, for plain sums in fp32.
+whose weights are too large, or whose sums too small for the expectation, for plain fp32.
 """
 
 from __future__ import annotations
@@ -51,13 +51,9 @@ class _Plan:
         self.address = self.numbers.ctypes.data
         large = self.planes * max(height * self.width, out_height * out_width) > _SMALL
         self.most_threads = sheets * groups if large else 1
-        self.input = self._empty(shape)
-        self.output = self._empty((self.batch, channels, out_height, out_width))
-
-    def _empty(self, shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
-        # What is dense in both formats has the strides of the first.
-        like = torch.empty(shape, device="meta").contiguous(memory_format=self.layout)
-        return functools.partial(torch.empty_strided, shape, like.stride(), device=_CPU)
+        empty = functools.partial(torch.empty, device=_CPU, memory_format=layout)
+        self.input = functools.partial(empty, shape)
+        self.output = functools.partial(empty, (self.batch, channels, out_height, out_width))
 
     def dense(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous(memory_format=self.layout)

@@ -4,6 +4,7 @@ for work, and a thread of our own would share a core with one."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -20,6 +21,8 @@ from numba.core import event, types
 
 _log = logging.getLogger("stochastic_pooling")
 _Call = ctypes.c_int64 * 12  # longer than any call needs
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_DISABLE_JIT is set, so that it compiles nothing")
 
 # Compile as a part of the functions that call it. No fast-math: the draw depends on order.
 inlined = numba.njit(error_model="numpy")
@@ -70,11 +73,9 @@ def _team() -> Callable[..., object] | None:
     point, which LLVM's and Intel's runtimes have, too. PyTorch loads its own for all to see."""
     names = "omp_get_thread_num", "omp_get_num_threads"
     parallel, functions = None, [1, 1]
-    try:
-        runtime = ctypes.CDLL(None)  # a TypeError on Windows
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # the last one on Windows
+        runtime = ctypes.CDLL(None)
         parallel, *functions = (getattr(runtime, name) for name in ("GOMP_parallel", *names))
-    except (AttributeError, OSError, TypeError):
-        pass
     # What is compiled names them, and calls them in a team.
     for name, function in zip(names, functions, strict=True):
         binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)

@@ -35,10 +35,9 @@ PLAN = np.dtype([(name, np.int64) for name in _PLAN.split()])
 _, PART, PARTS, UNUSUAL, WITH_BIAS = range(5)
 # Rows and columns of outputs that share a call of Philox; rows that backward does at a time.
 GROUP, PAIR, ROWS = 4, 2, 8
-# The bits of weights from which sums may overflow and below which their inverses may. Bits of
+# The bits of weights whose sums may overflow, and of inverses that may overflow soon. Bits of
 # numbers that are not negative are in the order of the numbers, those of NaN beyond.
 TOO_LARGE = int(np.float32(2.0**120).view(np.uint32))
-TOO_SMALL = int(np.float32(reference.SMALLEST_SUM).view(np.uint32))
 DEAD = 255
 NO_CELL = 64  # as a part of a cell's number: a row or a column that a window does not have
 FETCH, STORE, PLACE = range(3)
@@ -47,6 +46,7 @@ _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 _lanes = np.uint64
 _ZERO = np.float32(0)
+_LOST = np.nextafter(np.float32(reference.SMALLEST_SUM), _ZERO)  # the largest without a gradient
 _NOTHING = np.float32(-0.0)  # the zero that a sum starts with, for LLVM need not add it
 
 
@@ -109,12 +109,12 @@ def _random_halves(halves, words, pairs, lanes, first_plane, group, seed, step):
 
 
 @inlined
-def _weigh(weights, top, end, x, staged, biases, sheet, smallest, call, plan):
+def _weigh(weights, top, end, x, staged, biases, sheet, call, plan):
     """Make weights of rows from `top` on: max(x + bias, 0), where NaN stays NaN and no zero is
     negative. Say so if there are some that only the reference takes."""
     count, bias = _lanes(plan.width * plan.step), _lanes(sheet * plan.width * plan.step)
     with_bias = call[WITH_BIAS] > 0
-    most, least = np.uint32(0), np.uint32(0xFFFFFFFF)  # bits; of the least one less, not of 0
+    most = np.uint32(0)
     for row in range(top, end):
         to = _lanes((row - top) * plan.line + plan.padding_w * plan.step)
         if not 0 <= row < plan.height:
@@ -129,22 +129,20 @@ def _weigh(weights, top, end, x, staged, biases, sheet, smallest, call, plan):
             weights[to + k] = w
             bits = np.float32(w).view(np.uint32)
             most = bits if bits > most else most
-            below = np.uint32(bits - np.uint32(1))
-            least = below if below < least else least
-    if most >= TOO_LARGE or least < smallest:
+    if most >= TOO_LARGE:
         call[UNUSUAL] = 1
 
 
 @inlined
-def _window(weights, first, line, step, cells):
-    """Of the window whose first cell is a lane the sum, its inverse and the expectation."""
+def _window(weights, first, line, step, cells, lost):
+    """Of the window whose first cell is a lane the sum, its inverse or 0, and the expectation."""
     total, mean = _NOTHING, _ZERO
     for i in range(len(cells[0])):
         row = _NOTHING
         for j in range(len(cells[1])):
             row += weights[first + _lanes(i) * line + _lanes(j) * step]
         total += row
-    inverse = np.float32(1) / total if total != _ZERO else _ZERO
+    inverse = np.float32(1) / total if total > lost else _ZERO
     for i in range(len(cells[0])):
         for j in range(len(cells[1])):
             w = weights[first + _lanes(i) * line + _lanes(j) * step]
@@ -157,7 +155,6 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Any:
     row of lanes of each sheet, input, output; in training also code and seed."""
     # For their lengths. No function may be a constant of a pass, or the cache finds it never again.
     cells = (0,) * kernel_h, (0,) * kernel_w
-    smallest = 0 if training else TOO_SMALL
 
     def forward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
@@ -180,13 +177,14 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Any:
         words = np.empty(GROUP * calls, np.uint32)
         halves = np.empty(PAIR * words.size, np.uint16)
         groups = (plan.out_height + GROUP - 1) // GROUP
+        most = np.uint32(0)
         start, end = _share(call, plan.sheets * groups)
         for unit in range(start, end):
             sheet, group = unit // groups, unit % groups
             out_top, out_end = group * GROUP, min(group * GROUP + GROUP, plan.out_height)
             top = out_top * plan.stride_h - plan.padding_h
             bottom = (out_end - 1) * plan.stride_h - plan.padding_h + kernel_h
-            _weigh(weights, top, bottom, x, fetched, biases, sheet, smallest, call, plan)
+            _weigh(weights, top, bottom, x, fetched, biases, sheet, call, plan)
             if training:
                 seed, plane = carray(pointers[10], 1, np.int64)[0], sheet * plan.step
                 _random_halves(halves, words, pairs, lanes, plane, group, seed, step)
@@ -198,7 +196,7 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Any:
                 for m in range(runs):
                     for k in range(run):
                         first, lane = corner + m * pitch + k, m * run + k
-                        total, _, value = _window(weights, first, line, step, cells)
+                        total, inverse, value = _window(weights, first, line, step, cells, _ZERO)
                         if training:
                             u = np.float32(halves[half + lane]) * np.float32(2.0**-16)
                             threshold = u * total
@@ -213,10 +211,15 @@ def forward(number: Any, training: bool, kernel_h: int, kernel_w: int) -> Any:
                                     before += w
                                 before_row += before
                             codes[to + lane] = DEAD if total <= threshold else drawn
+                        else:
+                            bits = np.float32(inverse).view(np.uint32)
+                            most = bits if bits > most else most
                         target[to + lane] = narrow(value, target)
                 _row(STORE, staged, output, sheet, oh, size, plan)
                 if training:
                     _row(STORE, staged_code, code, sheet, oh, size, plan)
+        if most >= TOO_LARGE:
+            call[UNUSUAL] = 1
 
     return forward
 
@@ -261,7 +264,7 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
             above = out_top * stride_h - plan.padding_h
             if not training:
                 bottom = out_last * stride_h - plan.padding_h + kernel_h
-                _weigh(weights, above, bottom, x, fetched, biases, sheet, TOO_SMALL, call, plan)
+                _weigh(weights, above, bottom, x, fetched, biases, sheet, call, plan)
             for oh in range(out_top, out_last + 1):
                 to = _lanes(oh - out_top) * line + _lanes(taps_w - 1) * step
                 inside = 0 <= oh < plan.out_height
@@ -283,7 +286,7 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
                 for m in range(runs):
                     for k in range(run):
                         cell, lane = corner + m * pitch + k, m * run + k
-                        _, inverse, mean = _window(weights, cell, line, step, cells)
+                        _, inverse, mean = _window(weights, cell, line, step, cells, _LOST)
                         slope = widen(numbers[first + lane]) * inverse
                         slope = slope if inverse != _ZERO else _ZERO
                         grads[to + lane], offsets[to + lane] = slope, slope * mean
