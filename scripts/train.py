@@ -82,13 +82,14 @@ def parse(
     ``named_by`` is that checkpoint where it, and not the user, names the data folder.
     """
     peek = make_parser(add_help=False)
-    peek.set_defaults(data_dir=None)
+    peek.set_defaults(data_dir=None, pool=None)
     given, _ = peek.parse_known_args(arguments)
     data_dir = given.data_dir or ("datasets" if Path("datasets").is_dir() else SYNTHETIC)
     parser = make_parser()
-    settings = {"data_dir": data_dir, **defaults(data_dir, given.recipe, resumed or {})}
+    chosen = defaults(data_dir, given.recipe, given.pool, resumed or {})
     parser.set_defaults(
-        named_by=given.resume if resumed and given.data_dir is None else None, **settings
+        named_by=given.resume if resumed and given.data_dir is None else None,
+        **{"data_dir": data_dir, **chosen},
     )
     args = parser.parse_args(arguments)
     if args.torchcompile == "off":

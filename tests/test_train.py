@@ -26,7 +26,7 @@ from cnnsp.results import pictures
 from cnnsp.results.evaluation import evaluate
 from cnnsp.results.history import EpochResult
 from cnnsp.training import devices
-from cnnsp.training.recipe import SHORT_RECIPE, TrainOptions
+from cnnsp.training.recipe import SHORT_RECIPE, TrainOptions, defaults
 
 from .scripts import ENVIRONMENT, ROOT, load_script
 
@@ -460,6 +460,9 @@ def test_help_shows_the_defaults_of_the_recipe(
     assert epochs.format(15) in shown("--recipe", "best")
     assert epochs.format(SHORT_RECIPE["epochs"]) in shown("--data-dir", "synthetic")
     assert "with SGD (default: True)" in shown("--recipe", "best")
+    assert "instead of --mixup (default: 0.5)" in shown("--recipe", "best")
+    assert "instead of --mixup (default: 0.0)" in shown("--recipe", "best", "--pool", "avg")
+    assert defaults("x", "best", None, {"pool": "avg", "cutmix": 0.3})["cutmix"] == 0
 
 
 def test_every_setting_is_a_flag() -> None:

@@ -39,6 +39,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dropout": 0.3,
     },
 }
+# Where a pool does better with others.
+POOL_RECIPES: dict[tuple[str, str], dict[str, Any]] = {
+    ("best", "avg"): {"crop_scale": 0.6, "cutmix": 0.0},
+}
 # That of synthetic flowers, without --recipe: it ends within minutes on two CPU cores.
 SHORT_RECIPE: dict[str, Any] = {
     "epochs": 3,
@@ -66,7 +70,7 @@ class TrainOptions:
             given: datasets/, or synthetic flowers if that does not exist
         validate: to choose settings without the test images: hold out this quarter (0 to 3) of each
             class's training images, and evaluate on it instead
-        recipe: defaults for the settings below
+        recipe: defaults for the settings below; best has its own for each pool
         pool: pooling
         augment: the paper's rotations and gamma corrections, each once an epoch, or random crops,
             rotations, flips and colours, always new
@@ -155,19 +159,24 @@ def add_options(parser: argparse._ActionsContainer, names: Iterable[str]) -> Non
         parser.add_argument(*flags, default=getattr(TrainOptions, name), **about)
 
 
-def defaults(data_dir: str, recipe: str | None, resumed: Mapping[str, Any]) -> dict[str, Any]:
+def defaults(
+    data_dir: str, recipe: str | None, pool: str | None, resumed: Mapping[str, Any]
+) -> dict[str, Any]:
     """What a setting is that the command line does not give.
 
     Args:
         data_dir: as given, or chosen.
-        recipe: as given.
+        recipe, pool: as given.
         resumed: the options of the checkpoint that the run goes on from, or none.
     """
     if resumed:
         values = {k: v for k, v in resumed.items() if k != "max_steps"}
     else:
         values = SHORT_RECIPE if data_dir == SYNTHETIC and recipe is None else {}
-    return {**values, **(RECIPES[recipe] if recipe is not None else {})}
+    if recipe is not None:
+        pool = pool or values.get("pool", TrainOptions.pool)
+        values = {**values, **RECIPES[recipe], **POOL_RECIPES.get((recipe, pool), {})}
+    return dict(values)
 
 
 def learning_rate(options: TrainOptions, epoch: int, step: int, steps: int) -> float:
