@@ -248,6 +248,15 @@ def test_checkpoints_that_are_no_use(make_checkpoint: Make) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_outputs_that_are_not_finite(
+    make_checkpoint: Make, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = make_model("max").state_dict()
+    weights["fc1.bias"] = torch.full_like(weights["fc1.bias"], 3e38)
+    assert run(predict, make_checkpoint("max", model=weights), photos, "--json") == 2
+    assert "outputs are not finite: its training diverged" in capsys.readouterr().err
+
+
 def test_evaluation_counts_what_a_loop_counts() -> None:
     """Against plain Python; class 2 has no images."""
     labels = [0, 1, 1, 3, 0, 3, 1, 0, 3, 3]

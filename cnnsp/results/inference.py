@@ -77,6 +77,7 @@ def predict(
 
     Raises:
         ValueError: when there are ``draws`` and the network has no stochastic pools.
+        UserError: when what the network says is not finite.
     """
     parts = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
     with ThreadPoolExecutor(workers) as pool:
@@ -105,6 +106,8 @@ def _classify(
         spreads = means[:, :0]
     else:
         means, spreads = average_draws(network.model, batch, draws=draws, transform=torch.exp)
+    if not means.isfinite().all():
+        raise UserError("the network's outputs are not finite: its training diverged")
     return map(Prediction, map(tuple, means.tolist()), map(tuple, spreads.tolist()))
 
 
