@@ -73,7 +73,7 @@ def windows() -> Iterator[ParameterSet]:
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["ordinary", "special"])
-@pytest.mark.parametrize(("kernel", "stride"), windows())
+@pytest.mark.parametrize(("kernel", "stride"), [*windows()])
 def test_every_window_that_slides(kernel, stride, special, layout):
     """Planes of odd and even sides, among them some that are narrower than a window."""
     paddings = itertools.product(range(kernel[0] // 2 + 1), range(kernel[1] // 2 + 1))
