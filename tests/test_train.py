@@ -406,7 +406,7 @@ def test_a_schedule_that_jumps_says_so(
     # A cosine: of one epoch in two steps, and of two epochs.
     assert "The learning rate goes on at 0.005; it would have been 0.005." not in printed
     assert "Other settings than before (in brackets): --epochs 2 (1)\n" in printed
-    assert main([*resume[:-1], "4", "--max-steps", "1"]) == 0
+    assert main([*resume[:-1], "4", "--max-steps", "2"]) == 0
     printed = capsys.readouterr().out
     assert "The learning rate goes on at 0.005; it would have been 0.00146." in printed
     shutil.copytree(photos / "train_data", photos / "more")
