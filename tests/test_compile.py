@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import fx, nn
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -118,11 +119,14 @@ def test_one_graph_for_every_image_size(device):
         assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(
+needs_inductor = pytest.mark.skipif(
     not torch.cuda.is_available()
     and shutil.which("cl" if sys.platform == "win32" else "g++") is None,
     reason="Inductor compiles C++ for CPUs",
 )
+
+
+@needs_inductor
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_inductor_draws_what_eager_draws(training, device):
     network = TwoPools(StochasticPool2d(3, 1, 1), nn.Conv2d).to(device).train(training)
@@ -134,6 +138,25 @@ def test_inductor_draws_what_eager_draws(training, device):
     ):
         # Inductor sums in another order.
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_inductor
+@torch._inductor.config.patch(force_disable_caches=True)
+def test_inductor_copies_nothing_into_another_layout(device):
+    """Where it has made convolutions channels_last in a network that is not."""
+    convolution = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+    network = nn.Sequential(convolution[0], StochasticPool2d(2), convolution[1]).to(device)
+    parameters = list(network.parameters())
+
+    def step(module: nn.Module) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(5)
+        return torch.autograd.grad(module(x).square().sum(), parameters)
+
+    x = torch.randn(2, 3, 12, 14, device=device)
+    gradients, code = run_and_get_code(step, torch.compile(network, fullgraph=True))
+    assert "stochastic_pooling.sample.default" in "".join(code)
+    assert "fused_sample" not in "".join(code)  # no kernel for what goes in or comes out
+    torch.testing.assert_close(gradients, step(network), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])

@@ -126,7 +126,11 @@ def _is_special(tensor: torch.Tensor | None) -> bool:
     )
 
 
-@torch.library.custom_op("stochastic_pooling::sample", mutates_args=())
+# Any layout will do, so that Inductor copies no tensor into the one that it traced.
+_op = functools.partial(torch.library.custom_op, mutates_args=(), tags=(torch.Tag.flexible_layout,))
+
+
+@_op("stochastic_pooling::sample")
 def sample(
     input: torch.Tensor,
     bias: torch.Tensor | None,
@@ -150,7 +154,7 @@ def _(input, bias, seed, kernel_size, stride, padding, dilation, ceil_mode):
     return output, torch.empty_like(output, dtype=window.code_dtype)
 
 
-@torch.library.custom_op("stochastic_pooling::sample_backward", mutates_args=())
+@_op("stochastic_pooling::sample_backward")
 def sample_backward(
     grad_output: torch.Tensor,
     code: torch.Tensor,
@@ -185,7 +189,7 @@ def _(
     return grad_input, _empty_grad_bias(grad_output, with_bias)
 
 
-@torch.library.custom_op("stochastic_pooling::expectation", mutates_args=())
+@_op("stochastic_pooling::expectation")
 def expectation(
     input: torch.Tensor,
     bias: torch.Tensor | None,
@@ -205,7 +209,7 @@ def _(input, bias, kernel_size, stride, padding, dilation, ceil_mode):
     return _empty_output(input, Window.of(kernel_size, stride, padding, dilation, ceil_mode))
 
 
-@torch.library.custom_op("stochastic_pooling::expectation_backward", mutates_args=())
+@_op("stochastic_pooling::expectation_backward")
 def expectation_backward(
     grad_output: torch.Tensor,
     input: torch.Tensor,
