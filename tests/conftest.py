@@ -87,7 +87,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         storage = empty(tensor.numel() + 2048, dtype=tensor.dtype, device=tensor.device)
         storage.fill_(0x77)
         margins.extend((storage[:1024], storage[-1024:]))
-        return storage.as_strided(tensor.shape, tensor.stride(), 1024).fill_(value)
+        # Not a view of it: forward mode takes none whose tangents lie in smaller storages.
+        inside = empty(0, dtype=tensor.dtype, device=tensor.device)
+        inside.set_(storage.untyped_storage(), 1024, tensor.shape, tensor.stride())
+        return inside.fill_(value)
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))

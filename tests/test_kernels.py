@@ -285,9 +285,10 @@ def test_planes_of_one_cell_with_codes_in_channels_last(sliding, device):
     assert torch.equal(result[1], expected[1])
 
 
-def test_what_32_bits_do_not_reach_does_not_slide(sliding):
+def test_what_32_bits_do_not_reach_does_not_slide(sliding, monkeypatch):
     """The gradient of an expanded input is larger than all that is given; columns may lie far
     apart. The plans alone: there is no such memory."""
+    monkeypatch.setattr(sliding, "_target", lambda device: None)  # meta tensors have no device
     window = Window(3, 3, 1, 1, 0, 0, 1, 1, False)
     number = torch.zeros((), dtype=torch.float16)
 
