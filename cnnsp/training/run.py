@@ -48,6 +48,7 @@ class Progress:
 
 # The signal of a pipe that nobody reads, which Windows does not have.
 _PIPE = 13
+_DRAWING_INTERVAL = 10.0  # seconds; drawing takes one, in which a GPU may train an epoch
 _COMPILING = "the first step compiles its kernels: up to a minute, once on a machine …"
 
 
@@ -75,6 +76,7 @@ class Trainer:
         self._losses: list[tuple[Tensor, int]] = []  # of steps since they were added up
         self._warm = False
         self._saved_at = time.monotonic()
+        self._drawn_at = -math.inf
 
     def run(self) -> Progress:
         """Train to the last epoch, or for ``max_steps``; returns where that ended.
@@ -251,14 +253,17 @@ class Trainer:
         """Show an epoch's results in the folder, in TensorBoard and on the terminal."""
         progress, options = self.progress, self.options
         title = f"CNN_SP, {options.pool} pooling"
-        pictures.write(pictures.curves(progress.history, title), self.output / "curves.png")
-        when = f"{title}, epoch {result.epoch:.4g}"
-        confusion = pictures.confusion(test, self.classes, when)
-        pictures.write(confusion, self.output / "confusion.png")
+        ends = progress.epoch == options.epochs or progress.total_steps == self._last
+        if ends or time.monotonic() - self._drawn_at > _DRAWING_INTERVAL:
+            pictures.write(pictures.curves(progress.history, title), self.output / "curves.png")
+            when = f"{title}, epoch {result.epoch:.4g}"
+            confusion = pictures.confusion(test, self.classes, when)
+            pictures.write(confusion, self.output / "confusion.png")
+            board.evaluation(test, self.test, self.classes, progress.total_steps)
+            self._drawn_at = time.monotonic()
         cuda = self.device.type == "cuda"
         memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
         board.epoch(result, progress.total_steps, memory_mib)
-        board.evaluation(test, self.test, self.classes, progress.total_steps)
         if progress.epoch == options.epochs:
             board.hyper_parameters(
                 asdict(options),
