@@ -461,7 +461,7 @@ def test_help_shows_the_defaults_of_the_recipe(
     epochs = "those before a resumed checkpoint included (default: {})"
     data = ["--data-dir", str(photos)]
     assert epochs.format(30) in shown(*data)
-    assert epochs.format(15) in shown("--recipe", "best")
+    assert epochs.format(30) in shown("--recipe", "best")
     assert epochs.format(SHORT_RECIPE["epochs"]) in shown("--data-dir", "synthetic")
     assert "with SGD (default: True)" in shown("--recipe", "best")
     assert "instead of --mixup (default: 0.5)" in shown("--recipe", "best")

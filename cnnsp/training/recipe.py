@@ -25,7 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augment": "random",
         "repeats": 20,
         "crop_scale": 0.4,
-        "epochs": 15,
+        "epochs": 30,
         "batch_size": 64,
         "lr": 0.02,
         "nesterov": True,
