@@ -1317,8 +1317,49 @@ def test_a_changed_meaning_is_warned_of(pool, message):
     assert [warning.filename for warning in record] == [__file__]
 
 
+class Runs(nn.Module):
+    """Its forward reads none of PyTorch's containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = [nn.ReLU(), nn.MaxPool2d(2)]
+        self.named = {"pool": self.parts[1]}
+        self.net = nn.Sequential(*self.parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.named["pool"](self.parts[1](self.parts[0](x)))
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("padding", [0, (0, 0), [0, 0]])
+def test_pools_in_lists_are_replaced():
+    model = replace_pooling(Runs())
+    assert type(model.net[1]) is StochasticPool2d
+    assert model.parts[1] is model.named["pool"] is model.net[1]
+    assert len({model(torch.rand(1, 1, 4, 4)).item() for _ in range(50)}) > 1
+
+
+def test_a_function_that_holds_on_to_a_pool_is_named():
+    pool = nn.MaxPool2d(2)
+    model = nn.Sequential(nn.ReLU(), pool)
+    model[0].register_forward_hook(lambda module, _, output: pool(output))
+    assert "<lambda> of a ReLU holds on to a pool" in warned(model)
+
+
+def test_what_was_written_on_a_pool_is_on_its_twin():
+    pool = nn.MaxPool2d(2)
+    pool.index = -1  # as detectors note where a layer reads from
+    assert replace_pooling(nn.Sequential(nn.ReLU(), pool))[1].index == -1
+
+
+def test_a_patched_pool_is_left_and_named():
+    model = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2))
+    model[1].forward = lambda x: F.max_pool2d(x, 2, padding=1)
+    assert "1: MaxPool2d (patched, which may" in warned(model)
+    assert replaced(model) == ["0"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("padding", [0, (0, 0), [0, 0], np.int64(0)])
 def test_an_unpadded_average_is_no_reason_to_warn(padding):
     model = nn.Sequential(nn.ReLU(), nn.AvgPool2d(3, padding=padding))
     assert replaced(replace_pooling(model)) == ["1"]

@@ -320,6 +320,16 @@ def test_average_of_outputs_in_the_same_memory(device):
     assert average.std.max() > 1
 
 
+def test_average_of_infinities(device):
+    """As a network gives them that masks some of its classes."""
+    mask = torch.tensor([0.0, -torch.inf, torch.inf], device=device)
+    network, x = StochasticPool1d(2).eval(), torch.rand(1, 3, 8, device=device)
+    mean, std = average_draws(network, x, draws=3, transform=lambda y: y + mask[:, None])
+    assert torch.equal(mean[0, 1:], mask[1:, None].expand(2, 4))
+    assert torch.equal(std[0, 1:], torch.zeros(2, 4, device=device))
+    assert std[0, 0].any()
+
+
 def test_average_says_what_is_wrong(device):
     pool, x = StochasticPool2d(2), torch.randn(1, 1, 4, 4, device=device)
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):

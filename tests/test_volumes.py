@@ -172,6 +172,23 @@ def test_adaptive_windows_are_those_of_adaptive_max_pool(dims, output_size, devi
             assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("output_size", [2, 3, 9])
+def test_adaptive_pools_keep_channels_last(dims, output_size, device):
+    """Where windows are of unequal size, too."""
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}[dims]
+    x = torch.randn(2, 3, *(4, 6, 4)[:dims], device=device)
+    for training in (True, False):
+        output, expected = (
+            ADAPTIVE[dims][0](x, output_size, training=training, generator=generator(device))
+            for x in (x.contiguous(memory_format=layout), x)
+        )
+        assert output.is_contiguous(memory_format=layout)
+        assert expected.is_contiguous()
+        assert torch.equal(output, expected) or not training
+        torch.testing.assert_close(output, expected)
+
+
 def test_adaptive_pool_of_equal_windows_is_the_pool(device):
     x = torch.randn(2, 3, 6, 8, device=device)
     for training in (True, False):

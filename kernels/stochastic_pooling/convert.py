@@ -60,10 +60,11 @@ def replace_pooling(
 ) -> nn.Module:
     """Swap a model's max and average pools for stochastic pools with the same arguments, in place.
 
-    A twin keeps its pool's name, training mode and hooks (their handles too), and an instance that
-    stands in several places is one instance afterwards. State dicts do not change: pools have no
-    state. Only modules of the very types named are replaced, not their subclasses, which may pad or
-    pool in another way, and not `F.max_pool2d` in a `forward`.
+    A twin keeps its pool's name, training mode, hooks (their handles too) and what else was written
+    on it, and an instance that stands in several places, lists too, is one instance afterwards.
+    State dicts do not change: pools have no state. Only modules of the very types named are
+    replaced, not their subclasses, which may pad or pool in another way, nor those with a method
+    patched, and not `F.max_pool2d` in a `forward`.
 
     Args:
         model: changed in place, unless it is a pool itself.
@@ -85,8 +86,9 @@ def replace_pooling(
             not; where negative values, which become 0, may reach a twin: each average, unless an
             `nn.Sequential` shows a ReLU or the like before it, and a max pool if one shows a
             convolution or norm before it and no ReLU behind; where pools are left that the
-            arguments do not leave out: subclasses, types without a twin, and pooling functions in
-            the code of a forward. Pools that the arguments leave out are logged at INFO.
+            arguments do not leave out: subclasses, patched ones, types without a twin, and pooling
+            functions in the code of a forward; where a hook or another function holds on to a pool
+            that was replaced. Pools that the arguments leave out are logged at INFO.
     """
     types = (types,) if isinstance(types, type) else tuple(types)
     for pool_type in types:
@@ -99,7 +101,7 @@ def replace_pooling(
     pools = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in types
+        if type(module) in types and not _is_patched(module)
     ]
     if select is None:
         chosen = pools
@@ -133,11 +135,19 @@ def replace_pooling(
         if pool not in twins:
             twins[pool] = _twin(name, pool, sample_in_eval)
             _log.info("%s: %s for %s", name or "the model", twins[pool], pool)
-    # Not `named_children`: it shows an instance once, though it may have two names.
+    # Everywhere: in `_modules`, maybe twice, and in lists that a forward may run through instead.
     for parent in model.modules():
-        for key, child in list(parent._modules.items()):
-            if child in twins:
-                setattr(parent, key, twins[child])
+        for held in [vars(parent), *vars(parent).values()]:
+            pairs: Any = enumerate(held) if isinstance(held, list) else ()
+            for key, child in list(held.items() if isinstance(held, dict) else pairs):
+                if isinstance(child, nn.Module) and child in twins:
+                    held[key] = twins[child]
+        for function in _functions_with(parent, set(twins)):
+            warnings.warn(
+                f"replace_pooling: {function.__qualname__} of a {type(parent).__name__} holds on "
+                "to a pool that was replaced, and will use that: let it take the model's",
+                stacklevel=2,
+            )
     return twins.get(model, model)
 
 
@@ -145,15 +155,16 @@ def _twin(name: str, pool: Any, sample_in_eval: bool) -> nn.Module:
     arguments = {key: getattr(pool, key) for key in _ARGUMENTS if hasattr(pool, key)}
     twin = _TWINS[type(pool)](**arguments, sample_in_eval=sample_in_eval)
     padding = arguments.get("padding", 0)
-    padded = any((padding,) if isinstance(padding, int) else padding)
+    padded = any(padding if isinstance(padding, (tuple, list)) else (padding,))
     if padded and getattr(pool, "count_include_pad", False):
         message = "count_include_pad=True has no twin, because padding is never drawn"
         warnings.warn(f"{name}: {message}", stacklevel=3)
     if getattr(pool, "divisor_override", None) is not None:
         message = f"divisor_override={pool.divisor_override} has no twin and is dropped"
         warnings.warn(f"{name}: {message}", stacklevel=3)
-    # The mode and every kind of hook. The dicts themselves: handles remove hooks from those.
-    vars(twin).update({key: vars(pool)[key] for key in vars(nn.Module())})
+    # The mode, every kind of hook and what others wrote there. The dicts themselves: handles remove
+    # hooks from those.
+    vars(twin).update({k: value for k, value in vars(pool).items() if k not in pool.__constants__})
     return twin
 
 
@@ -173,7 +184,9 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
         line = f"{name or 'the model'}: {kind.__name__}"
-        if kind in types:
+        if kind in _TWINS and _is_patched(module):
+            beyond.append(f"{line} (patched, which may pool in its own way: replace it by hand)")
+        elif kind in types:
             known.append(line)
         elif kind in _TWINS:
             known.append(f"{line} (not in types: add nn.{kind.__name__})")
@@ -423,13 +436,17 @@ def _is_itself(module: nn.Module) -> bool:
     kind = next(kind for kind in type(module).__mro__ if kind in _KNOWN)
     return not (
         [getattr(type(module), name, None) for name in _METHODS] != _KNOWN[kind]
-        or any(name in module.__dict__ for name in _METHODS)
+        or _is_patched(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or _has_any_global_hook()
     )
+
+
+def _is_patched(module: nn.Module) -> bool:
+    return any(name in vars(module) for name in _METHODS)
 
 
 def _bias(source: Any, pool: nn.Module) -> Any:

@@ -215,13 +215,17 @@ def _adaptive(
         return _pool(dims, input, window, return_indices, bias, training, generator)
     kernel: list[int] = []
     places: list[torch.Tensor] = []
+    # `index_select` gives contiguous tensors: with channels at the back, those are channels_last.
+    last = known(input.stride(-dims - 1) == 1) and not all(known(size == 1) for size in sizes)
+    input = input.movedim(-dims - 1, -1) if last else input
     for dim, (size, out) in enumerate(zip(sizes, outputs, strict=True), -dims):
         cells, place, absent = _adaptive_windows(size, out, input.device)
         kernel.append(cells)
         places.append(place)
-        input = input.index_select(dim, place)
+        input = input.index_select(dim - last, place)
         # Never drawn: max(-inf + bias, 0) is 0 for any finite bias.
-        input = input.masked_fill(absent.view(-1, *[1] * (-dim - 1)), -torch.inf)
+        input = input.masked_fill(absent.view(-1, *[1] * (last - dim - 1)), -torch.inf)
+    input = input.movedim(-1, -dims - 1) if last else input
     pooled = _pool(dims, input, _window(dims, kernel), return_indices, bias, training, generator)
     if not isinstance(pooled, tuple):
         return pooled

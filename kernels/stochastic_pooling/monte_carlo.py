@@ -122,7 +122,7 @@ def average_draws(
                 mean, squares = output.clone(), torch.zeros_like(output)
                 continue
             # Welford's way: no difference of large sums.
-            step = output - mean
+            step = torch.where(output == mean, 0, output - mean)  # of infinities, too
             mean = mean + step / count
             squares = squares + step * (output - mean)
     # The replay of a CUDA graph draws unobserved; then the outputs differ.
