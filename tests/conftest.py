@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+
+# A shell's background job ignores Ctrl-C, for which some tests would wait then.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Without a GPU the Triton kernels run in Triton's interpreter; it must be chosen before the kernels
 # are imported.
