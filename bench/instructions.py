@@ -174,8 +174,8 @@ def find_loops(code: Code) -> list[Loop]:
     graph.remove_nodes_from(set(graph) - set(dominators))  # subroutines
     loops = []
     for header in [index for index in graph if graph.in_degree(index) > 1]:
-        latches = [i for i in graph.predecessors(header) if networkx.has_path(dominators, i, header)]
-        if latches:
+        dominated = networkx.ancestors(dominators, header) | {header}
+        if latches := dominated.intersection(graph.predecessors(header)):
             inside = networkx.restricted_view(graph, [header], [])
             before = [networkx.ancestors(inside, latch) for latch in latches if latch != header]
             loops.append(Loop({header, *latches}.union(*before), max(latches)))
@@ -298,6 +298,7 @@ def _unrolled_in_part(
         around = _loops_around(chain)
         inner = around[: around.index(statement)] if statement in around else []
         place = f"{PurePosixPath(chain[0][0]).name}:{chain[0][1]}"
+        # Of a line that has none there, the PTX says nothing.
         if copied > (given[place] or copied) * math.prod(map(turns, inner)):
             return True
     return False
