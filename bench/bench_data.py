@@ -12,7 +12,7 @@ import atexit
 import functools
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,8 +28,9 @@ from cnnsp.data.images import ImageSet, load_folder
 from cnnsp.data.synthetic import synthetic_flowers
 
 ROOT = Path(__file__).resolve().parents[1]
-# Where the flower photographs may be.
-PHOTOGRAPHS = (ROOT / "datasets", ROOT / "shared" / "flowers", ROOT.parent / "shared" / "flowers")
+# Where the flower photographs may be, and where they are.
+FOLDERS = (ROOT / "datasets", ROOT / "shared" / "flowers", ROOT.parent / "shared" / "flowers")
+PHOTOGRAPHS = next((folder for folder in FOLDERS if (folder / "train_data").is_dir()), None)
 
 BANKS = {
     "paper": {"variants": PAPER_VARIANTS},
@@ -49,37 +50,30 @@ resized = transforms.Compose(
 )
 
 
-def photographs() -> Path | None:
-    return next((folder for folder in PHOTOGRAPHS if (folder / "train_data").is_dir()), None)
-
-
 def cases(device: torch.device) -> dict[str, Makers]:
     batch = 256 if device.type == "cuda" else 64
     makers = {"replication": lambda: replication(batch)}
     for name in BANKS:
         if device.type == "cpu" or "numba" not in name:  # on a GPU it is PyTorch that makes them
             makers[name] = functools.partial(ours, name, batch, device)
-    source = "photographs" if photographs() else "synthetic"
+    source = "photographs" if PHOTOGRAPHS else "synthetic"
     return {f"data-batch{batch}-{source}": makers}
 
 
 @functools.cache
 def images() -> tuple[ImageSet, list[Path]]:
     """Decoded, and their files."""
-    folder = photographs()
-    if folder is None:
-        temporary = tempfile.TemporaryDirectory()
-        atexit.register(temporary.cleanup)
-        folder = Path(temporary.name)
-        drawn = synthetic_flowers(8)
-        for number, (pixels, label) in enumerate(zip(drawn.images, drawn.labels, strict=True)):
-            for split in ("train_data", "test_data"):
-                path = folder / split / drawn.classes[label] / f"{number}.jpg"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=90)
-    train, _ = load_folder(folder, workers=torch.get_num_threads())
-    assert isinstance(train, ImageSet), "a set for this bench fits in memory"
-    return train, sorted(path for path in (folder / "train_data").glob("*/*") if path.is_file())
+    if PHOTOGRAPHS:
+        train, _ = load_folder(PHOTOGRAPHS, workers=torch.get_num_threads())
+        assert isinstance(train, ImageSet), "a set for this bench fits in memory"
+        return train, sorted(p for p in (PHOTOGRAPHS / "train_data").glob("*/*") if p.is_file())
+    temporary = tempfile.TemporaryDirectory()
+    atexit.register(temporary.cleanup)
+    drawn = synthetic_flowers(8)
+    paths = [Path(temporary.name, f"{name}.jpg") for name in drawn.names]
+    for path, pixels in zip(paths, drawn.images, strict=True):
+        tv.to_pil_image(pixels).save(path, quality=90)
+    return drawn, paths
 
 
 def items(batch: int) -> Iterator[torch.Tensor]:
@@ -122,5 +116,5 @@ def replicate(path: Path, variant: int) -> None:
     resized(image)
 
 
-def test_data(record: Callable[[], None]) -> None:
+def test_data(record) -> None:
     record()

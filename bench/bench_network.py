@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,21 +19,24 @@ CLASSES = 3
 
 def cases(device: torch.device) -> dict[str, Makers]:
     amp_dtype = choose_amp_dtype(True, None, device)  # none on a CPU that would be slower with it
-    main = amp_dtype if device.type == "cuda" else None
-    found = {}
+    main, batch = amp_dtype if device.type == "cuda" else None, BATCH[device.type]
+    found: dict[str, Makers] = {}
     for dtype in dict.fromkeys((None, amp_dtype)):
         for step in ("training", "evaluation"):
             names = list(POOLINGS)
             if dtype == main and step == "training":  # Inductor takes up to half a minute a network
                 names += ["stochastic_compiled", "max_compiled"]
-            case = f"network-batch{BATCH[device.type]}-{dtype or 'float32'}-{step}"
-            found[case] = {name: partial(contestant, name, dtype, step, device) for name in names}
+            found[f"network-batch{batch}-{dtype or 'float32'}-{step}"] = {
+                name: partial(contestant, name, dtype, step, device, batch) for name in names
+            }
     return found
 
 
-def contestant(name: str, amp_dtype: str | None, step: str, device: torch.device) -> Contestant:
+def contestant(
+    name: str, amp_dtype: str | None, step: str, device: torch.device, batch: int
+) -> Contestant:
     """A step of the paper's recipe, optimiser included, or log-probabilities of a batch."""
-    batch, (pool, _, compiled) = BATCH[device.type], name.partition("_")
+    pool, _, compiled = name.partition("_")
     images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     # The bank makes images in autocast's type.
     dtype = getattr(torch, amp_dtype or "float32")
@@ -62,5 +64,5 @@ def contestant(name: str, amp_dtype: str | None, step: str, device: torch.device
     return Contestant(run, images=batch)
 
 
-def test_network(record: Callable[[], None]) -> None:
+def test_network(record) -> None:
     record()

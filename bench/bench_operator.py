@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 from unittest import mock
 
@@ -54,19 +55,17 @@ def cases(device: torch.device) -> dict[str, Makers]:
     """Every layer and format in the type that the device trains in, the first layer in all."""
     main, contestants = MAIN_DTYPE[device.type], {}
     for form in FORMATS:
-        for layer in LAYERS:
-            for step in ("training", "forward", "backward", "evaluation"):
-                names = ["stochastic", "max", "avg"]
-                if step == "training" and layer.name in COMPILED:
-                    names.append("max_compiled")
-                if form == "contiguous":
-                    names.append("fractional")
-                    if step == "training":  # once a layer: they take an age
-                        names += ["gist", "reference"] if device.type == "cpu" else ["gist"]
-                contestants[Pooling(layer, main, form, step, device)] = names
-        for dtype in sorted(DTYPES.keys() - {main}):
-            for step in ("training", "evaluation"):
-                contestants[Pooling(LAYERS[0], dtype, form, step, device)] = ["stochastic", "max"]
+        for layer, step in product(LAYERS, ("training", "forward", "backward", "evaluation")):
+            names = ["stochastic", "max", "avg"]
+            if step == "training" and layer.name in COMPILED:
+                names.append("max_compiled")
+            if form == "contiguous":
+                names.append("fractional")
+                if step == "training":  # once a layer: they take an age
+                    names += ["gist", "reference"] if device.type == "cpu" else ["gist"]
+            contestants[Pooling(layer, main, form, step, device)] = names
+        for dtype, step in product(sorted(DTYPES.keys() - {main}), ("training", "evaluation")):
+            contestants[Pooling(LAYERS[0], dtype, form, step, device)] = ["stochastic", "max"]
     return {
         f"{work.layer.name}-{work.dtype}-{work.form}-{work.step}": {
             name: partial(work.contestant, name) for name in names
@@ -91,25 +90,24 @@ class Pooling(NamedTuple):
     def contestant(self, name: str) -> Contestant:
         self.check(name)
         pool = self.pool(name)
-        cpu = self.device.type == "cpu"
-        leaves = self.inputs(self.layer.cpu_batch if cpu else self.layer.cuda_batch)
+        leaves = self.inputs(getattr(self.layer, f"{self.device.type}_batch"))
         moved = self.bytes_moved(name, len(leaves[0]))
 
-        def forward(_: object) -> Tensor:
+        def forward(_: object = None) -> Tensor:
             return pool(*leaves)
 
         if self.step in ("forward", "evaluation"):
             return Contestant(forward, moved=moved)
-        gradient = torch.randn_like(forward(None), requires_grad=False)
+        gradient = torch.randn_like(forward(), requires_grad=False)
 
         def backward(output: Tensor) -> object:
             return torch.autograd.grad(output, leaves, gradient)
 
         def both(_: object) -> object:
-            return backward(forward(None))
+            return backward(forward())
 
         if self.step == "backward":
-            return Contestant(backward, prepare=lambda: forward(None), moved=moved)
+            return Contestant(backward, prepare=forward, moved=moved)
         return Contestant(IN_PYTORCH(both) if name == "reference" else both, moved=moved)
 
     def pool(self, name: str) -> Callable[..., Tensor]:
@@ -127,17 +125,13 @@ class Pooling(NamedTuple):
     def inputs(self, batch: int) -> list[Tensor]:
         """And a bias on a GPU, where to add one is a pass over memory; on a CPU a convolution adds
         its own for nothing."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        layer = self.layer
-
-        def random(*shape: int) -> Tensor:
-            x = torch.randn(shape, generator=generator, device=self.device)
-            return x.to(DTYPES[self.dtype])
-
-        x = random(batch, layer.channels, layer.side, layer.side)
+        generator, layer = torch.Generator(self.device).manual_seed(0), self.layer
+        shapes = [(batch, layer.channels, layer.side, layer.side), (layer.channels,)]
+        random = (torch.randn(s, generator=generator, device=self.device) for s in shapes)
+        x, bias = (tensor.to(DTYPES[self.dtype]) for tensor in random)
         leaves = [x.contiguous(memory_format=FORMATS[self.form])]
         if self.device.type == "cuda":
-            leaves.append(random(layer.channels))
+            leaves.append(bias)
         return [leaf.requires_grad_(self.step != "evaluation") for leaf in leaves]
 
     def check(self, name: str) -> None:
@@ -199,5 +193,5 @@ POOLS: dict[str, Callable[[Tensor, Layer], Tensor]] = {
 }
 
 
-def test_operator(record: Callable[[], None]) -> None:
+def test_operator(record) -> None:
     record()

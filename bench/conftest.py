@@ -45,14 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = metafunc.module.cases(DEVICE)
-    entries = [(case, name) for case, makers in cases.items() for name in makers]
+    entries = [
+        pytest.param(case, name, marks=pytest.mark.benchmark(group=case, timer=readings.pop))
+        for case, makers in metafunc.module.cases(DEVICE).items()
+        for name in makers
+    ]
     metafunc.parametrize(("case", "contestant"), entries)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=readings.pop))
 
 
 @pytest.fixture
@@ -73,7 +71,6 @@ def record(
             pytest.skip("out of GPU memory")
         if isinstance(outcome, Exception):
             raise outcome
-        benchmark.group = case
         benchmark.extra_info.update(outcome.info)
         # It asks at the start and at the end of each round.
         readings[:] = [reading for took in reversed(outcome.seconds) for reading in (took, 0.0)]

@@ -54,10 +54,10 @@ def hold(makers: Makers, device: torch.device, seconds: float) -> dict[str, Outc
     contestants, peaks = {}, {}
     for name, make in makers.items():
         try:
-            contestants[name] = make()
-            peaks[name] = peak_memory(contestants[name], device)
+            contestant = make()
+            peaks[name] = peak_memory(contestant, device)
+            contestants[name] = contestant
         except Exception as error:
-            contestants.pop(name, None)
             outcomes[name] = error
     try:
         rounds = time_in_turn(contestants, device, seconds)
@@ -80,7 +80,7 @@ def time_in_turn(
     contestants: Mapping[str, Contestant], device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
     """Seconds of each run of each contestant."""
-    cuda = device.type == "cuda"
+    cuda, synchronize = device.type == "cuda", getattr(torch, device.type).synchronize
     flush = torch.empty(FLUSH_BYTES if cuda else 0, dtype=torch.uint8, device=device)
 
     def once(contestant: Contestant) -> Callable[[], float]:
@@ -105,14 +105,12 @@ def time_in_turn(
         for _ in range(2):  # the first compiles
             start = time.perf_counter()
             once(contestant)
-            if cuda:
-                torch.cuda.synchronize()
+            synchronize()
             one_run[name] = time.perf_counter() - start
     runs: dict[str, list[Callable[[], float]]] = {name: [] for name in contestants}
     for name in turns(seconds, one_run):
         runs[name].append(once(contestants[name]))
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize()
     return {name: [seconds() for seconds in told] for name, told in runs.items()}
 
 

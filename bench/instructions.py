@@ -64,8 +64,8 @@ def count(
     """
     averages = averages or {}
     if "cubin" in kernel.asm:
-        listing = cuda_tool("nvdisasm", kernel.asm["cubin"], "-gi", "-c")
-        code, classify = parse_sass(listing), classify_sass
+        code = parse_sass(cuda_tool("nvdisasm", kernel.asm["cubin"], "-gi", "-c"))
+        classify = classify_sass
     else:
         code, classify = parse_amd(kernel.asm["amdgcn"]), lambda _: "other"
     share = functools.cache(functools.partial(_share, averages=averages))
@@ -79,10 +79,10 @@ def count(
         statement = _source_loop(code, loop, outer)
         matched.append((loop, statement))
         if _unrolled_in_part(kernel, code, loop, statement, turns):
+            text, _, _ = ast.unparse(statement).partition(":")
             raise ValueError(
-                f"the loop on line {statement.lineno}, `for {ast.unparse(statement.target)} in "
-                f"{ast.unparse(statement.iter)}`, was unrolled in part, so its turns are not the "
-                "machine loop's"
+                f"the loop on line {statement.lineno}, `{text}`, was unrolled in part, so its "
+                "turns are not the machine loop's"
             )
         for index in loop.body:
             executions[index] *= turns(statement)
@@ -169,19 +169,13 @@ def find_loops(code: Code) -> list[Loop]:
             graph.add_edge(index, index + 1)
         if instruction.target is not None:
             graph.add_edge(index, code.labels[instruction.target])
-    # Of each instruction the last of those that every way to it leads through.
-    dominators = networkx.immediate_dominators(graph, 0)
+    # From each instruction to the last of those that every way to it leads through.
+    dominators = networkx.DiGraph(networkx.immediate_dominators(graph, 0).items())
     graph.remove_nodes_from(set(graph) - set(dominators))  # subroutines
-
-    def leads_through(index: int, header: int) -> bool:
-        while index not in (header, 0):
-            index = dominators[index]
-        return index == header
-
     loops = []
     for header in [index for index in graph if graph.in_degree(index) > 1]:
-        latches = [index for index in graph.predecessors(header) if leads_through(index, header)]
-        if latches:
+        dominated = networkx.ancestors(dominators, header) | {header}
+        if latches := dominated.intersection(graph.predecessors(header)):
             inside = networkx.restricted_view(graph, [header], [])
             before = [networkx.ancestors(inside, latch) for latch in latches if latch != header]
             loops.append(Loop({header, *latches}.union(*before), max(latches)))
@@ -204,17 +198,17 @@ def read_source(file: str) -> Source:
     ending = PurePosixPath(file).parts[-2:]
     loaded = [Path(m.__file__) for m in [*sys.modules.values()] if getattr(m, "__file__", None)]
     path = next((path for path in loaded if path.parts[-2:] == ending), Path(file))
-    source = Source([], [])
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.For) and re.match(r"(tl\.)?range\(", ast.unparse(node.iter)):
-            source.loops.append(node)
-        elif isinstance(node, ast.If):
-            for body, holds in ((node.body, True), (node.orelse, False)):
-                if body:
-                    lines = range(body[0].lineno, (body[-1].end_lineno or 0) + 1)
-                    source.conditional.append((lines, ast.unparse(node.test), holds))
-    source.loops.sort(key=lambda loop: -loop.lineno)
-    return source
+    nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    loops = [node for node in nodes if isinstance(node, ast.For)]
+    conditional = [
+        (range(body[0].lineno, (body[-1].end_lineno or 0) + 1), ast.unparse(node.test), holds)
+        for node in nodes
+        if isinstance(node, ast.If)
+        for body, holds in ((node.body, True), (node.orelse, False))
+        if body
+    ]
+    loops = [loop for loop in loops if re.match(r"(tl\.)?range\(", ast.unparse(loop.iter))]
+    return Source(sorted(loops, key=lambda loop: -loop.lineno), conditional)
 
 
 def _share(chain: Chain, averages: Mapping[str, float]) -> float:
@@ -250,8 +244,8 @@ def _source_loop(code: Code, loop: Loop, outer: list[ast.For]) -> ast.For:
     found = [statement for statement, _ in votes.most_common() if statement not in outer]
     if not found:
         raise ValueError(f"a loop of the machine code is no `for`; it ends at {latch}")
-    named = [statement for statement in _loops_around(latch[:1]) if statement in found]
-    return next((s for s in named if s.lineno == latch[0][1]), found[0])
+    named = [s for s in _loops_around(latch[:1]) if s in found and s.lineno == latch[0][1]]
+    return (named or found)[0]
 
 
 def _turns(
@@ -289,27 +283,23 @@ def _unrolled_in_part(
     inside this one unrolled.
     """
     llir = kernel.asm["llir"]
-    left_over = set(re.findall(r"%xtraiter\S* = .*!dbg (!\d+)", llir))
-    places = re.findall(r"^(!\d+) = !DILocation\(line: (\d+)", llir, re.MULTILINE)
-    if statement.lineno in {int(line) for place, line in places if place in left_over}:
-        return True
-    given: Counter[Line] = Counter()  # accesses in the PTX by file name and line
-    line = ("", 0)
-    for text in kernel.asm.get("ptx", "").splitlines():
-        if found := re.search(r"\.loc\s.*// (\S+):(\d+):\d+", text):
-            line = (found[1], int(found[2]))
-        elif re.search(r"\b(ld|st|atom|red)\.(\w+\.)*global", text):
-            given[line] += 1
-    copies = Counter(
-        code.instructions[index].chain
-        for index in loop.body
-        if re.match(r"(LDG?|STG?|ATOMG?|RED)\b", code.instructions[index].opcode)
-    )
+    for place in re.findall(r"%xtraiter\S* = .*!dbg (!\d+)", llir):
+        if re.search(rf"^{place} = !DILocation\(line: {statement.lineno}\b", llir, re.MULTILINE):
+            return True
+    # What stands between the PTX's file names and lines.
+    _, *parts = re.split(r"\.loc\s.*// (\S+:\d+):\d+", kernel.asm.get("ptx", ""))
+    given: Counter[str] = Counter()  # accesses by file name and line
+    for place, text in zip(parts[::2], parts[1::2], strict=True):
+        given[place] += len(re.findall(r"\b(?:ld|st|atom|red)\.(?:\w+\.)*global", text))
+    inside = [code.instructions[index] for index in loop.body]
+    accesses = re.compile(r"(LDG?|STG?|ATOMG?|RED)\b")
+    copies = Counter(i.chain for i in inside if i.chain and accesses.match(i.opcode))
     for chain, copied in copies.items():
         around = _loops_around(chain)
-        inside = around[: around.index(statement)] if statement in around else []
-        line = (PurePosixPath(chain[0][0]).name, chain[0][1]) if chain else None
-        if copied > given.get(line, copied) * math.prod(map(turns, inside)):
+        inner = around[: around.index(statement)] if statement in around else []
+        place = f"{PurePosixPath(chain[0][0]).name}:{chain[0][1]}"
+        # Of a line that has none there, the PTX says nothing.
+        if copied > (given[place] or copied) * math.prod(map(turns, inner)):
             return True
     return False
 

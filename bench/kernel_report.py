@@ -61,16 +61,11 @@ class Case(NamedTuple):
     """A call of the operator that compiles to code of its own."""
 
     call: str
-    window: str
-    layout: str
+    variant: str
     dtype: str
     launch: functools.partial[Any]
     inputs: int
     outputs: int
-
-    @property
-    def variant(self) -> str:
-        return f"{self.call} {self.window} {self.layout}"
 
 
 def cases(dtypes: list[str], windows: list[str], device: str = "cpu") -> Iterator[Case]:
@@ -93,7 +88,7 @@ def cases(dtypes: list[str], windows: list[str], device: str = "cpu") -> Iterato
         }
         for call, arguments in calls.items():
             launch = functools.partial(getattr(backend, call), *arguments)
-            yield Case(call, shape, layout, dtype, launch, x.numel(), y.numel())
+            yield Case(call, f"{call} {shape} {layout}", dtype, launch, x.numel(), y.numel())
 
 
 # ---------------------------------------------------------------- compiling
@@ -195,15 +190,14 @@ def resources(kernel: Any) -> dict[str, int]:
     Scalar registers that AMD's compiler keeps in lanes of a vector register touch no memory.
     """
     if "cubin" in kernel.asm:
-        usage = instructions.cuda_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
-        found = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", usage)}
-        registers, shared = found["REG"], found["SHARED"]
-        spills = found["STACK"] + found["LOCAL"]
+        told = instructions.cuda_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
+        registers, spilled, shared = "REG", ("STACK", "LOCAL"), "SHARED"
     else:
-        found = {name: int(n) for name, n in re.findall(r"\.(\w+):\s*(\d+)", kernel.asm["amdgcn"])}
-        registers, shared = found["vgpr_count"], found["group_segment_fixed_size"]
-        spills = found["private_segment_fixed_size"]
-    return {"registers": registers, "spills": spills, "shared_bytes": shared}
+        told, registers = kernel.asm["amdgcn"], "vgpr_count"
+        spilled, shared = ("private_segment_fixed_size",), "group_segment_fixed_size"
+    found = {name: int(number) for name, number in re.findall(r"(\w+):\s*(\d+)", told)}
+    spills = sum(found[name] for name in spilled)
+    return {"registers": found[registers], "spills": spills, "shared_bytes": found[shared]}
 
 
 def report(targets: list[str], dtypes: list[str], windows: list[str]) -> Iterator[dict[str, Any]]:
@@ -273,19 +267,16 @@ def compare(
     names = ("target", "dtype", "kernel", "variant")
     now, then = ({tuple(row[n] for n in names): row for row in found} for found in (rows, before))
     compiled = {(target, dtype, variant) for target, dtype, _, variant in now}
-    gone = [key for key in then if (*key[:2], key[3]) in compiled and key not in now]
+    gone = [key for key in then.keys() - now.keys() if (*key[:2], key[3]) in compiled]
     worse = [f"{' '.join(key)}: gone" for key in gone]
-    better = [f"{' '.join(key)}: new" for key in now if key not in then]
-    for key in now.keys() & then.keys():
-        for name in CHECKED:
-            new, old = now[key][name], then[key][name]
-            change = f"{' '.join(key)}: {name} {old} -> {new}"
-            if new == old:
-                continue
-            if new is None or (old is not None and new > old * (1 + TOLERANCE)):
-                worse.append(change)
-            elif old is None or new < old:
-                better.append(change)
+    better = [f"{' '.join(key)}: new" for key in now.keys() - then.keys()]
+    for key, name in itertools.product(now.keys() & then.keys(), CHECKED):
+        change = f"{' '.join(key)}: {name} {then[key][name]} -> {now[key][name]}"
+        old, new = (math.inf if row[key][name] is None else row[key][name] for row in (then, now))
+        if new > old * (1 + TOLERANCE):
+            worse.append(change)
+        elif new < old:
+            better.append(change)
     return sorted(worse), sorted(better)
 
 
@@ -311,11 +302,9 @@ def main() -> None:
         arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     spilling = sum(row["spills"] > 0 for row in rows)
     lines = [*summary(rows), f"{len(rows)} kernels compiled, {spilling} spill registers"]
-    worse: list[str] = []
-    if arguments.check:
-        worse, better = compare(rows, before)
-        lines += [f"better: {change}" for change in better]
-        lines += [f"WORSE: {change}" for change in worse]
+    worse, better = compare(rows, before) if arguments.check else ([], [])
+    lines += [f"better: {change}" for change in better]
+    lines += [f"WORSE: {change}" for change in worse]
     print(*lines, sep="\n")
     sys.exit(1 if spilling or worse else 0)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def chart(content: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("file", type=Path, metavar="FILE.json")
     path = parser.parse_args(arguments).file
@@ -130,16 +129,12 @@ def main(arguments: list[str] | None = None) -> int:
         content = json.loads(path.read_text(encoding="utf-8"))
         text = markdown(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(
-            f"report.py: {path} is no file of bench/'s --benchmark-json: {error!r}", file=sys.stderr
-        )
-        return 2
+        parser.error(f"{path} is no file of bench/'s --benchmark-json: {error!r}")
     chart(content, path.with_suffix(".png"))
     output = path.with_suffix(".md")
     output.write_text(text, encoding="utf-8")
     print(f"{text}\nWritten: {output}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
