@@ -19,7 +19,7 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 
-from stochastic_pooling import reference
+from stochastic_pooling import StochasticPool1d, StochasticPool2d, reference
 from stochastic_pooling.window import Window
 
 from .windows import LAYOUTS, guarded
@@ -64,10 +64,11 @@ def same(result: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def windows() -> Iterator[ParameterSet]:
     """Kernels and strides. To compile each takes seconds, so a plain run has those that are alike
-    in both dimensions and those of test_expectations."""
+    in both dimensions, those of test_expectations and those of signals."""
     pairs = itertools.product(itertools.product((2, 3), (2, 3)), itertools.product((1, 2), (1, 2)))
-    for kernel, stride in pairs:
-        slow = kernel[0] - kernel[1] != stride[0] - stride[1]
+    larger = (((1, 2), (1, 2)), ((3, 3), (3, 3)), ((4, 5), (2, 3)), ((5, 1), (1, 5)))
+    for kernel, stride in (*pairs, *larger):
+        slow = kernel[0] - kernel[1] != stride[0] - stride[1] or max(kernel) > 3
         marks = [pytest.mark.slow] if slow else []
         yield pytest.param(kernel, stride, id=f"{kernel}-{stride}", marks=marks)
 
@@ -77,7 +78,7 @@ def windows() -> Iterator[ParameterSet]:
 def test_every_window_that_slides(kernel, stride, special, layout):
     """Planes of odd and even sides, among them some that are narrower than a window."""
     paddings = itertools.product(range(kernel[0] // 2 + 1), range(kernel[1] // 2 + 1))
-    sizes = ((5, 7), (8, 9), (7, 4), (3, 3), (2, 11), (1, 6), (12, 2))
+    sizes = ((5, 7), (8, 9), (7, 4), (3, 3), (2, 11), (1, 6), (12, 2), (17, 5))
     bias = torch.randn(21)
     served = 0
     for padding, ceil_mode, size in itertools.product(paddings, (False, True), sizes):
@@ -136,6 +137,24 @@ def test_expectations(window, special, layout):
         ):
             torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-4)
             assert steps(result) == steps(right)
+
+
+def test_windows_of_networks_need_no_reference(monkeypatch):
+    """Of networks for signals, too, and of stride 3; the reference takes 3 to 20 times as long."""
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "numba")
+    for name in ("sample", "sample_backward", "expectation", "expectation_backward"):
+        monkeypatch.delattr(reference, name)
+    signal, image = torch.randn(2, 3, 12), torch.randn(2, 3, 12, 13)
+    for training in (True, False):
+        for pool, x in (
+            (StochasticPool1d(2), signal),
+            (StochasticPool1d(3, 2, 1), signal),
+            (StochasticPool2d(3), image),
+            (StochasticPool2d((4, 5), 1), image),
+        ):
+            x = x.clone().requires_grad_()
+            pool.train(training)(x).sum().backward()
+            assert x.grad.any()
 
 
 def test_no_pass_is_lost_on_tiny_weights(layout, monkeypatch):

@@ -1,6 +1,6 @@
 """Stochastic pooling on the CPU, compiled by numba: the four functions of `reference.py`.
 
-Compiled are the windows that networks train with: 2 or 3 cells a side, strides of 1 or 2, no
+Compiled are the windows that networks train with: up to 5 cells a side and strides of up to 5, no
 dilation, in fp16, bf16 and fp32. The reference serves the others, fp64 and volumes, and every call
 whose weights are too large, or whose sums too small for the expectation, for plain fp32.
 """
@@ -26,6 +26,9 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
+_LARGEST_SIDE = (
+    5  # of windows, and stride: the passes unroll them, and each takes seconds to compile
+)
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _CPU = torch.device("cpu")  # whatever the default is
 _NOTHING = torch.zeros(0, dtype=torch.float32, device=_CPU)
@@ -75,8 +78,8 @@ class _Plan:
 @functools.lru_cache(maxsize=256)
 def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
-    kernel, stride = {window.kernel_h, window.kernel_w}, {window.stride_h, window.stride_w}
-    slides = kernel <= {2, 3} and stride <= {1, 2} and window.dilation_h == window.dilation_w == 1
+    largest = max(window.kernel_h, window.kernel_w, window.stride_h, window.stride_w)
+    slides = largest <= _LARGEST_SIDE and window.dilation_h == window.dilation_w == 1
     served = len(shape) == 4 and 0 not in shape and dtype in NUMBERS and slides
     return _Plan(shape, layout, window) if served else None
 

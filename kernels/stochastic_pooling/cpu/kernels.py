@@ -231,7 +231,7 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
     cells, evaluation = ((0,) * kernel_h, (0,) * kernel_w), int(not training)
     # So many windows hold an input, each way, and so many rows of them hold the rows of a group.
     taps_h, taps_w = -(-kernel_h // stride_h), -(-kernel_w // stride_w)
-    most = ROWS // stride_h + taps_h
+    most = -(-ROWS // stride_h) + taps_h
 
     def backward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
@@ -253,7 +253,8 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
         # Of full size without a bias, too: masked access where no memory is costs 100s of cycles.
         with_bias, totals = call[WITH_BIAS] > 0, np.zeros(staged.size, np.float32)
         offsets = np.zeros(evaluation * codes.size, np.float32)
-        weights = np.zeros(evaluation * ((most - 1) * stride_h + kernel_h) * plan.line, np.float32)
+        rows = (most - 1) * stride_h + max(kernel_h, stride_h)  # between windows, too
+        weights = np.zeros(evaluation * rows * plan.line, np.float32)
         start, end = _share(call, plan.sheets * groups)
         for unit in range(start, end):
             sheet, top = unit // groups, unit % groups * ROWS
