@@ -26,9 +26,7 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
-_LARGEST_SIDE = (
-    5  # of windows, and stride: the passes unroll them, and each takes seconds to compile
-)
+_LARGEST = 5  # side of windows, and stride: the passes unroll them, and LLVM takes seconds for each
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _CPU = torch.device("cpu")  # whatever the default is
 _NOTHING = torch.zeros(0, dtype=torch.float32, device=_CPU)
@@ -79,7 +77,7 @@ class _Plan:
 def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
     largest = max(window.kernel_h, window.kernel_w, window.stride_h, window.stride_w)
-    slides = largest <= _LARGEST_SIDE and window.dilation_h == window.dilation_w == 1
+    slides = largest <= _LARGEST and window.dilation_h == window.dilation_w == 1
     served = len(shape) == 4 and 0 not in shape and dtype in NUMBERS and slides
     return _Plan(shape, layout, window) if served else None
 
