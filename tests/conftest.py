@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-# A shell's background job ignores Ctrl-C, for which some tests would wait then.
+# Some tests wait for signals that a shell's background job, and nohup, would have them ignore.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Without a GPU the Triton kernels run in Triton's interpreter; it must be chosen before the kernels
 # are imported.
