@@ -117,7 +117,7 @@ def test_default_run(
     printed = capsys.readouterr().out
     assert "synthetic" in printed
     assert "--data-dir FOLDER" in printed
-    assert "batches of 6 (256), adam" in printed
+    assert "3 epochs (30), batches of 6 (256), adam" in printed
     assert "Test set: average loss " in printed
     (output,) = (tmp_path / "runs").iterdir()
     assert output.name.startswith("stochastic-")
@@ -125,14 +125,15 @@ def test_default_run(
     expected = {"args.json", "best.pt", "last.pt", "summary.csv", "events.out"}
     expected |= {"curves.png", "confusion.png"}
     assert names == expected
-    best = max(float(row["test_accuracy"]) for row in read_summary(output))
+    rows = read_summary(output)
+    best = max(float(row["test_accuracy"]) for row in rows)
+    first = next(row["epoch"] for row in rows if float(row["test_accuracy"]) == best)
     last = printed.splitlines()[-1]
-    assert last.startswith(f"Best test accuracy {best:.2f} % after epoch ")
+    assert last.startswith(f"Best test accuracy {best:.2f} % after epoch {first}, last ")
     assert last.endswith(f"all of it is in {output.relative_to(tmp_path)}")
     assert json.loads((output / "args.json").read_text())["batch_size"] == 6
     with Image.open(output / "curves.png") as curves:
         assert curves.width > 1000
-    rows = read_summary(output)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert all(0 < float(row["train_loss"]) < 3 for row in rows)
     assert titles == [  # not of the second epoch, which ends at once
