@@ -164,12 +164,10 @@ if [ "$device" = cuda ]; then
         "${train[@]}" "$work/1024" "${small[@]}" -b 1024 --max-steps 3
     part "CUDA graphs" 75 4 \
         "${train[@]}" "$work/graphs" "${small[@]}" --epochs 3 --torchcompile reduce-overhead
-fi
-part "max pooling" 45 4 "${train[@]}" "$work/max" "${small[@]}" --pool max --epochs $((epochs / 5))
-if [ "$device" = cuda ]; then
     # It sees every allocation, not PyTorch's large ones alone.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 60 1 \
         compute-sanitizer --error-exitcode 9 "${smoke[@]} and channels_last"
 fi
+part "max pooling" 45 4 "${train[@]}" "$work/max" "${small[@]}" --pool max --epochs $((epochs / 5))
 printf '\n' && cat "$out/summary.md"
 ((failed == 0))
