@@ -34,7 +34,7 @@ fail() {
 # output the summary shows.
 part() {
     local name=$1 limit=$2 lines=$3 begin=$SECONDS left=$((total - grace - SECONDS))
-    local result=FAILED offset status says
+    local result=FAILED took=0 offset status says
     shift 3
     if ((limit > left)); then limit=$left; fi
     printf '\n######## %s: %s\n' "$name" "$*" >> "$out/checks.log"
@@ -49,6 +49,7 @@ part() {
         running=$!
         wait "$running"
         status=$?
+        took=$((SECONDS - begin))
         kill -KILL -- "-$running" 2> /dev/null # what it has started and left
     fi
     tail -c "+$((offset + 1))" "$out/checks.log" | tr '\r' '\n' | grep '[^ ]' > "$work/output"
@@ -59,10 +60,10 @@ part() {
         result=skipped
     else
         failed=$((failed + 1))
-        if ((SECONDS - begin >= limit)); then says="stopped at its limit of $limit s: $says"; fi
+        if ((took >= limit)); then says="stopped at its limit of $limit s: $says"; fi
         if ((lines < 20)); then lines=20; fi
     fi
-    echo "| $name | $result | $((SECONDS - begin)) | ${says//|/\\|} |" | tee -a "$work/table"
+    echo "| $name | $result | $took | ${says//|/\\|} |" | tee -a "$work/table"
     if ((lines > 1)) && [ "$result" != skipped ]; then
         { printf '\n## %s\n\n```\n' "$name" && tail -n "$lines" "$work/output" && echo '```'; } \
             >> "$work/ends"
