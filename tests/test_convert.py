@@ -1324,6 +1324,7 @@ class Runs(nn.Module):
         super().__init__()
         self.parts = [nn.ReLU(), nn.MaxPool2d(2)]
         self.named = {"pool": self.parts[1]}
+        self.pairs = [("pool", (self.parts[1],))]
         self.net = nn.Sequential(*self.parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -1334,8 +1335,16 @@ class Runs(nn.Module):
 def test_pools_in_lists_are_replaced():
     model = replace_pooling(Runs())
     assert type(model.net[1]) is StochasticPool2d
-    assert model.parts[1] is model.named["pool"] is model.net[1]
+    assert model.parts[1] is model.named["pool"] is model.pairs[0][1][0] is model.net[1]
     assert len({model(torch.rand(1, 1, 4, 4)).item() for _ in range(50)}) > 1
+
+
+def test_a_compiled_pool_is_replaced_behind_its_compilation():
+    model = nn.Sequential(nn.ReLU(), torch.compile(nn.MaxPool2d(2), backend="eager"))
+    x = torch.rand(1, 1, 4, 4)
+    assert torch.equal(model(x), F.max_pool2d(x, 2))
+    replace_pooling(model)
+    assert len({model(x).sum().item() for _ in range(20)}) > 1
 
 
 def test_a_function_that_holds_on_to_a_pool_is_named():

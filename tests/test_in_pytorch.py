@@ -336,6 +336,8 @@ def test_average_says_what_is_wrong(device):
         average_draws(pool, x)
     with pytest.raises(ValueError, match="at least 2"):
         average_draws(pool.eval(), x, draws=1)
+    with pytest.raises(TypeError, match=r"'model' must be an nn\.Module"):
+        average_draws(lambda x: x, x)
     with pytest.raises(ValueError, match="no stochastic pool"):
         average_draws(nn.MaxPool2d(2).eval(), x)
     with pytest.raises(TypeError, match="of tuple, which has no mean"):

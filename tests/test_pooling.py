@@ -111,6 +111,8 @@ def test_bad_arguments_raise_what_max_pool2d_raises(arguments):
         (lambda x: [stochastic_pool2d(x, n) for n in (2, 2.0)], TypeError, "'kernel_size'.*2.0"),
         (lambda x: [stochastic_pool2d(x, (n, 2)) for n in (2, 2.0)], TypeError, "'kernel_size'"),
         (lambda x: stochastic_pool2d(x, (True, 2)), TypeError, "'kernel_size'"),
+        (lambda x: stochastic_pool2d(x, 2, ceil_mode="False"), TypeError, "'ceil_mode'.*not str"),
+        (lambda x: stochastic_pool2d(x, 2, training="no"), TypeError, "'training' must be bool"),
         (lambda x: [stochastic_pool2d(y, 5) for y in (x, x[..., 1:])], RuntimeError, "2x5x4"),
     ],
 )

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -135,13 +136,11 @@ def replace_pooling(
         if pool not in twins:
             twins[pool] = _twin(name, pool, sample_in_eval)
             _log.info("%s: %s for %s", name or "the model", twins[pool], pool)
-    # Everywhere: in `_modules`, maybe twice, and in lists that a forward may run through instead.
+    parent: Any
     for parent in model.modules():
-        for held in [vars(parent), *vars(parent).values()]:
-            pairs: Any = enumerate(held) if isinstance(held, list) else ()
-            for key, child in list(held.items() if isinstance(held, dict) else pairs):
-                if isinstance(child, nn.Module) and child in twins:
-                    held[key] = twins[child]
+        _swap(vars(parent), twins)
+        if hasattr(parent, "_orig_mod"):  # compiled: its forward is made of what it held
+            parent._initialize()
         for function in _functions_with(parent, set(twins)):
             warnings.warn(
                 f"replace_pooling: {function.__qualname__} of a {type(parent).__name__} holds on "
@@ -149,6 +148,21 @@ def replace_pooling(
                 stacklevel=2,
             )
     return twins.get(model, model)
+
+
+def _swap(held: Any, twins: dict[nn.Module, nn.Module]) -> Any:
+    """`held` with twins for pools: a module may stand in `_modules`, maybe twice, and in dicts,
+    lists and tuples that a forward may run through instead."""
+    if isinstance(held, nn.Module):
+        return twins.get(held, held)
+    if isinstance(held, (dict, list)):
+        for key, child in list(held.items() if isinstance(held, dict) else enumerate(held)):
+            if (swapped := _swap(child, twins)) is not child:
+                held[key] = swapped
+    elif type(held) is tuple:
+        swapped = [_swap(child, twins) for child in held]
+        return held if all(map(operator.is_, held, swapped)) else tuple(swapped)
+    return held
 
 
 def _twin(name: str, pool: Any, sample_in_eval: bool) -> nn.Module:

@@ -189,7 +189,7 @@ def _adaptive(
 ) -> Pooled:
     """The adaptive pool over the last `dims` dimensions."""
     name = f"adaptive_stochastic_pool{dims}d"
-    _check_tensors(input, bias)
+    _check_types(input, bias, return_indices=return_indices, training=training)
     if input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
         raise RuntimeError(
             f"{name}(): Expected {dims + 1}D or {dims + 2}D tensor with optional 0 dim batch size "
@@ -247,7 +247,7 @@ def _pool(
     generator: torch.Generator | None,
 ) -> Pooled:
     """The pool over the last `dims` dimensions."""
-    _check_tensors(input, bias)
+    _check_types(input, bias, return_indices=return_indices, training=training)
     if input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
         raise RuntimeError(
             f"Expected {dims + 1}D or {dims + 2}D (batch mode) tensor with optional 0 dim batch "
@@ -333,7 +333,14 @@ def _fitted(window: Window, channels: int, *size: int) -> Window:
     return window.bounded(*size)
 
 
-def _check_tensors(input: Any, bias: Any) -> None:
+def _check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"argument '{name}' must be bool, not {type(flag).__name__}")
+
+
+def _check_types(input: Any, bias: Any, **flags: Any) -> None:
+    _check_flags(**flags)
     for name, value in (("input", input), ("bias", bias)):
         if not isinstance(value, torch.Tensor) and not (name == "bias" and value is None):
             raise TypeError(f"argument '{name}' must be a tensor, not {type(value).__name__}")
@@ -374,13 +381,14 @@ def _window(
     ceil_mode: bool = False,
 ) -> Window:
     """The window of arguments with `dims` numbers or one, for pools over `dims` dimensions."""
+    _check_flags(ceil_mode=ceil_mode)
     empty = isinstance(stride, Sequence) and len(stride) == 0
     return _checked(
         _numbers(kernel_size, dims, "kernel_size"),
         _numbers(kernel_size if stride is None or empty else stride, dims, "stride"),
         _numbers(padding, dims, "padding"),
         _numbers(dilation, dims, "dilation"),
-        bool(ceil_mode),
+        ceil_mode,
     )
 
 

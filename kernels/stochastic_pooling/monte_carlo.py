@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -88,9 +89,11 @@ def average_draws(
     Raises:
         ValueError: for fewer than 2 draws, a model that is in training mode or has a part with
             buffers there (batch norm), or one in which no pool draws.
-        TypeError: where there is no floating tensor to average.
+        TypeError: for a model that is no module, or where there is no floating tensor to average.
     """
-    if draws < 2:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"argument 'model' must be an nn.Module, not {type(model).__name__}")
+    if operator.index(draws) < 2:
         raise ValueError(f"draws must be at least 2 for a spread, got {draws}")
     for name, module in model.named_modules():
         # Exported programs have no modes, but bare modules and, for `eval`, a refusal of their own.
