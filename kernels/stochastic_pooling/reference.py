@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -42,9 +43,9 @@ from .window import Window, larger, memory_format
 OVERFLOW_SCALE = 2.0**-32
 # A window whose sum is smaller has no gradient in evaluation: 1 / S would overflow in fp32.
 SMALLEST_SUM = 2.0**-100
-# On a CPU as many images are drawn at a time as have these elements, so that what is made for them
+# On a CPU as many images are pooled at a time as have these elements, so that what is made for them
 # stays in the caches.
-CACHED_ELEMENTS = 2**18
+CACHED_ELEMENTS = 2**19
 
 
 def sample(
@@ -62,43 +63,39 @@ def sample(
         input's memory format.
     """
     volumes = _volumes(input)
-    images = volumes.shape[0]
-    if input.device.type == "cpu":
-        images = CACHED_ELEMENTS * images // max(volumes.numel(), 1)
-    images = max(images, 1)
-    drawn = [
-        _sample(part, bias, seed, window, first_image=n * images)
-        for n, part in enumerate(volumes.split(images))
-    ]
+    parts = _parts(volumes, window)
+    first = itertools.accumulate(map(len, parts[:-1]), initial=0)
+    drawn = [_sample(*part, bias, seed, window) for part in zip(parts, first, strict=True)]
     output, code = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     return _laid_out(output, input), _laid_out(code, input)
 
 
 def _sample(
     input: torch.Tensor,
+    first_image: int,
     bias: torch.Tensor | None,
     seed: torch.Tensor,
     window: Window,
-    first_image: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = _Weights(input, bias, window)
     u = uniforms(seed, weights.sum.shape, first_image).to(weights.sum.dtype)
     threshold = u * weights.sum
     # The cells before which the running sum is at most the threshold. Running sums only grow, so
     # the last of them is the drawn one.
-    reached = torch.zeros_like(threshold, dtype=window.code_dtype)
-    before_row = torch.zeros_like(threshold)
-    for i, row in enumerate(weights.rows()):
-        before_cell = torch.zeros_like(threshold)
-        for j, (_, v) in enumerate(row):
-            reached += before_row + before_cell <= threshold
-            if weights.unusual:
-                reached = torch.where(v.isnan(), i * window.kernel_w + j + 1, reached)
-            before_cell = before_cell + v
-        before_row = before_row + before_cell
-    code = reached - 1
+    reached = torch.zeros_like(weights.before_row, dtype=window.code_dtype)
+    before_cell = torch.zeros_like(weights.before_row)
+    for v in weights.columns():
+        reached += weights.before_row + before_cell <= threshold
+        before_cell = before_cell + v
+    code = functools.reduce(torch.add, reached) - 1
+    if weights.unusual:
+        nans = _windows(weights.padded, window).isnan().flatten(0, 2)
+        number = torch.arange(window.cells, device=code.device).view(-1, *[1] * code.dim())
+        last_nan = torch.where(nans, number, -1).amax(0)
+        code = torch.where(last_nan >= 0, last_nan, code)
     value = weights.cells(code) + 0.0  # no negative zero
-    return value.to(input.dtype), torch.where(weights.sum <= threshold, window.dead_code, code)
+    code = torch.where(weights.sum <= threshold, window.dead_code, code)
+    return value.to(input.dtype), code.to(window.code_dtype)
 
 
 def sample_backward(
@@ -120,22 +117,22 @@ def sample_backward(
         grad_input `(N, C, *size)` in the dtype of `grad_output` and the memory format of
         `code`, and grad_bias `(C,)` in the accumulation dtype (empty without `with_bias`).
     """
-    grad, codes = _volumes(grad_output), _volumes(code)
-    grad = grad.to(accumulation_dtype(grad_output.dtype))
-    size = (1, *size)[-3:]
-    grad_padded = grad.new_zeros(*grad.shape[:2], *_padded_size(size, window))
-    for cell, target in enumerate(_cell_views(grad_padded, window, codes.shape[2:])):
-        target += torch.where(codes == cell, grad, 0)
-    grad_input = _crop(grad_padded, size, window).to(grad_output.dtype)
-    live = torch.where(codes == window.dead_code, 0, grad)
-    grad_bias = live.sum((0, 2, 3, 4)) if with_bias else grad.new_empty(0)
-    return _laid_out(grad_input, code), grad_bias
+    grad = grad_output.to(accumulation_dtype(grad_output.dtype))
+    grad = torch.where(code == window.dead_code, 0, grad).flatten(2)
+    cells = window.flat_indices(code.contiguous(), *size).flatten(2)
+    grad_input = grad.new_zeros(*grad.shape[:2], math.prod(size))
+    # From the last window on, so that a CPU adds in the order of the cells, as the kernels do.
+    grad_input.scatter_add_(2, cells.flip(2), grad.flip(2))
+    grad_input = grad_input.view(*grad.shape[:2], *size).to(grad_output.dtype)
+    grad_bias = grad.sum((0, 2)) if with_bias else grad.new_empty(0)
+    return grad_input.contiguous(memory_format=memory_format(code)), grad_bias
 
 
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """The expectation of the draw in every window; shapes and types as in `sample`."""
-    weights = _Weights(_volumes(input), bias, window)
-    return _laid_out(weights.expectation().to(input.dtype), input)
+    volumes = _volumes(input)
+    means = [_Weights(part, bias, window).expectation() for part in _parts(volumes, window)]
+    return _laid_out(torch.cat(means).to(input.dtype), input)
 
 
 def expectation_backward(
@@ -159,16 +156,7 @@ def expectation_backward(
     offset = slope * weights.scaled_expectation()
     # The weights of an infinite window are indicators, not multiples of w: no slope there.
     slope = torch.where(weights.infinite, 0, slope * weights.scale)
-    size = volumes.shape[2:]
-    slopes, offsets = grad.new_zeros(2, *volumes.shape[:2], *_padded_size(size, window)).unbind()
-    for slope_view, offset_view in zip(
-        _cell_views(slopes, window, grad.shape[2:]),
-        _cell_views(offsets, window, grad.shape[2:]),
-        strict=True,
-    ):
-        slope_view += slope
-        offset_view += offset
-    slopes, offsets = (_crop(padded, size, window) for padded in (slopes, offsets))
+    slopes, offsets = (_spread(x, volumes.shape[2:], window) for x in (slope, offset))
     w = rectify(volumes, bias)
     # Without a slope w does not count, and may be NaN: a cell that no window holds.
     grad_w = torch.where(slopes == 0, -offsets, w * (2 * slopes) - offsets)
@@ -195,6 +183,7 @@ class _Weights:
     """The weights of every window, cell by cell, and their sums.
 
     Attributes:
+        before_row: R of the row before, `(KD * KH, N, C, OD, OH, OW)`.
         sum: S, or the sum of v where S overflows, `(N, C, OD, OH, OW)`.
         infinite: where a window holds an infinite cell and no NaN; a scalar if nowhere.
         scale: v / w, `OVERFLOW_SCALE` where S overflows without an infinite cell, else 1.
@@ -203,14 +192,13 @@ class _Weights:
 
     def __init__(self, input: torch.Tensor, bias: torch.Tensor | None, window: Window):
         self.window = window
-        self.output_size = window.output_size(*input.shape[2:])
         w = rectify(input, bias)
         # Padding is no candidate: with weight 0 it is never drawn and adds nothing to a sum.
         self.padded = _pad(w, window)
         self.infinite = w.new_zeros((), dtype=torch.bool)
         self.scale = w.new_ones(())
         self.unusual = False
-        self.sum = self._sum()
+        self._add()
         # On a CPU it costs nothing to ask whether some sum is not finite; elsewhere asking would
         # wait for the device, so all is done as if one were not.
         self.unusual = input.device.type != "cpu" or (
@@ -218,47 +206,41 @@ class _Weights:
         )
         if self.unusual:
             overflow = self.sum.isinf()
-            holds_infinity = torch.zeros_like(overflow)
-            for row in self.rows():
-                for w_cell, _ in row:
-                    holds_infinity |= w_cell.isinf()
-            self.infinite = overflow & holds_infinity
-            self.scale = torch.where(overflow & ~holds_infinity, OVERFLOW_SCALE, self.scale)
-            self.sum = torch.where(overflow, self._sum(), self.sum)
+            infinities = _windows(self.padded, window).isinf().flatten(0, 2).any(0)
+            self.infinite = overflow & infinities
+            self.scale = torch.where(overflow & ~infinities, OVERFLOW_SCALE, self.scale)
+            self._add()
 
-    def rows(self) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-        """Rows of cells; a cell is (w, v), two `(N, C, OD, OH, OW)` tensors."""
-        views = list(_cell_views(self.padded, self.window, self.output_size))
-        for start in range(0, len(views), self.window.kernel_w):
-            yield ((w, self._stand_in(w)) for w in views[start : start + self.window.kernel_w])
+    def columns(self) -> Iterator[torch.Tensor]:
+        """The v of each column of the window, `(KD * KH, N, C, OD, OH, OW)`."""
+        for column in _windows(self.padded, self.window).unbind(2):
+            w = column.flatten(0, 1)
+            if self.unusual:
+                w = torch.where(self.infinite, w.isinf().to(w.dtype), w * self.scale)
+            yield w
 
     def cells(self, code: torch.Tensor) -> torch.Tensor:
         """The weight of the cell `code` of every window."""
-        depth, height, width = self.padded.shape[2:]
-        places = torch.arange(depth * height * width, device=code.device)
-        places = places.view(1, 1, depth, height, width)
-        views = list(_cell_views(places, self.window, self.output_size))
-        offset = torch.stack([view[0, 0, 0, 0, 0] for view in views])
-        index = offset[code.to(torch.int64)] + views[0]
+        size = self.padded.shape[2:]
+        places = torch.arange(math.prod(size), device=code.device).view(1, 1, *size)
+        places = _windows(places, self.window).flatten(0, 2)
+        index = places[:, 0, 0, 0, 0, 0][code.to(torch.int64)] + places[0]
         return self.padded.flatten(2).gather(2, index.flatten(2)).view(code.shape)
 
-    def _stand_in(self, w: torch.Tensor) -> torch.Tensor:
-        if not self.unusual:
-            return w
-        return torch.where(self.infinite, w.isinf().to(w.dtype), w * self.scale)
-
-    def _sum(self) -> torch.Tensor:
-        row_sums = (functools.reduce(torch.add, (v for _, v in row)) for row in self.rows())
-        return functools.reduce(torch.add, row_sums)
+    def _add(self) -> None:
+        # From a contiguous one on, so that sums are contiguous, in which what follows is faster.
+        first, *rest = self.columns()
+        rows = functools.reduce(torch.add, rest, first.contiguous())
+        *before, self.sum = itertools.accumulate(rows, torch.add)
+        self.before_row = torch.stack((torch.zeros_like(self.sum), *before))
 
     def scaled_expectation(self) -> torch.Tensor:
         """sum v * v / S, 0 for a dead window."""
         divisor = torch.where(self.sum == 0, 1, self.sum)
-        total = torch.zeros_like(self.sum)
-        for row in self.rows():
-            for _, v in row:
-                total.addcmul_(v, v / divisor)
-        return total
+        rows = torch.zeros_like(self.before_row)
+        for v in map(torch.Tensor.contiguous, self.columns()):
+            rows.addcmul_(v, v / divisor)
+        return functools.reduce(torch.add, rows)
 
     def expectation(self) -> torch.Tensor:
         expectation = self.scaled_expectation()
@@ -279,13 +261,40 @@ def cells(planes: torch.Tensor, window: Window) -> list[torch.Tensor]:
         as many `(N, C, OH, OW)` or `(N, C, OD, OH, OW)` tensors, 0 where the cell is padding.
     """
     volumes = _volumes(planes)
-    views = _cell_views(_pad(volumes, window), window, window.output_size(*volumes.shape[2:]))
+    padded = _pad(volumes, window)
+    steps = [
+        [
+            slice(cell * dilation, cell * dilation + (outputs - 1) * stride + 1, stride)
+            for cell in range(kernel)
+        ]
+        for outputs, (kernel, stride, _, dilation) in zip(
+            window.output_size(*volumes.shape[2:]), window.sides(3), strict=True
+        )
+    ]
+    views = (padded[:, :, d, h, w] for d, h, w in itertools.product(*steps))
     return [view if planes.dim() == 5 else view.squeeze(2) for view in views]
 
 
+def _windows(padded: torch.Tensor, window: Window) -> torch.Tensor:
+    """A view of the cells of every window, `(KD, KH, KW, N, C, OD, OH, OW)`."""
+    for dim, (kernel, stride, _, dilation) in enumerate(window.sides(3), 2):
+        padded = padded.unfold(dim, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+    return padded.movedim((5, 6, 7), (0, 1, 2))
+
+
+def _parts(volumes: torch.Tensor, window: Window) -> Sequence[torch.Tensor]:
+    """As many images at a time as the caches of a CPU hold with what is made for them."""
+    if volumes.device.type != "cpu":
+        return [volumes]
+    outputs = math.prod(window.output_size(*volumes.shape[2:]))
+    rows = window.kernel_d * window.kernel_h * outputs * volumes.shape[1]
+    each = max(rows, math.prod(volumes.shape[1:]), 1)
+    return volumes.split(max(CACHED_ELEMENTS // each, 1))
+
+
 def _volumes(planes: torch.Tensor) -> torch.Tensor:
-    """`(N, C, H, W)` as `(N, C, 1, H, W)`; volumes as they are."""
-    return planes if planes.dim() == 5 else planes.unsqueeze(2)
+    """`(N, C, H, W)` as `(N, C, 1, H, W)`; contiguous, in which the passes below are fastest."""
+    return (planes if planes.dim() == 5 else planes.unsqueeze(2)).contiguous()
 
 
 def _laid_out(volumes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -315,22 +324,15 @@ def _pad(volumes: torch.Tensor, window: Window) -> torch.Tensor:
     return F.pad(volumes, margins)
 
 
-def _cell_views(
-    padded: torch.Tensor, window: Window, output_size: Sequence[int]
-) -> Iterator[torch.Tensor]:
-    """For each cell of the window, in row-major order, its `(N, C, OD, OH, OW)` view."""
-    steps = [
-        [
-            slice(cell * dilation, cell * dilation + (outputs - 1) * stride + 1, stride)
-            for cell in range(kernel)
-        ]
-        for outputs, (kernel, stride, _, dilation) in zip(output_size, window.sides(3), strict=True)
-    ]
-    for slices, rows, cols in itertools.product(*steps):
-        yield padded[:, :, slices, rows, cols]
-
-
-def _crop(padded: torch.Tensor, size: Sequence[int], window: Window) -> torch.Tensor:
-    for dim, (length, (_, _, padding, _)) in enumerate(zip(size, window.sides(3), strict=True), 2):
-        padded = padded.narrow(dim, padding, length)
-    return padded
+def _spread(values: torch.Tensor, size: Sequence[int], window: Window) -> torch.Tensor:
+    """For each cell of the volumes the sum of the values of the windows that hold it."""
+    padded_size = _padded_size(size, window)
+    for dim, (kernel, stride, padding, dilation) in enumerate(window.sides(3)):
+        of_windows = values.movedim(dim + 2, 0)
+        shape = list(values.shape)
+        shape[dim + 2] = padded_size[dim]
+        of_cells = values.new_zeros(shape).movedim(dim + 2, 0)
+        for cell in range(0, kernel * dilation, dilation):
+            of_cells[cell : cell + (len(of_windows) - 1) * stride + 1 : stride] += of_windows
+        values = of_cells[padding : padding + size[dim]].movedim(0, dim + 2)
+    return values
