@@ -214,10 +214,7 @@ class _Weights:
     def columns(self) -> Iterator[torch.Tensor]:
         """The v of each column of the window, `(KD * KH, N, C, OD, OH, OW)`."""
         for column in _windows(self.padded, self.window).unbind(2):
-            w = column.flatten(0, 1)
-            if self.unusual:
-                w = torch.where(self.infinite, w.isinf().to(w.dtype), w * self.scale)
-            yield w
+            yield self._stand_in(column.flatten(0, 1))
 
     def cells(self, code: torch.Tensor) -> torch.Tensor:
         """The weight of the cell `code` of every window."""
@@ -226,6 +223,11 @@ class _Weights:
         places = _windows(places, self.window).flatten(0, 2)
         index = places[:, 0, 0, 0, 0, 0][code.to(torch.int64)] + places[0]
         return self.padded.flatten(2).gather(2, index.flatten(2)).view(code.shape)
+
+    def _stand_in(self, w: torch.Tensor) -> torch.Tensor:
+        if not self.unusual:
+            return w
+        return torch.where(self.infinite, w.isinf().to(w.dtype), w * self.scale)
 
     def _add(self) -> None:
         # From a contiguous one on, so that sums are contiguous, in which what follows is faster.
