@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,29 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, dev
         pytest.skip(str(error))
     monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", request.param)
     return request.param
+
+
+# Cases that take seconds and resemble one that is not here: `slow`, so that CI runs them alone.
+RESEMBLING = re.compile(
+    r"""test_opcheck\[triton-channels_last
+    | test_special_windows\[numba-torch.b?float16
+    | test_second_derivatives_in_both_orders\[3d
+    | test_one_graph_for_every_batch_size\[(1d|3d|adaptive)
+    | test_triton_draws_the_reference_cells\[.*channels_last_3d
+    | test_huge_arguments_cost_no_more_than_the_tensors\[(triton|numba)-(?!stride)
+    | test_onnx_of_a_model_in_evaluation\[(1d|3d|global|2d,)
+    | test_export_for_any_image_size\[(1d|3d|adaptive,)
+    | test_sliding_kernels_notice_a_special_window\[channels_last
+    | test_network\[(alexnet|resnet10t|ese_vovnet19b_slim)""",
+    re.VERBOSE,
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if RESEMBLING.match(item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 def generator(device: torch.device, seed: int = 0) -> torch.Generator:

@@ -51,6 +51,7 @@ def test_preparation_is_outside_the_clock_and_memory_is_counted(bench) -> None:
     assert 120_000 <= contest.peak_memory(two, CPU) < 121_000
 
 
+@pytest.mark.slow
 def test_a_pool_that_computes_something_else_is_not_timed(bench, monkeypatch) -> None:
     operator = bench("bench_operator")
     small = operator.Layer("small", 3, 8, (3, 1, 1), 2, 2)
@@ -144,6 +145,7 @@ def test_committed_results_can_be_read(bench, file: Path) -> None:
     assert report.markdown(json.loads(file.read_text())) == committed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiles kernels on a GPU")
 def test_a_contest_ends_up_in_the_file(tmp_path) -> None:
     """The command that users run, on the smallest layer."""

@@ -98,6 +98,7 @@ def test_one_graph_for_every_batch_size(training, network_and_shape, device):
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_one_graph_for_every_image_size(device):
     for pool in (
         StochasticPool2d(3, 2, 1),

@@ -68,6 +68,7 @@ part last 60 1 echo still here
     assert "still here" in (tmp_path / "out" / "checks.log").read_text()
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_part_ends_at_its_limit_with_what_it_has(tmp_path: Path) -> None:
     """Asked first, then killed, and the processes that it started with it."""

@@ -139,6 +139,7 @@ def test_classes(bench: ModuleType, opcode: str, unit: str) -> None:
     assert bench.instructions.classify_sass(opcode) == unit
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
 def test_a_compiled_kernel_is_counted(tmp_path: Path) -> None:
     """In a process of its own: this one may run Triton's interpreter."""
