@@ -89,10 +89,10 @@ def _sample(
         before_cell = before_cell + v
     code = functools.reduce(torch.add, reached) - 1
     if weights.unusual:
-        nans = _windows(weights.padded, window).isnan().flatten(0, 2)
-        number = torch.arange(window.cells, device=code.device).view(-1, *[1] * code.dim())
-        last_nan = torch.where(nans, number, -1).amax(0)
-        code = torch.where(last_nan >= 0, last_nan, code)
+        nans = _windows(weights.padded.isnan(), window).flatten(0, 2)
+        number = torch.arange(window.cells, dtype=torch.int32, device=code.device)
+        last_nan = torch.where(nans, number.view(-1, *[1] * code.dim()), -1).amax(0)
+        code = torch.where(weights.sum.isnan(), last_nan, code)
     value = weights.cells(code) + 0.0  # no negative zero
     code = torch.where(weights.sum <= threshold, window.dead_code, code)
     return value.to(input.dtype), code.to(window.code_dtype)
@@ -206,7 +206,7 @@ class _Weights:
         )
         if self.unusual:
             overflow = self.sum.isinf()
-            infinities = _windows(self.padded, window).isinf().flatten(0, 2).any(0)
+            infinities = _windows(self.padded.isinf(), window).flatten(0, 2).any(0)
             self.infinite = overflow & infinities
             self.scale = torch.where(overflow & ~infinities, OVERFLOW_SCALE, self.scale)
             self._add()

@@ -28,8 +28,7 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
 _MOST_PLANES = 32  # contiguous ones that are transposed together
 _LARGEST = 5  # side of windows, and stride: the passes unroll them, and LLVM takes seconds for each
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
-_CPU = torch.device("cpu")  # whatever the default is
-_NOTHING = torch.zeros(0, dtype=torch.float32, device=_CPU)
+_NOTHING = torch.zeros(0, dtype=torch.float32, device="cpu")  # whatever the default is
 
 
 class _Plan:
@@ -47,12 +46,12 @@ class _Plan:
         # Room for all columns of windows, and in a gather for windows on both sides of them.
         columns = max(out_width * window.stride_w, self.width + window.padding_w) + window.kernel_w
         numbers = (planar, self.planes, step, sheets, height, self.width, out_height, out_width)
-        paddings = window.padding_h, window.padding_w
-        self.numbers = np.array([(*numbers, *self.sides[2:], *paddings, columns * step)], PLAN)
+        others = (*self.sides[2:], window.padding_h, window.padding_w, columns * step)
+        self.numbers = np.array([numbers + others], PLAN)
         self.address = self.numbers.ctypes.data
         large = self.planes * max(height * self.width, out_height * out_width) > _SMALL
         self.most_threads = sheets * groups if large else 1
-        empty = functools.partial(torch.empty, device=_CPU, memory_format=layout)
+        empty = functools.partial(torch.empty, device="cpu", memory_format=layout)
         self.input = functools.partial(empty, shape)
         self.output = functools.partial(empty, (self.batch, channels, out_height, out_width))
 
@@ -76,8 +75,7 @@ class _Plan:
 @functools.lru_cache(maxsize=256)
 def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
-    largest = max(window.kernel_h, window.kernel_w, window.stride_h, window.stride_w)
-    slides = largest <= _LARGEST and window.dilation_h == window.dilation_w == 1
+    slides = all(max(k, s) <= _LARGEST and d == 1 for k, s, _, d in window.sides(2))
     served = len(shape) == 4 and 0 not in shape and dtype in NUMBERS and slides
     return _Plan(shape, layout, window) if served else None
 
