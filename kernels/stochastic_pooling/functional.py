@@ -412,7 +412,7 @@ def _numbers(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...
             item if isinstance(item, (int, torch.SymInt)) else operator.index(item)
             for item in (value if isinstance(value, Sequence) else (value,))
         )
-        if bool in map(type, numbers):
+        if bool in [type(number) for number in numbers]:
             raise TypeError("a bool is no number")
     except TypeError as error:
         raise TypeError(
