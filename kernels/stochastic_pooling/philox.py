@@ -54,20 +54,21 @@ def philox4x32(key: tuple[torch.Tensor, torch.Tensor], counter: Words, rounds: i
     return c0, c1, c2, c3
 
 
-def uniforms(seed: torch.Tensor, shape: Sequence[int], first_image: int = 0) -> torch.Tensor:
+def uniforms(seed: torch.Tensor, shape: Sequence[int], first: int = 0) -> torch.Tensor:
     """The number in [0, 1) that each output of a pool draws.
 
     Args:
         seed: int64 scalar tensor; its device is that of the result.
-        shape: the output's logical shape, `(N, C, OH, OW)` or `(N, C, OD, OH, OW)`.
-        first_image: number of the first image, where it is not the pool's first.
+        shape: the output's logical shape, `(N, C, OH, OW)` or `(N, C, OD, OH, OW)`; of some of its
+            planes `(planes, OD, OH, OW)`.
+        first: number of the first image, or of those planes, where it is not the pool's first.
 
     Returns:
         fp32 of that shape, multiples of 2**-16.
     """
     *planes, height, width = shape
     device = seed.device
-    first_plane = first_image * math.prod(planes[1:])
+    first_plane = first * math.prod(planes[1:])
     plane = first_plane + torch.arange(math.prod(planes), device=device)[:, None, None]
     group = torch.arange((height + 3) // 4, device=device)[:, None]
     pair = torch.arange((width + 1) // 2, device=device)

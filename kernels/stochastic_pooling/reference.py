@@ -32,7 +32,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,7 @@ from .window import Window, larger, memory_format
 OVERFLOW_SCALE = 2.0**-32
 # A window whose sum is smaller has no gradient in evaluation: 1 / S would overflow in fp32.
 SMALLEST_SUM = 2.0**-100
-# On a CPU as many images are pooled at a time as have these elements, so that what is made for them
-# stays in the caches.
+# On a CPU as many planes are pooled at a time as have these elements, in each row of a window.
 CACHED_ELEMENTS = 2**19
 
 
@@ -62,40 +62,31 @@ def sample(
         output `(N, C, OH, OW)` in the input's dtype, and code in `window.code_dtype`, both in the
         input's memory format.
     """
-    volumes = _volumes(input)
-    parts = _parts(volumes, window)
-    first = itertools.accumulate(map(len, parts[:-1]), initial=0)
-    drawn = [_sample(*part, bias, seed, window) for part in zip(parts, first, strict=True)]
-    output, code = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+
+    def draw(first_plane: int, planes: torch.Tensor, biases: torch.Tensor | None) -> Any:
+        weights = _Weights(planes, biases, window)
+        u = uniforms(seed, weights.sum.shape, first_plane).to(weights.sum.dtype)
+        threshold = u * weights.sum
+        # The cells before which the running sum is at most the threshold. Running sums only grow,
+        # so the last of them is the drawn one.
+        reached = torch.zeros_like(weights.before_row, dtype=window.code_dtype)
+        before_cell = torch.zeros_like(weights.before_row)
+        for v in weights.columns():
+            reached += weights.before_row + before_cell <= threshold
+            before_cell = before_cell + v
+        code = functools.reduce(torch.add, reached) - 1
+        if weights.unusual:
+            nans = _windows(weights.padded.isnan(), window).flatten(0, 2)
+            number = torch.arange(window.cells, dtype=torch.int32, device=code.device)
+            last_nan = torch.where(nans, number.view(-1, *[1] * code.dim()), -1).amax(0)
+            code = torch.where(weights.sum.isnan(), last_nan, code)
+        value = weights.cells(code) + 0.0  # no negative zero
+        code = torch.where(weights.sum <= threshold, window.dead_code, code)
+        return value.to(input.dtype), code.to(window.code_dtype)
+
+    biases = None if bias is None else bias.expand(input.shape[:2])
+    output, code = _by_planes(draw, window, input.shape[2:], input, biases)
     return _laid_out(output, input), _laid_out(code, input)
-
-
-def _sample(
-    input: torch.Tensor,
-    first_image: int,
-    bias: torch.Tensor | None,
-    seed: torch.Tensor,
-    window: Window,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = _Weights(input, bias, window)
-    u = uniforms(seed, weights.sum.shape, first_image).to(weights.sum.dtype)
-    threshold = u * weights.sum
-    # The cells before which the running sum is at most the threshold. Running sums only grow, so
-    # the last of them is the drawn one.
-    reached = torch.zeros_like(weights.before_row, dtype=window.code_dtype)
-    before_cell = torch.zeros_like(weights.before_row)
-    for v in weights.columns():
-        reached += weights.before_row + before_cell <= threshold
-        before_cell = before_cell + v
-    code = functools.reduce(torch.add, reached) - 1
-    if weights.unusual:
-        nans = _windows(weights.padded.isnan(), window).flatten(0, 2)
-        number = torch.arange(window.cells, dtype=torch.int32, device=code.device)
-        last_nan = torch.where(nans, number.view(-1, *[1] * code.dim()), -1).amax(0)
-        code = torch.where(weights.sum.isnan(), last_nan, code)
-    value = weights.cells(code) + 0.0  # no negative zero
-    code = torch.where(weights.sum <= threshold, window.dead_code, code)
-    return value.to(input.dtype), code.to(window.code_dtype)
 
 
 def sample_backward(
@@ -117,22 +108,29 @@ def sample_backward(
         grad_input `(N, C, *size)` in the dtype of `grad_output` and the memory format of
         `code`, and grad_bias `(C,)` in the accumulation dtype (empty without `with_bias`).
     """
-    grad = grad_output.to(accumulation_dtype(grad_output.dtype))
-    grad = torch.where(code == window.dead_code, 0, grad).flatten(2)
-    cells = window.flat_indices(code.contiguous(), *size).flatten(2)
-    grad_input = grad.new_zeros(*grad.shape[:2], math.prod(size))
-    # From the last window on, so that a CPU adds in the order of the cells, as the kernels do.
-    grad_input.scatter_add_(2, cells.flip(2), grad.flip(2))
-    grad_input = grad_input.view(*grad.shape[:2], *size).to(grad_output.dtype)
-    grad_bias = grad.sum((0, 2)) if with_bias else grad.new_empty(0)
-    return grad_input.contiguous(memory_format=memory_format(code)), grad_bias
+
+    def send(_: int, grad: torch.Tensor, code: torch.Tensor) -> Any:
+        grad = grad.to(accumulation_dtype(grad_output.dtype))
+        grad = torch.where(code == window.dead_code, 0, grad).flatten(1)
+        cells = window.flat_indices(code, *size).flatten(1)
+        sent = grad.new_zeros(len(grad), math.prod(size))
+        # From the last window on, so that a CPU adds in the order of the cells, as the kernels do.
+        sent.scatter_add_(1, cells.flip(1), grad.flip(1))
+        return sent.view(len(grad), *size).to(grad_output.dtype), grad.sum(1)
+
+    grad_input, sums = _by_planes(send, window, size, grad_output, code)
+    return _laid_out(grad_input, code), sums.sum(0) if with_bias else sums.new_empty(0)
 
 
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """The expectation of the draw in every window; shapes and types as in `sample`."""
-    volumes = _volumes(input)
-    means = [_Weights(part, bias, window).expectation() for part in _parts(volumes, window)]
-    return _laid_out(torch.cat(means).to(input.dtype), input)
+
+    def mean(_: int, planes: torch.Tensor, biases: torch.Tensor | None) -> Any:
+        return (_Weights(planes, biases, window).expectation().to(input.dtype),)
+
+    biases = None if bias is None else bias.expand(input.shape[:2])
+    (output,) = _by_planes(mean, window, input.shape[2:], input, biases)
+    return _laid_out(output, input)
 
 
 def expectation_backward(
@@ -147,23 +145,26 @@ def expectation_backward(
     In a window with infinite cells it is the limit: 1 / k for each of its k infinite cells, -1 / k
     for every other live one. Shapes and types as in `sample_backward`.
     """
-    volumes = _volumes(input)
-    weights = _Weights(volumes, bias, window)
-    grad = _volumes(grad_output).to(weights.sum.dtype)
-    # grad_w = 2 w * sum(slope) - sum(offset), over the windows that hold the cell.
-    live = ~(weights.sum < SMALLEST_SUM)
-    slope = torch.where(live, grad / weights.sum, 0)
-    offset = slope * weights.scaled_expectation()
-    # The weights of an infinite window are indicators, not multiples of w: no slope there.
-    slope = torch.where(weights.infinite, 0, slope * weights.scale)
-    slopes, offsets = (_spread(x, volumes.shape[2:], window) for x in (slope, offset))
-    w = rectify(volumes, bias)
-    # Without a slope w does not count, and may be NaN: a cell that no window holds.
-    grad_w = torch.where(slopes == 0, -offsets, w * (2 * slopes) - offsets)
-    grad_w = torch.where(w.isinf(), offsets, grad_w)
-    grad_w = torch.where(w == 0, 0, grad_w)
-    grad_bias = grad_w.sum((0, 2, 3, 4)) if with_bias else grad.new_empty(0)
-    return _laid_out(grad_w.to(grad_output.dtype), input), grad_bias
+
+    def send(_: int, grad: torch.Tensor, planes: torch.Tensor, biases: torch.Tensor | None) -> Any:
+        weights = _Weights(planes, biases, window)
+        grad = grad.to(weights.sum.dtype).view(weights.sum.shape)
+        # grad_w = 2 w * sum(slope) - sum(offset), over the windows that hold the cell.
+        live = ~(weights.sum < SMALLEST_SUM)
+        slope = torch.where(live, grad / weights.sum, 0)
+        offset = slope * weights.scaled_expectation()
+        # The weights of an infinite window are indicators, not multiples of w: no slope there.
+        slope = torch.where(weights.infinite, 0, slope * weights.scale)
+        slopes, offsets = (_spread(x, weights.w.shape[1:], window) for x in (slope, offset))
+        # Without a slope w does not count, and may be NaN: a cell that no window holds.
+        grad_w = torch.where(slopes == 0, -offsets, weights.w * (2 * slopes) - offsets)
+        grad_w = torch.where(weights.w.isinf(), offsets, grad_w)
+        grad_w = torch.where(weights.w == 0, 0, grad_w)
+        return grad_w.to(grad_output.dtype), grad_w.sum((1, 2, 3))
+
+    biases = None if bias is None else bias.expand(input.shape[:2])
+    grad_input, sums = _by_planes(send, window, input.shape[2:], grad_output, input, biases)
+    return _laid_out(grad_input, input), sums.sum(0) if with_bias else sums.new_empty(0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -180,28 +181,30 @@ def rectify(input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 class _Weights:
-    """The weights of every window, cell by cell, and their sums.
+    """The weights of every window, column by column, and their sums.
 
     Attributes:
-        before_row: R of the row before, `(KD * KH, N, C, OD, OH, OW)`.
-        sum: S, or the sum of v where S overflows, `(N, C, OD, OH, OW)`.
+        w: `(planes, D, H, W)`.
+        before_row: R of the row before, `(KD * KH, planes, OD, OH, OW)`.
+        sum: S, or the sum of v where S overflows, `(planes, OD, OH, OW)`.
         infinite: where a window holds an infinite cell and no NaN; a scalar if nowhere.
         scale: v / w, `OVERFLOW_SCALE` where S overflows without an infinite cell, else 1.
         unusual: whether some S may be NaN, or overflow so that other weights stand in.
     """
 
-    def __init__(self, input: torch.Tensor, bias: torch.Tensor | None, window: Window):
+    def __init__(self, planes: torch.Tensor, biases: torch.Tensor | None, window: Window):
         self.window = window
-        w = rectify(input, bias)
+        volumes = planes if planes.dim() == 4 else planes.unsqueeze(1)
+        self.w = rectify(volumes[None], biases)[0]
         # Padding is no candidate: with weight 0 it is never drawn and adds nothing to a sum.
-        self.padded = _pad(w, window)
-        self.infinite = w.new_zeros((), dtype=torch.bool)
-        self.scale = w.new_ones(())
+        self.padded = _pad(self.w, window)
+        self.infinite = self.w.new_zeros((), dtype=torch.bool)
+        self.scale = self.w.new_ones(())
         self.unusual = False
         self._add()
         # On a CPU it costs nothing to ask whether some sum is not finite; elsewhere asking would
         # wait for the device, so all is done as if one were not.
-        self.unusual = input.device.type != "cpu" or (
+        self.unusual = planes.device.type != "cpu" or (
             self.sum.numel() > 0 and not bool(self.sum.amax().isfinite())
         )
         if self.unusual:
@@ -212,17 +215,17 @@ class _Weights:
             self._add()
 
     def columns(self) -> Iterator[torch.Tensor]:
-        """The v of each column of the window, `(KD * KH, N, C, OD, OH, OW)`."""
+        """The v of each column of the window, `(KD * KH, planes, OD, OH, OW)`."""
         for column in _windows(self.padded, self.window).unbind(2):
             yield self._stand_in(column.flatten(0, 1))
 
     def cells(self, code: torch.Tensor) -> torch.Tensor:
         """The weight of the cell `code` of every window."""
-        size = self.padded.shape[2:]
-        places = torch.arange(math.prod(size), device=code.device).view(1, 1, *size)
+        size = self.padded.shape[1:]
+        places = torch.arange(math.prod(size), device=code.device).view(1, *size)
         places = _windows(places, self.window).flatten(0, 2)
-        index = places[:, 0, 0, 0, 0, 0][code.to(torch.int64)] + places[0]
-        return self.padded.flatten(2).gather(2, index.flatten(2)).view(code.shape)
+        index = places[:, 0, 0, 0, 0][code.to(torch.int64)] + places[0]
+        return self.padded.flatten(1).gather(1, index.flatten(1)).view(code.shape)
 
     def _stand_in(self, w: torch.Tensor) -> torch.Tensor:
         if not self.unusual:
@@ -262,7 +265,7 @@ def cells(planes: torch.Tensor, window: Window) -> list[torch.Tensor]:
     Returns:
         as many `(N, C, OH, OW)` or `(N, C, OD, OH, OW)` tensors, 0 where the cell is padding.
     """
-    volumes = _volumes(planes)
+    volumes = planes if planes.dim() == 5 else planes.unsqueeze(2)
     padded = _pad(volumes, window)
     steps = [
         [
@@ -277,31 +280,40 @@ def cells(planes: torch.Tensor, window: Window) -> list[torch.Tensor]:
     return [view if planes.dim() == 5 else view.squeeze(2) for view in views]
 
 
+def _by_planes(
+    do: Callable[..., tuple[torch.Tensor, ...]],
+    window: Window,
+    size: Sequence[int],
+    *tensors: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """What `do` makes of `(N, C, ...)` tensors, told the number of the first plane and given
+    `(planes, ...)`: on a CPU so few planes at a time that the caches hold what is made for them."""
+    assert tensors[0] is not None
+    batch, channels = tensors[0].shape[:2]
+    each = batch * channels
+    if tensors[0].device.type == "cpu":
+        rows = window.kernel_d * window.kernel_h * math.prod(window.output_size(*size))
+        each = CACHED_ELEMENTS // max(rows, math.prod(size))
+    each = max(each, 1)
+    parts = [
+        itertools.repeat(None) if t is None else t.contiguous().flatten(0, 1).split(each)
+        for t in tensors
+    ]
+    done = [do(n * each, *part) for n, part in enumerate(zip(*parts, strict=False))]
+    results = [torch.cat(parts) for parts in zip(*done, strict=True)]
+    return [result.view(batch, channels, *result.shape[1:]) for result in results]
+
+
 def _windows(padded: torch.Tensor, window: Window) -> torch.Tensor:
-    """A view of the cells of every window, `(KD, KH, KW, N, C, OD, OH, OW)`."""
-    for dim, (kernel, stride, _, dilation) in enumerate(window.sides(3), 2):
+    """A view of the cells of every window, `(KD, KH, KW, planes, OD, OH, OW)`."""
+    for dim, (kernel, stride, _, dilation) in enumerate(window.sides(3), 1):
         padded = padded.unfold(dim, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
-    return padded.movedim((5, 6, 7), (0, 1, 2))
+    return padded.movedim((4, 5, 6), (0, 1, 2))
 
 
-def _parts(volumes: torch.Tensor, window: Window) -> Sequence[torch.Tensor]:
-    """As many images at a time as the caches of a CPU hold with what is made for them."""
-    if volumes.device.type != "cpu":
-        return [volumes]
-    outputs = math.prod(window.output_size(*volumes.shape[2:]))
-    rows = window.kernel_d * window.kernel_h * outputs * volumes.shape[1]
-    each = max(rows, math.prod(volumes.shape[1:]), 1)
-    return volumes.split(max(CACHED_ELEMENTS // each, 1))
-
-
-def _volumes(planes: torch.Tensor) -> torch.Tensor:
-    """`(N, C, H, W)` as `(N, C, 1, H, W)`; contiguous, in which the passes below are fastest."""
-    return (planes if planes.dim() == 5 else planes.unsqueeze(2)).contiguous()
-
-
-def _laid_out(volumes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`volumes` with the number of dimensions and in the memory format of `like`."""
-    result = volumes if like.dim() == 5 else volumes.squeeze(2)
+def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`result` with the number of dimensions and in the memory format of `like`."""
+    result = result if like.dim() == result.dim() else result.squeeze(2)
     return result.contiguous(memory_format=memory_format(like))
 
 
@@ -317,7 +329,7 @@ def _padded_size(size: Sequence[int], window: Window) -> tuple[int, ...]:
 
 def _pad(volumes: torch.Tensor, window: Window) -> torch.Tensor:
     """The volumes with zeros around them, so large as `_padded_size`."""
-    size = volumes.shape[2:]
+    size = volumes.shape[-3:]
     margins: list[int] = []
     for padded, length, (_, _, padding, _) in zip(
         _padded_size(size, window), size, window.sides(3), strict=True
@@ -327,14 +339,14 @@ def _pad(volumes: torch.Tensor, window: Window) -> torch.Tensor:
 
 
 def _spread(values: torch.Tensor, size: Sequence[int], window: Window) -> torch.Tensor:
-    """For each cell of the volumes the sum of the values of the windows that hold it."""
+    """For each cell of `(planes, D, H, W)` the sum of the values of the windows that hold it."""
     padded_size = _padded_size(size, window)
     for dim, (kernel, stride, padding, dilation) in enumerate(window.sides(3)):
-        of_windows = values.movedim(dim + 2, 0)
+        of_windows = values.movedim(dim + 1, 0)
         shape = list(values.shape)
-        shape[dim + 2] = padded_size[dim]
-        of_cells = values.new_zeros(shape).movedim(dim + 2, 0)
+        shape[dim + 1] = padded_size[dim]
+        of_cells = values.new_zeros(shape).movedim(dim + 1, 0)
         for cell in range(0, kernel * dilation, dilation):
             of_cells[cell : cell + (len(of_windows) - 1) * stride + 1 : stride] += of_windows
-        values = of_cells[padding : padding + size[dim]].movedim(0, dim + 2)
+        values = of_cells[padding : padding + size[dim]].movedim(0, dim + 1)
     return values
