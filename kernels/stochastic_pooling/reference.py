@@ -33,7 +33,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,13 @@ import torch.nn.functional as F
 from .philox import uniforms
 from .window import Window, larger, memory_format
 
+Tensors: TypeAlias = tuple[torch.Tensor, ...]
+
 OVERFLOW_SCALE = 2.0**-32
 # A window whose sum is smaller has no gradient in evaluation: 1 / S would overflow in fp32.
 SMALLEST_SUM = 2.0**-100
-# On a CPU as many planes are pooled at a time as have these elements, in each row of a window.
+# On a CPU so many planes are pooled at a time that they, or what is made for each row of a window,
+# are at most these elements: then the caches hold them.
 CACHED_ELEMENTS = 2**19
 
 
@@ -63,7 +66,7 @@ def sample(
         input's memory format.
     """
 
-    def draw(first_plane: int, planes: torch.Tensor, biases: torch.Tensor | None) -> Any:
+    def draw(first_plane: int, planes: torch.Tensor, biases: torch.Tensor | None) -> Tensors:
         weights = _Weights(planes, biases, window)
         u = uniforms(seed, weights.sum.shape, first_plane).to(weights.sum.dtype)
         threshold = u * weights.sum
@@ -109,7 +112,7 @@ def sample_backward(
         `code`, and grad_bias `(C,)` in the accumulation dtype (empty without `with_bias`).
     """
 
-    def send(_: int, grad: torch.Tensor, code: torch.Tensor) -> Any:
+    def send(_: int, grad: torch.Tensor, code: torch.Tensor) -> Tensors:
         grad = grad.to(accumulation_dtype(grad_output.dtype))
         grad = torch.where(code == window.dead_code, 0, grad).flatten(1)
         cells = window.flat_indices(code, *size).flatten(1)
@@ -125,7 +128,7 @@ def sample_backward(
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """The expectation of the draw in every window; shapes and types as in `sample`."""
 
-    def mean(_: int, planes: torch.Tensor, biases: torch.Tensor | None) -> Any:
+    def mean(_: int, planes: torch.Tensor, biases: torch.Tensor | None) -> Tensors:
         return (_Weights(planes, biases, window).expectation().to(input.dtype),)
 
     biases = None if bias is None else bias.expand(input.shape[:2])
@@ -146,7 +149,9 @@ def expectation_backward(
     for every other live one. Shapes and types as in `sample_backward`.
     """
 
-    def send(_: int, grad: torch.Tensor, planes: torch.Tensor, biases: torch.Tensor | None) -> Any:
+    def send(
+        _: int, grad: torch.Tensor, planes: torch.Tensor, biases: torch.Tensor | None
+    ) -> Tensors:
         weights = _Weights(planes, biases, window)
         grad = grad.to(weights.sum.dtype).view(weights.sum.shape)
         # grad_w = 2 w * sum(slope) - sum(offset), over the windows that hold the cell.
@@ -281,13 +286,13 @@ def cells(planes: torch.Tensor, window: Window) -> list[torch.Tensor]:
 
 
 def _by_planes(
-    do: Callable[..., tuple[torch.Tensor, ...]],
+    do: Callable[..., Tensors],
     window: Window,
     size: Sequence[int],
     *tensors: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """What `do` makes of `(N, C, ...)` tensors, told the number of the first plane and given
-    `(planes, ...)`: on a CPU so few planes at a time that the caches hold what is made for them."""
+    """What `do` makes of `(N, C, ...)` tensors, some planes at a time: it is given the number
+    of the first, and of each tensor `(planes, ...)`."""
     assert tensors[0] is not None
     batch, channels = tensors[0].shape[:2]
     each = batch * channels
