@@ -75,7 +75,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, dev
     return request.param
 
 
-# Cases that take seconds and resemble one that is not here: `slow`, so that CI runs them alone.
+# Cases that take seconds and resemble one that is not here: `slow`, so that CI alone runs them.
 RESEMBLING = re.compile(
     r"""test_opcheck\[triton-channels_last
     | test_special_windows\[numba-torch.b?float16

@@ -140,7 +140,7 @@ def test_expectations(window, special, layout):
 
 
 def test_windows_of_networks_need_no_reference(monkeypatch):
-    """Of networks for signals, too, and of stride 3; the reference takes 3 to 20 times as long."""
+    """Of networks for signals, too, and of stride 3."""
     monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "numba")
     for name in ("sample", "sample_backward", "expectation", "expectation_backward"):
         monkeypatch.delattr(reference, name)

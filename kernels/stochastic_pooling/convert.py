@@ -138,8 +138,9 @@ def replace_pooling(
             _log.info("%s: %s for %s", name or "the model", twins[pool], pool)
     parent: Any
     for parent in model.modules():
+        compiled = getattr(parent, "_orig_mod", None) in twins
         _swap(vars(parent), twins)
-        if hasattr(parent, "_orig_mod"):  # compiled: its forward is made of what it held
+        if compiled:  # its forward is made of what it held
             parent._initialize()
         for function in _functions_with(parent, set(twins)):
             warnings.warn(

@@ -87,8 +87,7 @@ def sample(
         code = torch.where(weights.sum <= threshold, window.dead_code, code)
         return value.to(input.dtype), code.to(window.code_dtype)
 
-    biases = None if bias is None else bias.expand(input.shape[:2])
-    output, code = _by_planes(draw, window, input.shape[2:], input, biases)
+    output, code = _by_planes(draw, window, input.shape[2:], input, bias)
     return _laid_out(output, input), _laid_out(code, input)
 
 
@@ -131,8 +130,7 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
     def mean(_: int, planes: torch.Tensor, biases: torch.Tensor | None) -> Tensors:
         return (_Weights(planes, biases, window).expectation().to(input.dtype),)
 
-    biases = None if bias is None else bias.expand(input.shape[:2])
-    (output,) = _by_planes(mean, window, input.shape[2:], input, biases)
+    (output,) = _by_planes(mean, window, input.shape[2:], input, bias)
     return _laid_out(output, input)
 
 
@@ -167,8 +165,7 @@ def expectation_backward(
         grad_w = torch.where(weights.w == 0, 0, grad_w)
         return grad_w.to(grad_output.dtype), grad_w.sum((1, 2, 3))
 
-    biases = None if bias is None else bias.expand(input.shape[:2])
-    grad_input, sums = _by_planes(send, window, input.shape[2:], grad_output, input, biases)
+    grad_input, sums = _by_planes(send, window, input.shape[2:], grad_output, input, bias)
     return _laid_out(grad_input, input), sums.sum(0) if with_bias else sums.new_empty(0)
 
 
@@ -291,8 +288,8 @@ def _by_planes(
     size: Sequence[int],
     *tensors: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """What `do` makes of `(N, C, ...)` tensors, some planes at a time: it is given the number
-    of the first, and of each tensor `(planes, ...)`."""
+    """What `do` makes of `(N, C, ...)` and `(C,)` tensors, some planes at a time: it is given the
+    number of the first, and of each tensor `(planes, ...)`."""
     assert tensors[0] is not None
     batch, channels = tensors[0].shape[:2]
     each = batch * channels
@@ -301,7 +298,9 @@ def _by_planes(
         each = CACHED_ELEMENTS // max(rows, math.prod(size))
     each = max(each, 1)
     parts = [
-        itertools.repeat(None) if t is None else t.contiguous().flatten(0, 1).split(each)
+        itertools.repeat(None)
+        if t is None
+        else t.expand(batch, channels, *t.shape[2:]).contiguous().flatten(0, 1).split(each)
         for t in tensors
     ]
     done = [do(n * each, *part) for n, part in enumerate(zip(*parts, strict=False))]
