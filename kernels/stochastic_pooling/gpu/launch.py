@@ -35,9 +35,17 @@ SLIDING_BLOCK = 128
 # Threads that fill a large GPU (an H100 holds 135,000 with 64 registers each): planes are cut into
 # strips until there are as many.
 FILLING_THREADS = 2**17
-# Inner rows of a sliding kernel are unrolled by these, and a strip is a multiple of them. Four rows
-# share a Philox call; after three, or six, the three rows in registers are back where they began.
-_ROWS = {"sample": 4, "expectation": 6, "gather": 6, "gradient": 3}
+# Inner rows of a sliding kernel come in unrolled groups of so many, and a strip is a multiple of
+# one. Four rows share a Philox call; after three the rows in registers are back where they began.
+_ROWS = {"sample": 4, "expectation": 3, "gather": 3, "gradient": 3}
+# By the channels of a lane and the window's horizontal stride: where the rows of a group are loaded
+# all before the first is worked on, and stored after the last. Elsewhere one is loaded ahead.
+_AT_ONCE = {
+    "sample": [(1, 1)],
+    "expectation": [(1, 1), (1, 2), (2, 1)],
+    "gather": [(1, 1), (1, 2)],
+    "gradient": [],
+}
 _SLIDING = {
     "sample": sample_sliding_kernel,
     "expectation": expectation_sliding_kernel,
@@ -326,9 +334,11 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         start = max(0, triton.cdiv(window.padding_h - window.stride_h + 1, window.stride_h))
         stop = triton.cdiv(height + window.padding_h, window.stride_h)
         inner = out_height - 1 if call.name == "gather" else min(inner, out_height - 1)
+    lane = vector, window.stride_w
     # Few strips, but enough to fill a GPU; a grid's limit is 2**16 - 1.
     wanted = min(triton.cdiv(call.filling_threads, lanes), 2**15)
-    strip_rows = _ROWS[call.name] * max(1, triton.cdiv(stop - start, _ROWS[call.name] * wanted))
+    rows = _ROWS[call.name]
+    strip_rows = rows * max(1, triton.cdiv(stop - start, rows * wanted))
     if call.name == "gradient":
         strip_rows += 1  # whose first row belongs to no group
     strips = triton.cdiv(stop - start, strip_rows)
@@ -341,7 +351,7 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         start=first * window.stride_w - window.padding_w,
         channels=channels if channels_last and channels % 8 == 0 else 0,
         channels_last=channels_last, vector=vector, folded=folded, draws=call.name == "sample",
-        block=call.block, rows=_ROWS[call.name],
+        block=call.block, rows=rows, ahead=rows - 1 if lane in _AT_ONCE[call.name] else 1,
         # How many of the columns it reads every lane has, the last one of a row included; in a
         # backward without padding that lane may begin beyond the last output.
         inside=min(own, read_width - (pairs - 1) * own),
@@ -351,7 +361,7 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         grad_same=grad == output if call.name == "gather" else grad == owned and own == 2,
         own=owned[0], read=read[0], grad=grad[0],
     )  # fmt: skip
-    registers = _REGISTERS[call.name][vector, window.stride_w]
+    registers = _REGISTERS[call.name][lane]
     if channels_last and channels % 8:
         registers += 8  # for more addresses
     kernel = _SLIDING[call.name]
