@@ -143,6 +143,7 @@ def test_inductor_draws_what_eager_draws(training, device):
 
 @needs_inductor
 @torch._inductor.config.patch(force_disable_caches=True)
+@pytest.mark.slow
 def test_inductor_copies_nothing_into_another_layout(device):
     """Where it has made convolutions channels_last in a network that is not."""
     convolution = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)

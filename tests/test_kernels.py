@@ -340,14 +340,10 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 # What sm_80 and sm_89 take is nearly sm_86's.
-TARGETS = [
-    ["sm_86"],
-    pytest.param(
-        ["sm_75", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"], marks=pytest.mark.slow
-    ),
-]
+TARGETS = [["sm_86"], ["sm_75", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
 @pytest.mark.parametrize("targets", TARGETS, ids=["one", "others"])
 def test_kernels_compile_for_every_target_and_none_got_worse(targets, tmp_path):
@@ -435,6 +431,7 @@ SWEEPS = {
 }
 
 
+@pytest.mark.slow
 def test_few_variants_are_compiled_and_one_channel_can_be():
     """A kernel takes seconds to compile: not for each size of image, batch or number of channels.
 
