@@ -121,6 +121,7 @@ tests=(tests/test_{kernels,properties,extremes,pooling,in_pytorch,volumes}.py)
 tests+=(tests/test_memory.py::test_account_agrees_with_a_gpu tests/test_{transforms,compile,augment}.py)
 tests+=(--durations=15 --continue-on-collection-errors -k)
 bench=("${pytest[@]}" bench/ --benchmark-only --benchmark-json "$out/benchmarks.json")
+parallel=
 if [ "$device" = cuda ]; then
     tests+=("not (compile_for or emulator or onnx or data_parallel or numba)")
     # Processes that compile kernels side by side: of two cores fewer than there are, and with 6 GB
@@ -128,7 +129,7 @@ if [ "$device" = cuda ]; then
     free=$(nvidia-smi --query-gpu=memory.free --format=csv,noheader,nounits --id=0)
     free=${free//[!0-9]/}
     workers=$(printf '%s\n' 16 $(($(nproc) - 2)) $((${free:-0} / 6000)) | sort -n | head -n 1)
-    if ((workers > 1)) && "$python" -c 'import xdist'; then tests+=(-n "$workers"); fi
+    if ((workers > 1)) && "$python" -c 'import xdist'; then parallel="-n $workers"; fi
     # Compiling is most of it. All of bench/ takes longer than there is here.
     few="(network and float16 and not avg and not compiled) or (operator and fp16 and"
     few+=" (cnnsp or (resnet_stem and training)) and not (avg or fractional or gist))"
@@ -149,7 +150,7 @@ if [ "$device" = cuda ]; then
     query+=,temperature.gpu,mig.mode.current
     part card 20 2 nvidia-smi --query-gpu="$query" --format=csv --id=0
 fi
-part smoke 90 1 "${smoke[@]}"
+PYTEST_ADDOPTS=$parallel part smoke 90 1 "${smoke[@]}"
 if [ "$device" = cuda ]; then
     part counters 75 20 "$python" bench/gpu_counters.py --json "$out/counters.json"
 fi
@@ -159,7 +160,7 @@ part training 75 4 "${train[@]}" "$work/training" "${small[@]}" --epochs "$epoch
 cp "$work/training/summary.csv" "$out/training.csv" 2> /dev/null
 cp "$work/training/curves.png" "$out/training.png" 2> /dev/null
 part memory 50 99 "$python" -m cnnsp.training.memory -b 256 --gpu-memory-gb 6
-part tests 170 20 "${pytest[@]}" "${tests[@]}"
+PYTEST_ADDOPTS=$parallel part tests 170 20 "${pytest[@]}" "${tests[@]}"
 if [ "$device" = cuda ]; then
     part "batch 1024 in 6 GB" 40 4 \
         "${train[@]}" "$work/1024" "${small[@]}" -b 1024 --max-steps 3
