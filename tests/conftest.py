@@ -75,7 +75,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, dev
     return request.param
 
 
-# Cases that take seconds and resemble one that is not here: `slow`, so that CI alone runs them.
+# Cases that take seconds, most of which resemble one that is not here: `slow`, for CI alone.
 RESEMBLING = re.compile(
     r"""test_opcheck\[triton
     | test_special_windows\[numba-torch.(b?float16|float32-1x3)
