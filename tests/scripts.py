@@ -1,9 +1,11 @@
-"""The scripts as modules, so that tests call their `main` in this process."""
+"""The scripts as modules, so that tests call their `main` in this process, and other processes."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,3 +23,12 @@ def load_script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process in which Triton compiles; this one may interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
