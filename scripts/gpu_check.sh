@@ -123,7 +123,7 @@ tests+=(--durations=15 --continue-on-collection-errors -k)
 bench=("${pytest[@]}" bench/ --benchmark-only --benchmark-json "$out/benchmarks.json")
 parallel=
 if [ "$device" = cuda ]; then
-    tests+=("not (compile_for or emulator or onnx or data_parallel or numba)")
+    tests+=("not (onnx or data_parallel or numba)")
     # Processes that compile kernels side by side: of two cores fewer than there are, and with 6 GB
     # of the GPU each, for some tests take 4 GiB at a time.
     free=$(nvidia-smi --query-gpu=memory.free --format=csv,noheader,nounits --id=0)
