@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from .scripts import ROOT, run_python
 
 KERNEL = """
 import triton
@@ -141,15 +140,13 @@ def test_classes(bench: ModuleType, opcode: str, unit: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
-def test_a_compiled_kernel_is_counted(tmp_path: Path) -> None:
+def test_a_compiled_kernel_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: this one may run Triton's interpreter."""
     (tmp_path / "tiny.py").write_text(KERNEL)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    folders = (tmp_path, ROOT / "bench", ROOT / "kernels", environment.get("PYTHONPATH", ""))
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")  # its binaries name our tiny.py
-    command = [sys.executable, "-c", COMPILE]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    folders = (tmp_path, ROOT / "bench", ROOT / "kernels", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # its binaries name our tiny.py
+    run = run_python("-c", COMPILE)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     for target, *units in (("sm_86", "lsu", "fp32"), ("gfx942",)):
