@@ -225,11 +225,25 @@ def test_functions_are_one_node_for_fx_and_can_be_intercepted(device):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_traced_graphs_replay(device):
-    """`make_fx` and `torch.jit.trace` record the ops, `requires_grad` or not."""
-    pool = StochasticPool2d(3, 1, 1).eval()
+@pytest.mark.parametrize(
+    "pool",
+    [
+        StochasticPool2d(3, 1, 1),
+        StochasticPool2d(3, 2, ceil_mode=True),
+        StochasticPool2d(40, 20, 20),
+        AdaptiveStochasticPool2d(4),
+    ],
+    ids=str,
+)
+def test_traced_graphs_replay(pool, device):
+    """`make_fx` and `torch.jit.trace` record the ops, `requires_grad` or not, and a file has them."""
+    pool = copy.deepcopy(pool).eval()
     x, other = torch.randn(2, 1, 2, 6, 6, device=device).unbind()
-    for traced in (make_fx(pool)(x), torch.jit.trace(pool, x)):
+    scripted = torch.jit.trace(pool, x)
+    saved = io.BytesIO()
+    torch.jit.save(scripted, saved)
+    saved.seek(0)
+    for traced in (make_fx(pool)(x), scripted, torch.jit.load(saved)):
         torch.testing.assert_close(traced(other), pool(other))
 
 

@@ -233,7 +233,7 @@ def sample(
     input: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.sample`, differentiable by whatever transform runs it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         if not _transforming():
             return ops.sample(input, bias, seed, *window.arguments(input.dim() - 2))
     elif not ops.wants_ops(input, bias):
@@ -248,7 +248,7 @@ def sample(
 
 def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """`ops.expectation`, differentiable by whatever transform runs it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         if not _transforming() and not torch.onnx.is_in_onnx_export():
             return ops.expectation(input, bias, *window.arguments(input.dim() - 2))
     elif not ops.wants_ops(input, bias):

@@ -257,7 +257,9 @@ def _pool(
         input = input.unsqueeze(-2)
     batched = input if input.dim() == max(dims, 2) + 2 else input.unsqueeze(0)
     _check(batched, bias)
-    window = _fitted(window, *batched.shape[1:])
+    shape = batched.shape[1:]
+    # In `torch.jit.trace` sizes are tensors, which no op takes for a window's numbers.
+    window = _fitted(window, *(map(int, shape) if torch.jit.is_tracing() else shape))
     if return_indices and not training:
         raise RuntimeError(
             "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
@@ -310,7 +312,7 @@ def _remembered(function: Callable[..., R]) -> Callable[..., R]:
 
     @functools.wraps(function)
     def remember(*arguments: Any) -> R:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling():
             return function(*arguments)
         try:
             return kept(*arguments)

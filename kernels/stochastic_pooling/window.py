@@ -224,9 +224,10 @@ def _bounded(
 
 
 def larger(one: Any, other: Any) -> Any:
-    """`max`, without a guard on symbols; Dynamo has that of `max`, and not always the other."""
-    compiling = torch.compiler.is_dynamo_compiling()
-    return max(one, other) if compiling else torch.sym_max(one, other)
+    """`max`, without a guard on symbols; Dynamo has that of `max`, and not always the other, which
+    refuses the tensors that sizes are in `torch.jit.trace`."""
+    plain = torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing()
+    return max(one, other) if plain else torch.sym_max(one, other)
 
 
 def known(condition: bool | torch.SymBool) -> bool:
