@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import pickle
@@ -1343,7 +1344,7 @@ def test_a_compiled_pool_is_replaced_behind_its_compilation():
     model = nn.Sequential(nn.ReLU(), torch.compile(nn.MaxPool2d(2), backend="eager"))
     x = torch.rand(1, 1, 4, 4)
     assert torch.equal(model(x), F.max_pool2d(x, 2))
-    replace_pooling(model)
+    assert warned(model) == ""
     assert len({model(x).sum().item() for _ in range(20)}) > 1
 
 
@@ -1352,6 +1353,39 @@ def test_a_function_that_holds_on_to_a_pool_is_named():
     model = nn.Sequential(nn.ReLU(), pool)
     model[0].register_forward_hook(lambda module, _, output: pool(output))
     assert "<lambda> of a ReLU holds on to a pool" in warned(model)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        functools.partial,
+        lambda pool: pool.forward,
+        lambda pool: {pool},
+        lambda pool: [lambda x: pool(x)],
+        lambda pool: lambda x, *, kept=[pool]: kept[0](x),
+    ],
+)
+def test_what_else_holds_on_to_a_pool_is_named(hold):
+    model = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+    model.held = hold(model[1])
+    assert " of a Sequential holds on to a pool" in warned(model)
+
+
+def test_a_dict_that_holds_itself():
+    model = nn.Sequential(nn.MaxPool2d(2))
+    model.known = {"pool": model[0]}
+    model.known["all"] = model.known
+    replace_pooling(model)
+    assert model.known["pool"] is model[0]
+
+
+def test_graphs_of_fx_and_scripts():
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
+    assert replaced(replace_pooling(model)) == ["1"]
+    with pytest.warns(Warning, match="deprecated"):
+        script = torch.jit.trace(nn.ReLU(), torch.rand(1))
+    model = replace_pooling(nn.Sequential(script, nn.Conv2d(1, 1, 1), nn.ReLU(), nn.MaxPool2d(2)))
+    assert fuse(model).meta["folded"] == ["3: ReLU 2, bias of 1"]
 
 
 def test_what_was_written_on_a_pool_is_on_its_twin():
@@ -1428,6 +1462,7 @@ class Functions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.max_pool2d = nn.MaxPool2d(2)
+        self.down = functools.partial(F.max_pool3d, kernel_size=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.max_pool2d(x) + self.inner(x) + helper(x)
@@ -1446,7 +1481,7 @@ def helper(x: torch.Tensor) -> torch.Tensor:
     [
         (nn.Sequential(nn.MaxPool2d(2), Padded(2)), ["1: Padded (a subclass"]),
         (nn.Sequential(nn.MaxPool2d(2), nn.LPPool2d(2, 2)), ["1: LPPool2d (no twin)"]),
-        (Functions(), ["avg_pool2d, max_pool1d in the code of Functions"]),
+        (Functions(), ["avg_pool2d, max_pool1d, max_pool3d in the code of Functions"]),
         (models.squeezenet1_1(), []),
         (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), []),
     ],

@@ -236,7 +236,7 @@ def test_functions_are_one_node_for_fx_and_can_be_intercepted(device):
     ids=str,
 )
 def test_traced_graphs_replay(pool, device):
-    """`make_fx` and `torch.jit.trace` record the ops, `requires_grad` or not, and a file has them."""
+    """`make_fx` and `torch.jit.trace` record the ops, `requires_grad` or not; files hold them."""
     pool = copy.deepcopy(pool).eval()
     x, other = torch.randn(2, 1, 2, 6, 6, device=device).unbind()
     scripted = torch.jit.trace(pool, x)

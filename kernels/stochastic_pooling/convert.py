@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
+import gc
 import logging
 import operator
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ _ARGUMENTS = (
     *("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
     *("output_size", "return_indices"),
 )
+_OPENED = (dict, list, tuple, set, frozenset, deque, partial, CellType, MethodType)
 _WINDOWED = tuple(pool for pool in _TWINS if not pool.__name__.startswith("Adaptive"))
 
 
@@ -88,8 +91,8 @@ def replace_pooling(
             `nn.Sequential` shows a ReLU or the like before it, and a max pool if one shows a
             convolution or norm before it and no ReLU behind; where pools are left that the
             arguments do not leave out: subclasses, patched ones, types without a twin, and pooling
-            functions in the code of a forward; where a hook or another function holds on to a pool
-            that was replaced. Pools that the arguments leave out are logged at INFO.
+            functions in the code of a forward; where a function (a hook, too) or an attribute holds
+            on to a pool that was replaced. Pools that the arguments leave out are logged at INFO.
     """
     types = (types,) if isinstance(types, type) else tuple(types)
     for pool_type in types:
@@ -139,29 +142,31 @@ def replace_pooling(
     parent: Any
     for parent in model.modules():
         compiled = getattr(parent, "_orig_mod", None) in twins
-        _swap(vars(parent), twins)
+        _swap(vars(parent), twins, set())
         if compiled:  # its forward is made of what it held
             parent._initialize()
-        for function in _functions_with(parent, set(twins)):
+            parent._torchdynamo_orig_callable = parent._orig_mod.forward
+        for holder in _holders(parent, set(twins)):
             warnings.warn(
-                f"replace_pooling: {function.__qualname__} of a {type(parent).__name__} holds on "
+                f"replace_pooling: {holder} of a {type(parent).__name__} holds on "
                 "to a pool that was replaced, and will use that: let it take the model's",
                 stacklevel=2,
             )
     return twins.get(model, model)
 
 
-def _swap(held: Any, twins: dict[nn.Module, nn.Module]) -> Any:
+def _swap(held: Any, twins: dict[nn.Module, nn.Module], seen: set[int]) -> Any:
     """`held` with twins for pools: a module may stand in `_modules`, maybe twice, and in dicts,
     lists and tuples that a forward may run through instead."""
     if isinstance(held, nn.Module):
         return twins.get(held, held)
-    if isinstance(held, (dict, list)):
+    if isinstance(held, (dict, list)) and id(held) not in seen:
+        seen.add(id(held))  # it may hold itself
         for key, child in list(held.items() if isinstance(held, dict) else enumerate(held)):
-            if (swapped := _swap(child, twins)) is not child:
+            if (swapped := _swap(child, twins, seen)) is not child:
                 held[key] = swapped
     elif type(held) is tuple:
-        swapped = [_swap(child, twins) for child in held]
+        swapped = [_swap(child, twins, seen) for child in held]
         return held if all(map(operator.is_, held, swapped)) else tuple(swapped)
     return held
 
@@ -220,8 +225,10 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
 
 
 def _pooling_functions(module: nn.Module) -> set[str]:
-    """What its methods, or the functions that they name, call max_pool2d, avg_pool1d_same, …"""
-    names: set[str] = set()
+    """What its methods, or the functions that they name, call max_pool2d, avg_pool1d_same, … and
+    such functions that it holds."""
+    held = [value.func if isinstance(value, partial) else value for value in vars(module).values()]
+    names: set[str] = {str(getattr(value, "__name__", "")) for value in held}
     todo = [value for owner in (module, *type(module).__mro__) for value in vars(owner).values()]
     seen = set()
     while todo:
@@ -231,12 +238,12 @@ def _pooling_functions(module: nn.Module) -> set[str]:
         if not isinstance(code, CodeType) or code in seen:
             continue
         seen.add(code)
-        if not getattr(value, "__module__", "").startswith("torch."):
+        if not (getattr(value, "__module__", None) or "").startswith("torch."):  # FX gives it none
             names.update(code.co_names)
             known = getattr(value, "__globals__", {})
             todo += [*code.co_consts, *(known[name] for name in code.co_names if name in known)]
     pattern = re.compile("(fractional_)?(max|avg|lp)_pool[123]d")
-    return {name for name in names - module._modules.keys() if pattern.match(name)}
+    return {name for name in names.difference(module._modules.keys()) if pattern.match(name)}
 
 
 # After these nothing is negative; those keep the sign.
@@ -256,7 +263,7 @@ def _may_read_negatives(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -
     """The chosen averages, but for those before which a Sequential shows a ReLU or the like, and
     the maxima for which it shows the contrary."""
     pools = [pool for _, pool in chosen]
-    rows = [row for row in model.modules() if type(row).forward in _RUNS_IN_A_ROW]
+    rows = [row for row in model.modules() if _runs_in_a_row(row)]
     inside = {child for row in rows for child in row.children()}
     negative: dict[nn.Module, set[bool | None]] = {pool: set() for pool in pools}
     for row in rows:
@@ -333,17 +340,9 @@ def fuse(model: nn.Module) -> nn.Module:
         Exception: whatever `copy.deepcopy` raises, if the model cannot be copied.
 
     Warns:
-        UserWarning: if there is nothing to fold; if a function that is a hook or an attribute of a
+        UserWarning: if there is nothing to fold; if a function (a hook, too) or an attribute of a
             module holds on to a module of the original, which the copy then calls.
     """
-    for module in model.modules():
-        for function in _functions_with(module, set(model.modules())):
-            warnings.warn(
-                f"fuse: {function.__qualname__} of a {type(module).__name__} holds on to a module "
-                "of the original and will use that in the copy: make it a method, or let a hook "
-                "use the module that it is given",
-                stacklevel=2,
-            )
     tensors = [
         value
         for module in model.modules()
@@ -352,9 +351,18 @@ def fuse(model: nn.Module) -> nn.Module:
         if isinstance(value, torch.Tensor)
     ]
     fused = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    originals = set(model.modules())
+    for module in fused.modules():
+        for holder in _holders(module, originals):
+            warnings.warn(
+                f"fuse: {holder} of a {type(module).__name__} holds on to a module of the original "
+                "and will use that in the copy: make it a method, or let a hook use the module "
+                "that it is given",
+                stacklevel=2,
+            )
     names = {module: name for name, module in fused.named_modules()}
     folded: dict[str, None] = {}  # A set in order: a Sequential folds what those inside it do.
-    for module in [m for m in names if type(m).forward in _RUNS_IN_A_ROW]:
+    for module in filter(_runs_in_a_row, list(names)):
         kind: Any = type(module)
         for source, relu, pool in _steps(module):
             parts = [] if relu is None else [f"ReLU {names[relu]}"]
@@ -412,6 +420,12 @@ def _restore(kind: Any) -> nn.Module:
 
 _RUN = nn.Sequential.forward
 _RUNS_IN_A_ROW = {_RUN, _Folding.forward}
+
+
+def _runs_in_a_row(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) in _RUNS_IN_A_ROW  # TorchScript's has none
+
+
 _METHODS = ("__call__", "_call_impl", "_compiled_call_impl", "forward", "_conv_forward")
 # As they are now: a class can be patched later.
 _KNOWN = {
@@ -488,15 +502,25 @@ def _is_plain_tensor(value: object) -> bool:
     return known and not torch._C._len_torch_function_stack()
 
 
-def _functions_with(module: nn.Module, modules: set[nn.Module]) -> Iterator[FunctionType]:
-    """Its hooks and attributes that are functions, not methods, and hold on to one of `modules`."""
-    hooks = [hooks or {} for key, hooks in vars(module).items() if key.endswith("_hooks")]
-    for value in [value for values in (vars(module), *hooks) for value in values.values()]:
-        if not isinstance(value, FunctionType):
+def _holders(module: nn.Module, modules: set[nn.Module]) -> dict[str, None]:
+    """What in it leads to one of `modules` past its children, where neither a swap nor a copy
+    reaches: the names of functions, hooks too, and of attributes."""
+    holders: dict[str, None] = {}
+    todo: list[tuple[str, Any]] = list(vars(module).items())
+    seen = set()
+    while todo:
+        name, held = todo.pop()
+        if isinstance(held, nn.Module):
+            if held in modules:
+                holders[name] = None
+        elif not isinstance(held, (FunctionType, *_OPENED)) or id(held) in seen:
             continue
-        held = [*(value.__defaults__ or ()), *map(value.__globals__.get, value.__code__.co_names)]
-        for cell in value.__closure__ or ():
-            with contextlib.suppress(ValueError):  # of an empty cell
-                held.append(cell.cell_contents)
-        if any(isinstance(thing, nn.Module) and thing in modules for thing in held):
-            yield value
+        elif isinstance(held, FunctionType):
+            inside = [held.__defaults__, held.__kwdefaults__, held.__closure__]
+            named = map(held.__globals__.get, held.__code__.co_names)
+            inside += [thing for thing in named if not isinstance(thing, FunctionType)]
+            todo += [(held.__qualname__, thing) for thing in inside]
+        else:
+            todo += [(name, thing) for thing in gc.get_referents(held)]
+        seen.add(id(held))
+    return holders
