@@ -344,6 +344,18 @@ def test_average_of_infinities(device):
     assert std[0, 0].any()
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [1, 2, 0]])
+def test_average_of_infinite_and_finite_draws(order):
+    draws = torch.tensor([[-torch.inf, torch.inf], [-3.0, 1.0], [-1.0, 2.0]])[order]
+    outputs = iter(draws)
+    model = StochasticPool2d(2).eval()
+    average = average_draws(
+        model, torch.rand(1, 1, 2, 2), draws=3, transform=lambda _: next(outputs)
+    )
+    assert average.mean.tolist() == draws.mean(0).tolist()
+    assert average.std.tolist() == [torch.inf, torch.inf]
+
+
 def test_average_says_what_is_wrong(device):
     pool, x = StochasticPool2d(2), torch.randn(1, 1, 4, 4, device=device)
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):

@@ -126,7 +126,7 @@ def average_draws(
                 continue
             # Welford's way: no difference of large sums.
             step = torch.where(output == mean, 0, output - mean)  # of infinities, too
-            mean = mean + step / count
+            mean = torch.where(mean.isinf() & output.isfinite(), mean, mean + step / count)
             squares = squares + step.square() * ((count - 1) / count)
     # The replay of a CUDA graph draws unobserved; then the outputs differ.
     if not drawn and not (mean.is_cuda and squares.any()):
