@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import nn
 from stochastic_pooling import (
     StochasticPool1d,
     StochasticPool2d,
+    adaptive_stochastic_pool2d,
     ops,
     stochastic_pool1d,
     stochastic_pool2d,
@@ -83,6 +85,7 @@ def test_bad_arguments_raise_what_max_pool2d_raises(arguments):
         (lambda x: stochastic_pool2d(x[0, 0], 3), RuntimeError, r"Expected 3D or 4D .*\[5, 5\]"),
         (lambda x: stochastic_pool2d(x[:, :0], 3), RuntimeError, "optional 0 dim batch size"),
         (lambda x: stochastic_pool2d(x.long(), 3), NotImplementedError, "int64"),
+        (lambda x: adaptive_stochastic_pool2d(x.long(), 2), NotImplementedError, "int64"),
         (lambda x: stochastic_pool2d(x, 3, bias=torch.ones(3)), RuntimeError, r"shape \(2,\)"),
         (lambda x: stochastic_pool2d(x, 3, bias=torch.ones(2).int()), RuntimeError, "int32"),
         (
@@ -113,6 +116,7 @@ def test_bad_arguments_raise_what_max_pool2d_raises(arguments):
         (lambda x: stochastic_pool2d(x, (True, 2)), TypeError, "'kernel_size'"),
         (lambda x: stochastic_pool2d(x, 2, ceil_mode="False"), TypeError, "'ceil_mode'.*not str"),
         (lambda x: stochastic_pool2d(x, 2, training="no"), TypeError, "'training' must be bool"),
+        (lambda x: stochastic_pool2d(x, 2, training=np.True_), TypeError, "bool, not numpy.bool"),
         (lambda x: [stochastic_pool2d(y, 5) for y in (x, x[..., 1:])], RuntimeError, "2x5x4"),
     ],
 )

@@ -195,6 +195,7 @@ def _adaptive(
             f"{name}(): Expected {dims + 1}D or {dims + 2}D tensor with optional 0 dim batch size "
             f"for input, but got:{list(input.shape)}"
         )
+    _check_dtype(input)
     sizes = input.shape[-dims:]
     wanted = output_size if isinstance(output_size, Sequence) else [output_size] * dims
     if len(wanted) != dims:
@@ -338,7 +339,7 @@ def _fitted(window: Window, channels: int, *size: int) -> Window:
 def _check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise TypeError(f"argument '{name}' must be bool, not {type(flag).__name__}")
+            raise TypeError(f"argument '{name}' must be bool, not {torch.typename(flag)}")
 
 
 def _check_types(input: Any, bias: Any, **flags: Any) -> None:
@@ -352,12 +353,16 @@ def _check_types(input: Any, bias: Any, **flags: Any) -> None:
             )
 
 
-def _check(input: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check_dtype(input: torch.Tensor) -> None:
     if input.dtype not in _DTYPES:
         raise NotImplementedError(
             f"stochastic pooling is not implemented for {input.dtype}: "
             "it takes float16, bfloat16, float32 and float64"
         )
+
+
+def _check(input: torch.Tensor, bias: torch.Tensor | None) -> None:
+    _check_dtype(input)
     if bias is None:
         return
     channels = input.shape[1]
