@@ -145,7 +145,6 @@ def replace_pooling(
         _swap(vars(parent), twins, set())
         if compiled:  # its forward is made of what it held
             parent._initialize()
-            parent._torchdynamo_orig_callable = parent._orig_mod.forward
         for holder in _holders(parent, set(twins)):
             warnings.warn(
                 f"replace_pooling: {holder} of a {type(parent).__name__} holds on "
@@ -156,10 +155,13 @@ def replace_pooling(
 
 
 def _swap(held: Any, twins: dict[nn.Module, nn.Module], seen: set[int]) -> Any:
-    """`held` with twins for pools: a module may stand in `_modules`, maybe twice, and in dicts,
-    lists and tuples that a forward may run through instead."""
+    """`held` with twins for pools, and with their methods: a module may stand in `_modules`, maybe
+    twice, and in dicts, lists and tuples that a forward may run through instead."""
     if isinstance(held, nn.Module):
         return twins.get(held, held)
+    if isinstance(held, MethodType) and isinstance(held.__self__, nn.Module):
+        pool = held.__self__
+        return getattr(twins[pool], held.__name__, held) if pool in twins else held
     if isinstance(held, (dict, list)) and id(held) not in seen:
         seen.add(id(held))  # it may hold itself
         for key, child in list(held.items() if isinstance(held, dict) else enumerate(held)):
