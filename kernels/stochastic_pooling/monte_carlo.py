@@ -36,8 +36,10 @@ class Average(NamedTuple):
 def sampling(model: nn.Module) -> Iterator[nn.Module]:
     """Within this context the stochastic pools of `model` draw in evaluation mode, too.
 
-    It is the caller's context: other threads and tasks get the expectation, a new thread as well.
-    A compiled model follows; one that was traced or exported keeps what it did then.
+    It is the caller's context: other threads and tasks get the expectation, a new thread as well,
+    and so does what a checkpoint computes again in a GPU's backward pass, which is another thread:
+    set `sample_in_eval` there. A compiled model follows; one that was traced or exported keeps what
+    it did then.
 
     Raises:
         ValueError: if it has none.
