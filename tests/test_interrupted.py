@@ -310,6 +310,20 @@ def test_disk_that_is_full_keeps_the_checkpoint_before(
     assert [path.name for path in output.glob("*last.pt*")] == ["last.pt"]
 
 
+def test_a_table_that_is_locked_does_not_end_the_run(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on Windows by a spreadsheet that shows it."""
+    output = tmp_path / "run"
+    for name in ("summary.csv", "curves.png"):
+        (output / f"unfinished-{name}").mkdir(parents=True)  # nothing can be written there
+    assert main([*recipe(photos, output, 1), "--max-steps", "1"]) == 0
+    error = capsys.readouterr().err
+    assert f"warning: cannot write {output / 'summary.csv'}: " in error
+    assert f"warning: cannot write {output / 'curves.png'}: " in error
+    assert checkpoint.load(output)["progress"]["total_steps"] == 1
+
+
 def test_folder_that_cannot_be_written_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     path.write_bytes(b"before")

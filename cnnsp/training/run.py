@@ -6,6 +6,7 @@ import errno
 import math
 import operator
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -131,7 +132,7 @@ class Trainer:
         progress.best_accuracy = max(progress.best_accuracy, test.accuracy)
         if board is not None:
             # Before the checkpoint: a run that is killed in between does the epoch again.
-            write_summary(progress.history, self.output / "summary.csv")
+            _try_to_write(write_summary, progress.history, self.output / "summary.csv")
         self._save(also_best=is_best)
         if board is not None:
             self._report(board, result, test)
@@ -255,10 +256,11 @@ class Trainer:
         title = f"CNN_SP, {options.pool} pooling"
         ends = progress.epoch == options.epochs or progress.total_steps == self._last
         if ends or time.monotonic() - self._drawn_at > _DRAWING_INTERVAL:
-            pictures.write(pictures.curves(progress.history, title), self.output / "curves.png")
+            curves = pictures.curves(progress.history, title)
+            _try_to_write(pictures.write, curves, self.output / "curves.png")
             when = f"{title}, epoch {result.epoch:.4g}"
             confusion = pictures.confusion(test, self.classes, when)
-            pictures.write(confusion, self.output / "confusion.png")
+            _try_to_write(pictures.write, confusion, self.output / "confusion.png")
             board.evaluation(test, self.test, self.classes, progress.total_steps)
             self._drawn_at = time.monotonic()
         cuda = self.device.type == "cuda"
@@ -374,3 +376,11 @@ class Trainer:
         expected = learning_rate(before, *there, self.steps)
         if not math.isclose(rate, expected):
             print(f"The learning rate goes on at {rate:.3g}; it would have been {expected:.3g}.")
+
+
+def _try_to_write(write: Callable[[Any, Path], None], content: Any, path: Path) -> None:
+    """Write what a later epoch writes anew: on Windows, a spreadsheet locks what it shows."""
+    try:
+        write(content, path)
+    except UserError as error:
+        print(f"warning: {error}; the run goes on without it", file=sys.stderr)

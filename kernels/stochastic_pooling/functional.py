@@ -51,9 +51,10 @@ def stochastic_pool2d(
 
     With w = max(input + bias, 0) in a window of sum S, training draws one cell with probability
     w / S and returns its w; evaluation returns the expectation of that draw, sum w² / S (Zeiler &
-    Fergus 2013, equations 3.1 and 3.2). A window without a positive cell gives 0 and no gradient; a
-    NaN gives NaN; +Inf beats every finite cell. The draw depends on the seed and on the output's
-    coordinates alone, so it is the same on every device and in every memory format and dtype.
+    Fergus 2013, equations 3.1 and 3.2). A window without a positive cell gives 0 and no gradient;
+    the expectation has none where S is below 2**-100. A NaN gives NaN; +Inf beats every finite
+    cell. The draw depends on the seed and on the output's coordinates alone, so it is the same on
+    every device and in every memory format and dtype.
 
     Args:
         input: `(N, C, H, W)` or `(C, H, W)`, in fp16, bf16, fp32 or fp64. Arithmetic is in fp32 for
