@@ -1380,11 +1380,11 @@ def test_a_dict_that_holds_itself():
     assert model.known["pool"] is model[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_graphs_of_fx_and_scripts():
     model = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
     assert replaced(replace_pooling(model)) == ["1"]
-    with pytest.warns(Warning, match="deprecated"):
-        script = torch.jit.trace(nn.ReLU(), torch.rand(1))
+    script = torch.jit.trace(nn.ReLU(), torch.rand(1))
     model = replace_pooling(nn.Sequential(script, nn.Conv2d(1, 1, 1), nn.ReLU(), nn.MaxPool2d(2)))
     assert fuse(model).meta["folded"] == ["3: ReLU 2, bias of 1"]
 
