@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +52,8 @@ def markdown(content: dict[str, Any]) -> str:
     """
     blocks = ["# Benchmarks", conditions(content["machine_info"])]
     for section, (base, ours, says) in SECTIONS.items():
-        cases: dict[str, dict[str, dict[str, Any]]] = {}
-        for found in content["benchmarks"]:
-            if f"bench_{section}.py" in found["fullname"]:
-                cases.setdefault(found["group"], {})[found["params"]["contestant"]] = found
         rows = []
-        for title, case in cases.items():
+        for title, case in cases(content, section).items():
             row = {"case": title}
             medians = {name: found["stats"]["median"] for name, found in case.items()}
             if unit := medians.pop(base, None):
@@ -84,6 +79,16 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def cases(content: dict[str, Any], section: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """What was measured of each contestant of each case of bench_`section`.py."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for benchmark in content["benchmarks"]:
+        if f"bench_{section}.py" in benchmark["fullname"]:
+            contestant = benchmark["params"]["contestant"]
+            found.setdefault(benchmark["group"], {})[contestant] = benchmark
+    return found
+
+
 def conditions(machine: dict[str, Any]) -> str:
     cpu, gpu = machine["cpu"], ""
     names = ("torch", "triton", "numba")
@@ -99,22 +104,21 @@ def conditions(machine: dict[str, Any]) -> str:
 
 def chart(content: dict[str, Any], path: Path) -> None:
     """Draw the operator's training cases as PNG: of each contestant, its times' ratios."""
-    times: dict[str, dict[str, float]] = {}
-    for found in content["benchmarks"]:
-        if "bench_operator.py" in found["fullname"] and found["group"].endswith("training"):
-            case = times.setdefault(found["group"].removesuffix("-training"), {})
-            case[found["params"]["contestant"]] = found["stats"]["median"]
-    times = {title: case for title, case in times.items() if "max" in case}
-    if not times:
+    points: dict[str, dict[str, float]] = {}  # of each contestant
+    for title, case in cases(content, "operator").items():
+        if title.endswith("-training") and "max" in case:
+            for name, found in case.items():
+                ratio = found["stats"]["median"] / case["max"]["stats"]["median"]
+                points.setdefault(name, {})[title.removesuffix("-training")] = ratio
+    if "max" not in points:
         return
-    figure = Figure(figsize=(8, 1.4 + 0.25 * len(times)), dpi=100, layout="constrained")
+    height = 1.4 + 0.25 * len(points.pop("max"))
+    figure = Figure(figsize=(8, height), dpi=100, layout="constrained")
     axis = figure.subplots()
-    for name in dict.fromkeys(name for case in times.values() for name in case if name != "max"):
-        ratios = [case.get(name, math.nan) / case["max"] for case in times.values()]
-        axis.plot(ratios, range(len(times)), "oD"[name == "stochastic"], label=name)
+    for name, ratios in points.items():
+        axis.plot([*ratios.values()], [*ratios], "oD"[name == "stochastic"], label=name)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set(xscale="log", xlabel="time over that of eager ReLU + max pooling: less is better")
-    axis.set_yticks(range(len(times)), times)
     axis.invert_yaxis()
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
