@@ -91,7 +91,7 @@ class Pooling(NamedTuple):
         self.check(name)
         pool = self.pool(name)
         leaves = self.inputs(getattr(self.layer, f"{self.device.type}_batch"))
-        moved = self.bytes_moved(name, len(leaves[0]))
+        moved = self.bytes_moved(len(leaves[0])) if name == "stochastic" else None
 
         def forward(_: object = None) -> Tensor:
             return pool(*leaves)
@@ -160,12 +160,11 @@ class Pooling(NamedTuple):
         ramp = torch.linspace(0, 1, output.numel(), device=self.device).to(output.dtype)
         return [output, *torch.autograd.grad(output, leaves, ramp.view(output.shape))]
 
-    def bytes_moved(self, name: str, batch: int) -> float | None:
-        if (name, "forward") not in model.PASSES:  # nobody has counted
-            return None
-        layer, bias = self.layer, self.device.type == "cuda"
-        size, inputs = DTYPES[self.dtype].itemsize, (layer.side / layer.outputs) ** 2
-        per_output = model.bytes_moved(name, self.step, size, inputs, bias=bias)
+    def bytes_moved(self, batch: int) -> int:
+        """Those that our pool must move."""
+        layer, size = self.layer, DTYPES[self.dtype].itemsize
+        inputs = (layer.side / layer.outputs) ** 2
+        per_output = model.bytes_moved("stochastic", self.step, size, inputs)
         return round(per_output * batch * layer.channels * layer.outputs**2)
 
 

@@ -5,8 +5,7 @@ machine code; how often each of them turns is read from the Python source, which
 line by line: `for g in range(groups)` turns as often as the launch's argument `groups` says.
 
 What stands under a condition counts as executed, on both sides of a branch, by every lane of a
-warp, where nobody says better: the count is an upper bound. Code that is called counts once. The
-instructions of an AMD GPU are not sorted into classes: none is modelled.
+warp, where nobody says better: the count is an upper bound. Code that is called counts once.
 """
 
 from __future__ import annotations
@@ -26,22 +25,16 @@ from typing import Any, NamedTuple
 import networkx
 import triton
 
-# A line of source, and the lines that lead to an instruction: its own line first, then the line of
-# the call that was inlined, and so on up to the kernel.
-Line = tuple[str, int]
-Chain = tuple[Line, ...]
+# The lines of source that lead to an instruction, as file and number: its own line first, then the
+# line of the call that was inlined, and so on up to the kernel.
+Chain = tuple[tuple[str, int], ...]
 
 
 class Instruction(NamedTuple):
     opcode: str
     chain: Chain
-    target: str | None = None  # the label that it may branch to
-    falls_through: bool = True  # whether the next instruction may follow
-
-
-class Code(NamedTuple):
-    instructions: list[Instruction]  # in the order of their addresses
-    labels: dict[str, int]  # the index that each stands for
+    target: int | None  # the index of the instruction that it may branch to
+    falls_through: bool  # whether the next instruction may follow
 
 
 class Loop(NamedTuple):
@@ -60,35 +53,25 @@ def count(
     condition, as in {"row < height": 0.75}; both as `ast.unparse` writes them.
 
     Raises:
-        ValueError: where nothing says how often a loop turns, or a compiler unrolled it in part.
+        ValueError: where nothing says how often a loop turns, or a compiler unrolled it in part;
+            for a GPU that is not NVIDIA's.
     """
     averages = averages or {}
-    if "cubin" in kernel.asm:
-        code = parse_sass(cuda_tool("nvdisasm", kernel.asm["cubin"], "-gi", "-c"))
-        classify = classify_sass
-    else:
-        code, classify = parse_amd(kernel.asm["amdgcn"]), lambda _: "other"
-    share = functools.cache(functools.partial(_share, averages=averages))
-    executions = [share(instruction.chain) for instruction in code.instructions]
+    if "cubin" not in kernel.asm:
+        raise ValueError("only NVIDIA's machine code is read")
+    code = parse_sass(cuda_tool("nvdisasm", kernel.asm["cubin"], "-gi", "-c"))
+    executions = [_share(instruction.chain, averages) for instruction in code]
     turns = functools.partial(_turns, arguments=arguments, averages=averages)
-    matched: list[tuple[Loop, ast.For]] = []
     for loop in sorted(find_loops(code), key=lambda loop: -len(loop.body)):
         if executions[loop.latch] == 0:  # nobody need know how often it turns
             continue
-        outer = [statement for around, statement in matched if loop.body < around.body]
-        statement = _source_loop(code, loop, outer)
-        matched.append((loop, statement))
-        if _unrolled_in_part(kernel, code, loop, statement, turns):
-            text, _, _ = ast.unparse(statement).partition(":")
-            raise ValueError(
-                f"the loop on line {statement.lineno}, `{text}`, was unrolled in part, so its "
-                "turns are not the machine loop's"
-            )
+        source = _source_loop(code[loop.latch].chain)
+        _refuse_unrolled(kernel, [code[index] for index in loop.body], source, turns)
         for index in loop.body:
-            executions[index] *= turns(statement)
+            executions[index] *= turns(source)
     counts: Counter[str] = Counter()
-    for instruction, times in zip(code.instructions, executions, strict=True):
-        counts[classify(instruction.opcode)] += times
+    for instruction, times in zip(code, executions, strict=True):
+        counts[classify_sass(instruction.opcode)] += times
     return counts
 
 
@@ -104,14 +87,14 @@ def cuda_tool(name: str, cubin: bytes, *options: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def parse_sass(text: str) -> Code:
-    """The code that `nvdisasm -gi -c` prints, without its padding.
+def parse_sass(text: str) -> list[Instruction]:
+    """The code that `nvdisasm -gi -c` prints, in the order of addresses, without its padding.
 
     Its comments give the chain of the instructions that follow, one line for each level.
     """
-    instructions: list[Instruction] = []
+    code: list[tuple[str, Chain, str | None, bool]] = []
     labels: dict[str, int] = {}
-    chain: list[Line] = []
+    chain: list[tuple[str, int]] = []
     chain_is_old = True
     for line in text.splitlines():
         if found := re.match(r'\s*//## File "(.*?)", line (\d+)', line):
@@ -119,7 +102,7 @@ def parse_sass(text: str) -> Code:
                 chain, chain_is_old = [], False
             chain.append((found[1], int(found[2])))
         elif found := re.match(r"([.$][\w$.]+):", line):
-            labels[found[1]] = len(instructions)
+            labels[found[1]] = len(code)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?\w+ )?\s*([A-Z][\w.]*)(.*?) ?;", line):
             chain_is_old = True
             predicate, opcode, operands = found.groups()
@@ -131,44 +114,25 @@ def parse_sass(text: str) -> Code:
             )
             if opcode != "NOP":
                 target = label[1] if branches else None
-                instructions.append(Instruction(opcode, tuple(chain), target, not always))
-    if instructions and labels.get(instructions[-1].target or "") == len(instructions) - 1:
-        instructions.pop()  # what follows the end of a program is a branch to itself
-    return Code(instructions, labels)
+                code.append((opcode, tuple(chain), target, not always))
+    if code and labels.get(code[-1][2]) == len(code) - 1:
+        code.pop()  # what follows the end of a program is a branch to itself
+    return [
+        Instruction(opcode, chain, labels[target] if target else None, falls_through)
+        for opcode, chain, target, falls_through in code
+    ]
 
 
-def parse_amd(text: str) -> Code:
-    """The assembly of an AMD kernel. The comment of a `.loc` nests the chain:
-    `; standard.py:43:13 @[ launch.py:44:16 @[ launch.py:182:38 ] ]`."""
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    # A chain may name a file before its `.file` directive comes.
-    named = re.findall(r'\.file\s+\d+ "(.*?)" "(.*?)"', text)
-    paths = {file: f"{folder}/{file}" for folder, file in named}
-    chain: Chain = ()
-    for line in text.splitlines():
-        if re.match(r"\s+\.loc\s", line):
-            named = re.findall(r"([^\s\[]+):(\d+):\d+", line.partition(";")[2])
-            chain = tuple((paths.get(file, file), int(number)) for file, number in named)
-        elif found := re.match(r"(\.LBB\w+):", line):
-            labels[found[1]] = len(instructions)
-        elif found := re.match(r"\t((?:[sv]|ds|global|buffer|flat|scratch)_\w+)(.*)", line):
-            label = re.search(r"\.LBB\w+", found[2]) if "branch" in found[1] else None
-            goes_on = found[1] not in ("s_branch", "s_endpgm")
-            instructions.append(Instruction(found[1], chain, label[0] if label else None, goes_on))
-    return Code(instructions, labels)
-
-
-def find_loops(code: Code) -> list[Loop]:
+def find_loops(code: list[Instruction]) -> list[Loop]:
     """The natural loops, one for each instruction that is branched back to. A branch to a lower
     address is no loop if the code there can be left out on the way to the branch: the assembler
     puts cold code behind the rest."""
     graph = networkx.DiGraph()
-    for index, instruction in enumerate(code.instructions):
-        if instruction.falls_through and index + 1 < len(code.instructions):
+    for index, instruction in enumerate(code):
+        if instruction.falls_through and index + 1 < len(code):
             graph.add_edge(index, index + 1)
         if instruction.target is not None:
-            graph.add_edge(index, code.labels[instruction.target])
+            graph.add_edge(index, instruction.target)
     # From each instruction to the last of those that every way to it leads through.
     dominators = networkx.DiGraph(networkx.immediate_dominators(graph, 0).items())
     graph.remove_nodes_from(set(graph) - set(dominators))  # subroutines
@@ -185,123 +149,104 @@ def find_loops(code: Code) -> list[Loop]:
 # ---------------------------------------------------------------- source
 
 
-class Source(NamedTuple):
-    loops: list[ast.For]  # over a range that the compiler may keep, inner ones first
-    conditional: list[tuple[range, str, bool]]  # lines, and the condition that holds there, or not
+class Block(NamedTuple):
+    """Lines that are executed more or less often than what is around them."""
+
+    kind: str  # "for", over a range that the compiler may keep, "if" or "else"
+    text: str  # the range's arguments or the condition, as `ast.unparse` writes them
+    lines: range
 
 
 @functools.cache
-def read_source(file: str) -> Source:
-    """What a source file says about how often its lines are executed."""
+def read_source(file: str) -> list[Block]:
+    """The blocks of a source file, inner ones first."""
     # A binary from Triton's cache, which goes by what the source says and not by where it lies, may
     # name another checkout's file.
     ending = PurePosixPath(file).parts[-2:]
     loaded = [Path(m.__file__) for m in [*sys.modules.values()] if getattr(m, "__file__", None)]
     path = next((path for path in loaded if path.parts[-2:] == ending), Path(file))
-    nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
-    loops = [node for node in nodes if isinstance(node, ast.For)]
-    conditional = [
-        (range(body[0].lineno, (body[-1].end_lineno or 0) + 1), ast.unparse(node.test), holds)
-        for node in nodes
-        if isinstance(node, ast.If)
-        for body, holds in ((node.body, True), (node.orelse, False))
-        if body
-    ]
-    loops = [loop for loop in loops if re.match(r"(tl\.)?range\(", ast.unparse(loop.iter))]
-    return Source(sorted(loops, key=lambda loop: -loop.lineno), conditional)
-
-
-def _share(chain: Chain, averages: Mapping[str, float]) -> float:
-    """How often the code on these lines is executed for one execution of the loop's body."""
-    return math.prod(
-        averages[condition] if holds else 1 - averages[condition]
-        for file, line in chain
-        for lines, condition, holds in read_source(file).conditional
-        if line in lines and condition in averages
-    )
+    blocks = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        parts: list[tuple[str, list[ast.expr], list[ast.stmt]]] = []
+        match node:
+            case ast.For(iter=ast.Call(ast.Name("range") | ast.Attribute(attr="range"), bounds)):
+                parts = [("for", bounds, [node])]
+            case ast.If(condition, body, otherwise):
+                parts = [("if", [condition], body), ("else", [condition], otherwise)]
+        for kind, said, body in parts:
+            if body:
+                lines = range(body[0].lineno, body[-1].end_lineno + 1)
+                blocks.append(Block(kind, ", ".join(map(ast.unparse, said)), lines))
+    return sorted(blocks, key=lambda block: -block.lines.start)
 
 
 @functools.cache
-def _loops_around(chain: Chain) -> list[ast.For]:
-    """The source loops around an instruction, from the innermost outwards."""
-    return [
-        loop
-        for file, line in chain
-        for loop in read_source(file).loops
-        if loop.lineno <= line <= (loop.end_lineno or line)
-    ]
+def _around(chain: Chain) -> list[Block]:
+    """The blocks around an instruction, from the innermost outwards."""
+    return [block for file, line in chain for block in read_source(file) if line in block.lines]
 
 
-def _source_loop(code: Code, loop: Loop, outer: list[ast.For]) -> ast.For:
-    """The `for` that a loop of the machine code comes from; not one of `outer`, which the machine
-    loops around it come from.
-
-    The branch back nearly always stands on the line of its `for`. Should it not, the `for` that
-    holds most of the loop's instructions is taken, the innermost of several.
-    """
-    latch = code.instructions[loop.latch].chain
-    votes = Counter(s for i in sorted(loop.body) for s in _loops_around(code.instructions[i].chain))
-    found = [statement for statement, _ in votes.most_common() if statement not in outer]
-    if not found:
-        raise ValueError(f"a loop of the machine code is no `for`; it ends at {latch}")
-    named = [s for s in _loops_around(latch[:1]) if s in found and s.lineno == latch[0][1]]
-    return (named or found)[0]
+def _share(chain: Chain, averages: Mapping[str, float]) -> float:
+    """How often an instruction is executed in one turn of the loops around it."""
+    known = [block for block in _around(chain) if block.kind != "for" and block.text in averages]
+    return math.prod(
+        averages[block.text] if block.kind == "if" else 1 - averages[block.text] for block in known
+    )
 
 
-def _turns(
-    statement: ast.For, arguments: Mapping[str, Any], averages: Mapping[str, float]
-) -> float:
+def _source_loop(latch: Chain) -> Block:
+    """The `for` that a loop of the machine code comes from: its branch back stands on that line."""
+    for block in _around(latch[:1]):
+        if block.kind == "for" and block.lines.start == latch[0][1]:
+            return block
+    raise ValueError(f"a loop of the machine code is no `for`; it ends at {latch}")
+
+
+def _turns(loop: Block, arguments: Mapping[str, Any], averages: Mapping[str, float]) -> float:
     """How often a source loop turns: the number of elements of its range."""
-    assert isinstance(statement.iter, ast.Call)
-    text = ", ".join(map(ast.unparse, statement.iter.args))
-    if text in averages:
-        return averages[text]
+    if loop.text in averages:
+        return averages[loop.text]
     # Integers, and what a kernel is compiled for.
     numbers = {key: value for key, value in arguments.items() if isinstance(value, (int, str))}
     try:
-        bounds = eval(f"[{text}]", {"__builtins__": {}}, numbers)
+        bounds = eval(f"[{loop.text}]", {"__builtins__": {}}, numbers)
         return len(range(*map(int, bounds)))
     except (NameError, TypeError) as error:
         raise ValueError(
-            f"nothing says how often the loop on line {statement.lineno} turns: {error}; give an "
-            f"average for {text!r}"
+            f"nothing says how often the loop on line {loop.lines.start} turns: {error}; give an "
+            f"average for {loop.text!r}"
         ) from None
 
 
-def _unrolled_in_part(
-    kernel: Any,
-    code: Code,
-    loop: Loop,
-    statement: ast.For,
-    turns: Callable[[ast.For], float],
-) -> bool:
-    """Whether one turn of a machine loop is several turns of the source loop, as far as can be
-    seen.
+def _refuse_unrolled(
+    kernel: Any, inside: list[Instruction], source: Block, turns: Callable[[Block], float]
+) -> None:
+    """Raise ValueError where one turn of a machine loop, `inside`, is several turns of the source
+    loop, as far as can be seen.
 
     LLVM names what it makes for the turns that unrolling leaves over. The assembler is found out
     by its copies: more accesses to memory on a line than the PTX has there, even with the loops
     inside this one unrolled.
     """
-    llir = kernel.asm["llir"]
-    for place in re.findall(r"%xtraiter\S* = .*!dbg (!\d+)", llir):
-        if re.search(rf"^{place} = !DILocation\(line: {statement.lineno}\b", llir, re.MULTILINE):
-            return True
     # What stands between the PTX's file names and lines.
-    _, *parts = re.split(r"\.loc\s.*// (\S+:\d+):\d+", kernel.asm.get("ptx", ""))
+    _, *parts = re.split(r"\.loc\s.*// (\S+:\d+):\d+", kernel.asm["ptx"])
     given: Counter[str] = Counter()  # accesses by file name and line
     for place, text in zip(parts[::2], parts[1::2], strict=True):
         given[place] += len(re.findall(r"\b(?:ld|st|atom|red)\.(?:\w+\.)*global", text))
-    inside = [code.instructions[index] for index in loop.body]
     accesses = re.compile(r"(LDG?|STG?|ATOMG?|RED)\b")
-    copies = Counter(i.chain for i in inside if i.chain and accesses.match(i.opcode))
-    for chain, copied in copies.items():
-        around = _loops_around(chain)
-        inner = around[: around.index(statement)] if statement in around else []
+    found = Counter(i.chain for i in inside if i.chain and accesses.match(i.opcode))
+    unrolled = "%xtraiter" in kernel.asm["llir"]
+    for chain, copies in found.items():
+        around = [block for block in _around(chain) if block.kind == "for"]
+        inner = around[: around.index(source)] if source in around else []
         place = f"{PurePosixPath(chain[0][0]).name}:{chain[0][1]}"
         # Of a line that has none there, the PTX says nothing.
-        if copied > (given[place] or copied) * math.prod(map(turns, inner)):
-            return True
-    return False
+        unrolled |= copies > (given[place] or copies) * math.prod(map(turns, inner))
+    if unrolled:
+        raise ValueError(
+            f"the loop on line {source.lines.start}, over range({source.text}), was unrolled in "
+            "part, so its turns are not the machine loop's"
+        )
 
 
 # ---------------------------------------------------------------- classes of instructions

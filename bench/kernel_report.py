@@ -6,9 +6,8 @@
 The operator's own launchers run on CPU tensors that are never read, with a stand-in for Triton's
 driver that names the target, so what is compiled is what a GPU of that kind would get. Registers
 and spills are the assembler's own figures: `cuobjdump --dump-resource-usage` for NVIDIA, the
-metadata of the code object for AMD. Instructions are counted in the machine code,
-instructions.py says how; the time is modelled, model.py says how. Nothing here is
-measured.
+metadata of the code object for AMD. Instructions are counted in NVIDIA's machine code,
+instructions.py says how; the time is modelled, model.py says how. Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -64,7 +63,6 @@ class Case(NamedTuple):
     variant: str
     dtype: str
     launch: functools.partial[Any]
-    inputs: int
     outputs: int
 
 
@@ -88,7 +86,7 @@ def cases(dtypes: list[str], windows: list[str], device: str = "cpu") -> Iterato
         }
         for call, arguments in calls.items():
             launch = functools.partial(getattr(backend, call), *arguments)
-            yield Case(call, f"{call} {shape} {layout}", dtype, launch, x.numel(), y.numel())
+            yield Case(call, f"{call} {shape} {layout}", dtype, launch, y.numel())
 
 
 # ---------------------------------------------------------------- compiling
@@ -155,18 +153,16 @@ def averages(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
     rare = {"any_unusual > 0": 0.0, "tl.max(overflow.to(tl.int32)) > 0": 0.0}
     if "strip_rows" not in arguments:
         return rare
-    # A sliding kernel: the last strip of a plane is shorter, and its last rows are edge rows.
+    # A sliding kernel: the last strip of a plane is shorter, and its last rows are edge rows. The
+    # gradient's strips begin with an edge row, and with some of the strip before.
     size, inner = arguments["strip_rows"], arguments["inner_rows"]
     start, stop = arguments.get("start_row", 0), arguments.get("stop_row", arguments["out_height"])
-    strips = [(first, min(first + size, stop)) for first in range(start, stop, size)]
-    group = int(arguments["v"].rows)
-    # The gradient's strips begin with an edge row, and with some of the strip before.
     ahead = int(kernel == "gradient_sliding_kernel")
+    strips = [(first + ahead, min(first + size, stop)) for first in range(start, stop, size)]
+    group = int(arguments["v"].rows)
     prior = (arguments["v"].kernel_h - 1) // arguments["v"].stride_h
-    groups = [max(min(last, inner) - first - ahead, 0) // group for first, last in strips]
-    edges = [
-        last - first - ahead - group * n for (first, last), n in zip(strips, groups, strict=True)
-    ]
+    groups = [max(min(last, inner) - first, 0) // group for first, last in strips]
+    edges = [last - first - group * n for (first, last), n in zip(strips, groups, strict=True)]
     again = [max(rows - 1, 0) // group for rows in edges]
     return rare | {
         "groups": sum(groups) / len(strips),
@@ -202,82 +198,70 @@ def resources(kernel: Any) -> dict[str, int]:
 
 def report(targets: list[str], dtypes: list[str], windows: list[str]) -> Iterator[dict[str, Any]]:
     """One row for each kernel, variant, dtype and target. What is per output is per output of the
-    pooling, in a backward too; the baselines are those of the whole call. There is no time where
-    model.py has no device for the target, and no instructions either where a compiler left
-    loops that cannot be counted."""
-    steps = {"sample": "forward", "expectation": "evaluation"}
+    pooling, in a backward too. There is no time where model.py has no device for the target, and
+    no instructions either where they cannot be counted."""
     for target, case in ((target, case) for target in targets for case in cases(dtypes, windows)):
-        rivals = functools.partial(
-            model.bytes_moved,
-            step=steps.get(case.call, "backward"),
-            itemsize=DTYPES[case.dtype].itemsize,
-            inputs=case.inputs / case.outputs,
-        )
         for launch in compiled(case.launch, TARGETS[target]):
-            moved = launch.bytes()
-            per_output = seconds = limit = None
-            try:
-                executed = launch.instructions()
-                per_output = round(sum(executed.values()) / case.outputs, 2)
-                if device := model.DEVICES.get(target):
-                    seconds, limit = model.kernel_time(device, executed, moved)
-            except ValueError as error:
-                print(f"{target}: {launch.name} not counted: {error}", file=sys.stderr)
-            yield {
+            row = {
                 "kernel": launch.name,
                 "variant": case.variant,
                 "dtype": case.dtype,
                 "target": target,
                 **resources(launch.kernel),
-                "instructions_per_output": per_output,
-                "bytes_per_output": round(moved / case.outputs, 2),
-                "modelled_us": None if seconds is None else round(1e6 * seconds, 1),
-                "limit": limit,
-                "eager_max_pool_bytes": round(rivals("max"), 2),
-                "inductor_bytes": round(rivals("max_compiled"), 2),
+                "instructions_per_output": None,
+                "bytes_per_output": round(launch.bytes() / case.outputs, 2),
+                "modelled_us": None,
+                "limit": None,
             }
+            try:
+                executed = launch.instructions()
+                row["instructions_per_output"] = round(executed.total() / case.outputs, 2)
+                if device := model.DEVICES.get(target):
+                    seconds, row["limit"] = model.kernel_time(device, executed, launch.bytes())
+                    row["modelled_us"] = round(1e6 * seconds, 1)
+            except ValueError as error:
+                print(f"{target}: {launch.name} not counted: {error}", file=sys.stderr)
+            yield row
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Forward and backward of CNN_SP's window in training, against max pooling's, where there is a
     device to model."""
-    outputs = math.prod(SHAPE)  # the window keeps the planes' size
-    steps = collections.defaultdict(list)
+    ours: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for row in rows:
         if row["limit"] and re.match(f"sample(_backward)? {CNN_SP}", row["variant"]):
-            steps[row["target"], row["dtype"], row["variant"].split()[-1]].append(row)
-    for (target, dtype, layout), both in steps.items():
+            ours[row["target"], row["dtype"], row["variant"].split()[-1]] += row["modelled_us"]
+    for (target, dtype, layout), microseconds in ours.items():
         device = model.DEVICES[target]
-        ours = sum(row["modelled_us"] for row in both) / 1e3
-        eager, inductor = (
-            1e3 * model.memory_time(device, outputs * sum(row[pool] for row in both))
-            for pool in ("eager_max_pool_bytes", "inductor_bytes")
+        per_output = (
+            model.bytes_moved(pool, "training", DTYPES[dtype].itemsize)
+            for pool in ("max", "max_compiled")
         )
+        outputs = math.prod(SHAPE)  # the window keeps the planes' size
+        eager, inductor = (1e3 * model.memory_time(device, outputs * n) for n in per_output)
         yield (
-            f"{device.name}, {dtype}, {layout}: training {ours:.2f} ms modelled, bias + ReLU + max "
-            f"pooling {eager:.2f} eager, {inductor:.2f} by Inductor"
+            f"{device.name}, {dtype}, {layout}: training {microseconds / 1e3:.2f} ms modelled, "
+            f"bias + ReLU + max pooling {eager:.2f} eager, {inductor:.2f} by Inductor"
         )
 
 
-def compare(
-    rows: list[dict[str, Any]], before: list[dict[str, Any]]
-) -> tuple[list[str], list[str]]:
-    """What is worse than before and what is better or new, of the variants, dtypes and targets that
-    `rows` has. What was counted before and is not now, is worse."""
-    names = ("target", "dtype", "kernel", "variant")
+def compare(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
+    """What is better than before or new, then what is worse, of the variants, dtypes and targets
+    that `rows` has. What was counted before and is not now, is worse."""
+    names = ("target", "dtype", "variant", "kernel")
     now, then = ({tuple(row[n] for n in names): row for row in found} for found in (rows, before))
-    compiled = {(target, dtype, variant) for target, dtype, _, variant in now}
-    gone = [key for key in then.keys() - now.keys() if (*key[:2], key[3]) in compiled]
-    worse = [f"{' '.join(key)}: gone" for key in gone]
-    better = [f"{' '.join(key)}: new" for key in now.keys() - then.keys()]
+    compiled = {key[:3] for key in now}
+    gone = [key for key in then.keys() - now.keys() if key[:3] in compiled]
+    changes = [f"better: {' '.join(key)}: new" for key in now.keys() - then.keys()]
+    changes += [f"worse: {' '.join(key)}: gone" for key in gone]
     for key, name in itertools.product(now.keys() & then.keys(), CHECKED):
-        change = f"{' '.join(key)}: {name} {then[key][name]} -> {now[key][name]}"
         old, new = (math.inf if row[key][name] is None else row[key][name] for row in (then, now))
+        change = f"{' '.join(key)}: {name} {then[key][name]} -> {now[key][name]}"
         if new > old * (1 + TOLERANCE):
-            worse.append(change)
+            changes.append(f"worse: {change}")
         elif new < old:
-            better.append(change)
-    return sorted(worse), sorted(better)
+            changes.append(f"better: {change}")
+    return sorted(changes)
 
 
 def main() -> None:
@@ -286,9 +270,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--window", nargs="+", choices=WINDOWS, default=list(WINDOWS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
-    parser.add_argument(
-        "--check", type=Path, metavar="FILE", help="fail if a row is worse than in FILE"
-    )
+    parser.add_argument("--check", type=Path, metavar="FILE", help="fail if a row has got worse")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 is set: unset it, the interpreter compiles nothing")
@@ -296,17 +278,14 @@ def main() -> None:
     rows = []
     for row in report(arguments.target, arguments.dtype, arguments.window):
         rows.append(row)
-        figures = (f"{name} {value}" for name, value in list(row.items())[4:11])
-        print(row["target"], row["dtype"], row["kernel"], row["variant"], *figures, flush=True)
+        print(json.dumps(row), flush=True)
     if arguments.json:
         arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     spilling = sum(row["spills"] > 0 for row in rows)
-    lines = [*summary(rows), f"{len(rows)} kernels compiled, {spilling} spill registers"]
-    worse, better = compare(rows, before) if arguments.check else ([], [])
-    lines += [f"better: {change}" for change in better]
-    lines += [f"WORSE: {change}" for change in worse]
-    print(*lines, sep="\n")
-    sys.exit(1 if spilling or worse else 0)
+    changes = compare(rows, before) if arguments.check else []
+    total = f"{len(rows)} kernels compiled, {spilling} spill registers"
+    print(*summary(rows), total, *changes, sep="\n")
+    sys.exit(1 if spilling or any(change.startswith("worse") for change in changes) else 0)
 
 
 if __name__ == "__main__":

@@ -94,10 +94,9 @@ def test_bytes_are_those_of_the_model(bench) -> None:
     cuda, layer = torch.device("cuda"), operator.LAYERS[0]
     half = operator.Pooling(layer, "fp16", "contiguous", "training", cuda)
     outputs = 2 * 40 * 86 * 86
-    assert half.bytes_moved("stochastic", 2) == 10 * outputs
-    assert half.bytes_moved("max", 2) == 42 * outputs
-    assert half.bytes_moved("max_compiled", 2) == 18 * outputs
-    assert half.bytes_moved("gist", 2) is None
+    assert half.bytes_moved(2) == 10 * outputs
+    evaluation = half._replace(layer=operator.LAYERS[4], step="evaluation")
+    assert evaluation.bytes_moved(2) == 2 * (4 + 1) * 2 * 64 * 112 * 112
 
 
 def benchmark(case: str, name: str, milliseconds: float) -> dict:
@@ -162,7 +161,7 @@ def test_a_contest_ends_up_in_the_file(tmp_path) -> None:
     assert content["copy_bandwidth_gb_per_second"] > 0
     found = {row["params"]["contestant"]: row for row in content["benchmarks"]}
     assert set(found) == {"stochastic", "max", "avg"}
-    for row in found.values():
-        # What pytest-benchmark sums up is what was measured: bytes over the median.
-        rate = row["extra_info"]["bytes"] / row["stats"]["median"] / 1e9
-        assert row["extra_info"]["gb_per_second"] == pytest.approx(rate)
+    # What pytest-benchmark sums up is what was measured: bytes over the median.
+    ours = found["stochastic"]
+    rate = ours["extra_info"]["bytes"] / ours["stats"]["median"] / 1e9
+    assert ours["extra_info"]["gb_per_second"] == pytest.approx(rate)
