@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from contest import Contestant, Makers
 from PIL import Image
-from torchvision import transforms
 from torchvision.transforms import functional as tv
 
 from cnnsp import IMAGE_SIZE
@@ -40,14 +39,6 @@ BANKS = {
     "random": {"augment": RandomAugment()},
     "random_without_numba": {"augment": RandomAugment(), "compiled": False},
 }
-
-resized = transforms.Compose(
-    [
-        transforms.Resize((IMAGE_SIZE, IMAGE_SIZE)),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-    ]
-)
 
 
 def cases(device: torch.device) -> dict[str, Makers]:
@@ -88,7 +79,7 @@ def ours(name: str, batch: int, device: torch.device) -> Contestant:
     options = {"channels_last": True, "device": device, **BANKS[name]}
     made = ImageBank(images()[0], **options).batches(items(batch), reuse=True)
     assert next(made)[1].shape == (batch, 3, IMAGE_SIZE, IMAGE_SIZE)
-    return Contestant(lambda _: next(made), images=batch)
+    return Contestant(lambda: next(made), images=batch)
 
 
 def replication(batch: int) -> Contestant:
@@ -97,7 +88,7 @@ def replication(batch: int) -> Contestant:
     atexit.register(pool.terminate)
     numbers, (_, paths) = items(batch), images()
 
-    def run(_: object) -> object:
+    def run() -> object:
         work = [divmod(item, len(PAPER_VARIANTS)) for item in next(numbers).tolist()]
         return pool.starmap(replicate, [(paths[image], variant) for image, variant in work])
 
@@ -113,7 +104,8 @@ def replicate(path: Path, variant: int) -> None:
         image = tv.rotate(image, angle)
     if gamma != 1:
         image = tv.adjust_gamma(image, gamma)
-    resized(image)
+    image = tv.resize(image, [IMAGE_SIZE, IMAGE_SIZE])
+    tv.normalize(tv.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def test_data(record) -> None:

@@ -51,16 +51,16 @@ def contestant(
     )
     learner = Learner(options, CLASSES, device, Team())
 
-    def train(_: object) -> torch.Tensor:
+    def train() -> torch.Tensor:
         return learner.step(images, labels, batch_size=batch, number=0, lr=options.lr)
 
     @torch.no_grad()
-    def classify(_: object) -> torch.Tensor:
+    def classify() -> torch.Tensor:
         with autocast(device, learner.amp_dtype):
             return learner.network.eval()(images)
 
     run = train if step == "training" else classify
-    assert torch.isfinite(result := run(None)).all(), f"{name} gives {result}"
+    assert torch.isfinite(result := run()).all(), f"{name} gives {result}"
     return Contestant(run, images=batch)
 
 

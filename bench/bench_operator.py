@@ -59,10 +59,8 @@ def cases(device: torch.device) -> dict[str, Makers]:
             names = ["stochastic", "max", "avg"]
             if step == "training" and layer.name in COMPILED:
                 names.append("max_compiled")
-            if form == "contiguous":
-                names.append("fractional")
-                if step == "training":  # once a layer: they take an age
-                    names += ["gist", "reference"] if device.type == "cpu" else ["gist"]
+            if step == "training" and form == "contiguous":  # once a layer: they take an age
+                names += ["gist", "reference"] if device.type == "cpu" else ["gist"]
             contestants[Pooling(layer, main, form, step, device)] = names
         for dtype, step in product(sorted(DTYPES.keys() - {main}), ("training", "evaluation")):
             contestants[Pooling(LAYERS[0], dtype, form, step, device)] = ["stochastic", "max"]
@@ -93,7 +91,7 @@ class Pooling(NamedTuple):
         leaves = self.inputs(getattr(self.layer, f"{self.device.type}_batch"))
         moved = self.bytes_moved(len(leaves[0])) if name == "stochastic" else None
 
-        def forward(_: object = None) -> Tensor:
+        def forward() -> Tensor:
             return pool(*leaves)
 
         if self.step in ("forward", "evaluation"):
@@ -103,11 +101,11 @@ class Pooling(NamedTuple):
         def backward(output: Tensor) -> object:
             return torch.autograd.grad(output, leaves, gradient)
 
-        def both(_: object) -> object:
+        def both() -> object:
             return backward(forward())
 
         if self.step == "backward":
-            return Contestant(backward, prepare=forward, moved=moved)
+            return Contestant(backward, prepare=lambda: (forward(),), moved=moved)
         return Contestant(IN_PYTORCH(both) if name == "reference" else both, moved=moved)
 
     def pool(self, name: str) -> Callable[..., Tensor]:
@@ -168,11 +166,6 @@ class Pooling(NamedTuple):
         return round(per_output * batch * layer.channels * layer.outputs**2)
 
 
-def fractional(x: Tensor, layer: Layer) -> Tensor:
-    size = layer.window[0]  # it knows no padding, so it may give a little less
-    return F.fractional_max_pool2d(x, size, min(layer.outputs, layer.side - size + 1))
-
-
 def gist(x: Tensor, layer: Layer) -> Tensor:
     """Unfold, multinomial, gather: what is usually written by hand. It cannot draw from a dead
     window, so it is given weights that are never 0."""
@@ -187,7 +180,6 @@ def gist(x: Tensor, layer: Layer) -> Tensor:
 POOLS: dict[str, Callable[[Tensor, Layer], Tensor]] = {
     "max": lambda x, layer: F.max_pool2d(x, *layer.window),
     "avg": lambda x, layer: F.avg_pool2d(x, *layer.window),
-    "fractional": fractional,
     "gist": gist,
 }
 

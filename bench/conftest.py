@@ -2,7 +2,7 @@
 timed in turn (contest.py) and recorded by pytest-benchmark, one test each.
 
 On the GPU where there is one: with CUDA_VISIBLE_DEVICES= on the CPU. OMP_NUM_THREADS sets the
-threads of PyTorch and of the CPU kernels.
+threads of PyTorch and of the CPU kernels, --benchmark-max-time the seconds for each contestant.
 """
 
 from __future__ import annotations
@@ -27,23 +27,6 @@ readings: list[float] = []
 outcomes: dict[str, dict[str, Outcome | Exception]] = {}
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("contests", "Contests of bench/").addoption(
-        "--budget",
-        type=float,
-        default=90.0,
-        metavar="SECONDS",
-        help="for all rounds together; compiling, checking and slow contestants come on top",
-    )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config.option, "budget"):
-        raise pytest.UsageError(
-            "name the folder, as in `pytest bench/`: it has an option of its own"
-        )
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     entries = [
         pytest.param(case, name, marks=pytest.mark.benchmark(group=case, timer=readings.pop))
@@ -61,11 +44,10 @@ def record(
 
     def record() -> None:
         if case not in outcomes:
-            selected = [item.callspec.params for item in request.session.items]  # type: ignore[attr-defined]
-            seconds = request.config.option.budget / len({chosen["case"] for chosen in selected})
-            names = [chosen["contestant"] for chosen in selected if chosen["case"] == case]
-            makers = request.module.cases(DEVICE)[case]
-            outcomes[case] = hold({name: makers[name] for name in names}, DEVICE, seconds)
+            selected = {item.name for item in request.session.items}
+            test, makers = request.function.__name__, request.module.cases(DEVICE)[case]
+            chosen = {n: make for n, make in makers.items() if f"{test}[{case}-{n}]" in selected}
+            outcomes[case] = hold(chosen, DEVICE, float(request.config.option.benchmark_max_time))
         outcome = outcomes[case][contestant]
         if isinstance(outcome, torch.OutOfMemoryError):
             pytest.skip("out of GPU memory")

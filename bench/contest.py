@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
 # The GPU overwrites this much memory before each timed run, so often: no cache keeps what the run
 # reads, and the CPU is done launching before the clock starts.
 FLUSH_BYTES, FLUSHES = 256 * 2**20, 10
 
 
 class Contestant(NamedTuple):
-    run: Callable[[Any], object]  # what is timed; takes what `prepare` returned
-    prepare: Callable[[], Any] = lambda: None  # runs before every `run`, outside the clock
+    run: Callable[..., object]  # what is timed; takes what `prepare` returned
+    prepare: Callable[[], tuple[Any, ...]] = tuple  # runs before every `run`, outside the clock
     moved: float | None = None  # bytes that `run` reads and writes at least, where that is counted
     images: int | None = None  # that `run` processes, where that is the point
 
@@ -39,13 +39,9 @@ class Outcome(NamedTuple):
 
 
 def hold(makers: Makers, device: torch.device, seconds: float) -> dict[str, Outcome | Exception]:
-    """Check the contestants of a case, then time them in turn; the outcome of one that fails is its
-    exception, and takes none of the others with it.
-
-    Args:
-        makers: of the contestants that take part.
-        device: where they run.
-        seconds: for the rounds; there are :data:`MIN_ROUNDS` of them even if that takes longer.
+    """Check the contestants of a case, then time them in turn, each for so many seconds and
+    :data:`MIN_ROUNDS` at least; the outcome of one that fails is its exception, and takes none of
+    the others with it.
     """
     # Else the compiled contestants of all cases together would meet dynamo's limit of versions.
     torch.compiler.reset()
@@ -88,7 +84,7 @@ def time_in_turn(
         prepared = contestant.prepare()
         if not cuda:
             start = time.perf_counter()
-            result = contestant.run(prepared)
+            result = contestant.run(*prepared)
             took = time.perf_counter() - start
             del result  # what it takes to free it is not timed
             return lambda: took
@@ -96,7 +92,7 @@ def time_in_turn(
         for _ in range(FLUSHES):
             flush.zero_()
         begin.record()
-        contestant.run(prepared)
+        contestant.run(*prepared)
         end.record()
         return lambda: begin.elapsed_time(end) / 1e3  # events tell milliseconds
 
@@ -118,7 +114,7 @@ def turns(seconds: float, one_run: Mapping[str, float]) -> Iterator[str]:
     """Who runs, turn after turn: as often as the time allows, the slow less often than the fast,
     and everybody spread over the whole time."""
     counts = {
-        name: max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / len(one_run) / max(took, 1e-9))))
+        name: max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(took, 1e-9))))
         for name, took in one_run.items()
     }
     most = max(counts.values(), default=0)
@@ -132,7 +128,7 @@ def peak_memory(contestant: Contestant, device: torch.device) -> int:
     """Bytes that a run needs at most on top of what is there before, preparation included."""
 
     def once() -> None:
-        contestant.run(contestant.prepare())
+        contestant.run(*contestant.prepare())
 
     once()  # what stays after the first run is not its own: gradients, caches, compiled code
     if device.type == "cuda":
@@ -156,5 +152,5 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, of a copy that no cache holds; measured."""
     source = torch.empty(256 * 2**20, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    copy = Contestant(lambda _: target.copy_(source))
+    copy = Contestant(lambda: target.copy_(source))
     return 2 * source.numel() / statistics.median(time_in_turn({"": copy}, device, 0.5)[""])

@@ -132,12 +132,12 @@ if [ "$device" = cuda ]; then
     if ((workers > 1)) && "$python" -c 'import xdist'; then parallel="-n $workers"; fi
     # Compiling is most of it. All of bench/ takes longer than there is here.
     few="(network and float16 and not avg and not compiled) or (operator and fp16 and"
-    few+=" (cnnsp or (resnet_stem and training)) and not (avg or fractional or gist))"
-    bench+=(--budget 40 -k "$few")
+    few+=" (cnnsp or (resnet_stem and training)) and not (avg or gist))"
+    bench+=(-k "$few")
     small=(-b 256 --gpu-memory-gb 6)
 else
     tests+=("any_strides or same_cells or a_volume_of_one_slice or agrees_with_a_gpu")
-    bench+=(--budget 5 -k cnnsp_pool3to5)
+    bench+=(-k cnnsp_pool3to5)
     small=(-b 8 --max-steps 2)
 fi
 # There are more synthetic flowers than photographs: as many images an epoch in the end.
