@@ -1,20 +1,36 @@
-"""CNN_SP by pooling: a training step and the use of the trained network, eager and compiled."""
+"""CNN_SP by pooling: a training step and the use of the trained network, eager and compiled.
+
+    python bench/bench_network.py [--pool POOL]
+
+times what a training run adds to its steps: in turn some steps as train.py runs them, with the
+paper's augmentation, reports and TensorBoard, and bare ones of the same network and optimiser.
+"""
 
 from __future__ import annotations
 
+import argparse
+import statistics
+import tempfile
+import time
 from functools import partial
+from pathlib import Path
 
+import bench_data
 import torch
 from contest import Contestant, Makers
 
+from cnnsp.data.augment import AS_IS, PAPER_VARIANTS
+from cnnsp.data.batches import ImageBank
 from cnnsp.network import IMAGE_SIZE, POOLINGS
-from cnnsp.training.devices import autocast, choose_amp_dtype
+from cnnsp.training.devices import autocast, choose_amp_dtype, keep_freed_memory
 from cnnsp.training.processes import Team
 from cnnsp.training.recipe import TrainOptions
+from cnnsp.training.run import Trainer
 from cnnsp.training.step import Learner
 
 BATCH = {"cpu": 128, "cuda": 256}
 CLASSES = 3
+ROUNDS, STEPS = 4, 4  # of the script and bare, in turn
 
 
 def cases(device: torch.device) -> dict[str, Makers]:
@@ -66,3 +82,30 @@ def contestant(
 
 def test_network(record) -> None:
     record()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time what a training run adds to its steps.")
+    parser.add_argument("--pool", choices=POOLINGS, default="stochastic")
+    options = TrainOptions(pool=parser.parse_args().pool, channels_last=True, max_steps=STEPS)
+    keep_freed_memory()
+    bare = contestant(options.pool, None, "training", torch.device("cpu"), options.batch_size)
+    images, _ = bench_data.images()
+    train, test = (ImageBank(images, made, channels_last=True) for made in (PAPER_VARIANTS, AS_IS))
+    by_script, by_steps = [], []
+    with tempfile.TemporaryDirectory() as output:
+        trainer = Trainer(options, train, test, Path(output))
+        for _ in range(ROUNDS):
+            trainer.run()
+            by_script.append(trainer.progress.history[-1].images_per_second)
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                bare.run()
+            by_steps.append(STEPS * options.batch_size / (time.perf_counter() - start))
+    # The first round is left out: it compiles, and gets memory from the system.
+    script, alone = statistics.median(by_script[1:]), statistics.median(by_steps[1:])
+    print(f"images/s by the script {script:.3g}, bare {alone:.3g}, ratio {script / alone:.3g}")
+
+
+if __name__ == "__main__":
+    main()
