@@ -62,10 +62,13 @@ def count(
     code = parse_sass(cuda_tool("nvdisasm", kernel.asm["cubin"], "-gi", "-c"))
     executions = [_share(instruction.chain, averages) for instruction in code]
     turns = functools.partial(_turns, arguments=arguments, averages=averages)
+    sources: list[tuple[Loop, Block]] = []  # of the loops so far, the outer ones first
     for loop in sorted(find_loops(code), key=lambda loop: -len(loop.body)):
         if executions[loop.latch] == 0:  # nobody need know how often it turns
             continue
-        source = _source_loop(code[loop.latch].chain)
+        outer = [source for known, source in sources if loop.body <= known.body]
+        source = _source_loop(code, loop, outer)
+        sources.append((loop, source))
         _refuse_unrolled(kernel, [code[index] for index in loop.body], source, turns)
         for index in loop.body:
             executions[index] *= turns(source)
@@ -194,12 +197,20 @@ def _share(chain: Chain, averages: Mapping[str, float]) -> float:
     )
 
 
-def _source_loop(latch: Chain) -> Block:
-    """The `for` that a loop of the machine code comes from: its branch back stands on that line."""
-    for block in _around(latch[:1]):
-        if block.kind == "for" and block.lines.start == latch[0][1]:
-            return block
-    raise ValueError(f"a loop of the machine code is no `for`; it ends at {latch}")
+def _source_loop(code: list[Instruction], loop: Loop, outer: list[Block]) -> Block:
+    """The `for` that a loop of the machine code comes from; not one of `outer`, which the machine
+    loops around it come from.
+
+    The branch back nearly always stands on the line of its `for`. Should it not, as for sm_120, the
+    `for` that holds most of the loop's instructions is taken, the innermost of several.
+    """
+    latch = code[loop.latch].chain
+    around = [block for i in sorted(loop.body) for block in _around(code[i].chain)]
+    votes = Counter(block for block in around if block.kind == "for" and block not in outer)
+    if not votes:
+        raise ValueError(f"a loop of the machine code is no `for`; it ends at {latch}")
+    named = [b for b in _around(latch[:1]) if b in votes and b.lines.start == latch[0][1]]
+    return named[0] if named else votes.most_common(1)[0][0]
 
 
 def _turns(loop: Block, arguments: Mapping[str, Any], averages: Mapping[str, float]) -> float:

@@ -83,12 +83,12 @@ def kernel_time(
 
     `instructions` are those of all threads together by class, `moved` the bytes.
     """
-    clocks = {"issue": sum(instructions.values()) / ISSUED}
-    for name, rates in device.pipes.items():
-        clocks[name] = sum(instructions.get(unit, 0) / rate for unit, rate in rates.items())
     per_second = device.multiprocessors * device.clock
     seconds = {"memory": memory_time(device, moved)}
-    seconds |= {name: needed / per_second for name, needed in clocks.items()}
+    seconds["issue"] = sum(instructions.values()) / ISSUED / per_second
+    for name, rates in device.pipes.items():
+        clocks = sum(instructions.get(unit, 0) / rate for unit, rate in rates.items())
+        seconds[name] = clocks / per_second
     limit = max(seconds, key=lambda name: seconds[name])
     return seconds[limit] + LAUNCH_SECONDS, limit
 
