@@ -163,17 +163,16 @@ def averages(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
     prior = (arguments["v"].kernel_h - 1) // arguments["v"].stride_h
     groups = [max(min(last, inner) - first, 0) // group for first, last in strips]
     edges = [last - first - group * n for (first, last), n in zip(strips, groups, strict=True)]
-    again = [max(rows - 1, 0) // group for rows in edges]
+    again = [(rows + 3) // 4 for rows in edges]
     return rare | {
-        "groups": sum(groups) / len(strips),
-        "end_row - edge_row": sum(edges) / len(strips),
+        # The gradient's are in a loop that turns twice.
+        "groups": sum(groups) / len(strips) / (1 + ahead),
         "edge_row, end_row": sum(edges) / len(strips),
-        "prior_row, inner_row": int(prior) + ahead,
+        "begin, end": (sum(edges) / len(strips) + int(prior) + ahead) / 2,
         # Rare, which not every Triton's line numbers tell: a strip again.
         "end_row - first_row": 0,
         "first_row - (v.kernel_h - 1) // v.stride_h, end_row": 0,
-        "FIRST, FIRST + COLUMNS": 0,
-        "(edge > 0) & (out_row % 4 == 0)": sum(again) / max(sum(edges), 1),
+        "v.folded | (out_row % 4 == 0)": sum(again) / max(sum(edges), 1),
     }
 
 
@@ -233,12 +232,11 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
             ours[row["target"], row["dtype"], row["variant"].split()[-1]] += row["modelled_us"]
     for (target, dtype, layout), microseconds in ours.items():
         device = model.DEVICES[target]
-        per_output = (
-            model.bytes_moved(pool, "training", DTYPES[dtype].itemsize)
+        size, outputs = DTYPES[dtype].itemsize, math.prod(SHAPE)  # the window keeps planes' sizes
+        eager, inductor = (
+            1e3 * model.memory_time(device, outputs * model.bytes_moved(pool, "training", size))
             for pool in ("max", "max_compiled")
         )
-        outputs = math.prod(SHAPE)  # the window keeps the planes' size
-        eager, inductor = (1e3 * model.memory_time(device, outputs * n) for n in per_output)
         yield (
             f"{device.name}, {dtype}, {layout}: training {microseconds / 1e3:.2f} ms modelled, "
             f"bias + ReLU + max pooling {eager:.2f} eager, {inductor:.2f} by Inductor"

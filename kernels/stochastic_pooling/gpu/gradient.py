@@ -1,11 +1,10 @@
 """Stochastic pooling in Triton, the gradient of the expectation for windows that slide.
 
 A cell gets 2 w * sum(g / S) - sum(g / S * y) from the windows that hold it. A lane of
-`gradient_sliding_kernel` owns two neighbouring input columns (in channels_last, of `v.vector`
-channels) and slides down the rows of outputs. Of each input row it keeps the sums, of weights and
-of their squares, in every window that reaches its columns: those of `kernel_h` rows give S and y.
-What a row of windows adds to its two columns goes to the `kernel_h` rows that the windows hold, and
-the rows that get no more are written.
+`gradient_sliding_kernel` owns two neighbouring input columns and slides down the rows of outputs.
+Of each input row it keeps the sums, of weights and of their squares, in every window that reaches
+its columns: those of `kernel_h` rows give S and y. What a row of windows adds to its two columns
+goes to the `kernel_h` rows that the windows hold, and the rows that get no more are written.
 
 A dead window divides by zero. What comes of that reaches its own cells alone, and those have no
 gradient. As in `sliding.py` a program that meets an unusual window repeats its strip.
@@ -41,23 +40,21 @@ SMALLEST_MEAN = tl.constexpr(2.0**-55)
 @triton.jit
 def _columns(
     tensor, index, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-    INSIDE: tl.constexpr, MASK: tl.constexpr, t: tl.constexpr, v: tl.constexpr,
+    INSIDE: tl.constexpr, MASK: tl.constexpr, t: tl.constexpr,
 ):  # fmt: skip
     """As `_load_columns`, but in pairs also where another lane owns them."""
-    if (not v.channels_last) and t.unit == 2:
+    if t.unit == 2:
         columns = ()
         for j in tl.static_range(FIRST // 2 * 2, FIRST + COLUMNS, 2):
             here = _pair(tensor[0], index, j)
             if MASK and (j < 0 or j >= INSIDE):
                 inside = _in_plane(column, j, width, INSIDE)
-                columns = columns + tl.split(tl.load(here, mask=inside[:, :, None], other=0))
+                columns = columns + tl.split(tl.load(here, mask=inside[:, None], other=0))
             else:
                 columns = columns + tl.split(tl.load(here))
         columns = columns[FIRST % 2 : FIRST % 2 + COLUMNS]
     else:
-        columns = _load_columns(
-            tensor, index, column, width, FIRST, COLUMNS, INSIDE, MASK, MASK, t, v
-        )
+        columns = _load_columns(tensor, index, column, width, FIRST, COLUMNS, INSIDE, MASK, MASK, t)
     return columns
 
 
@@ -71,8 +68,8 @@ def _input_row(
         present = (row >= 0) & (row < height)
         row = tl.minimum(tl.maximum(row, 0), height - 1)
     inputs = _columns(
-        input, input[1] + row * input[3], pair * 2, width, v.start, len(biases), v.in_inside,
-        EDGE or v.read.masked, v.read, v,
+        input, input[1] + row * input[2], pair * 2, width, v.start, len(biases), v.in_inside,
+        EDGE or v.read.masked, v.read,
     )  # fmt: skip
     weights = ()
     for j in tl.static_range(len(biases)):
@@ -148,8 +145,8 @@ def _row(
         row_inside = tl.minimum(tl.maximum(out_row, 0), out_height - 1)
     column = pair * (2 // v.stride_w)
     grads = _columns(
-        grad_output, grad_output[1] + row_inside * grad_output[3], column, out_width,
-        v.first, v.columns, v.inside, EDGE or v.grad.masked, v.grad, v,
+        grad_output, grad_output[1] + row_inside * grad_output[2], column, out_width,
+        v.first, v.columns, v.inside, EDGE or v.grad.masked, v.grad,
     )  # fmt: skip
     slopes = ()
     offsets = ()
@@ -184,8 +181,8 @@ def _row(
             grad = tl.where(w > 0, (w + w) * sums[i][0][x] - sums[i][1][x], 0.0)
             two = two + (grad,)
             bias_sum += tl.where(inside, grad, 0.0) if EDGE else grad
-        index = grad_input[1] + (top + i) * grad_input[3]
-        _store(grad_input, index, two, first_mask, second_mask, v.own, v)
+        index = grad_input[1] + (top + i) * grad_input[2]
+        _store(grad_input, index, two, first_mask, second_mask, v.own)
     return rows[v.stride_h :], sums[v.stride_h :], bias_sum, largest, smallest
 
 
@@ -197,12 +194,11 @@ def _differentiate_strip_again(
     """The gradients of a strip from expectations taken window by window; their sums by lanes."""
     _, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
     # Of each tensor, the planes' first numbers and the elements between two rows and two columns.
-    input_ptr, in_pitch, in_step = _plane(input, image, channel, v.read, v)
-    grad_input_ptr, own_pitch, own_step = _plane(grad_input, image, channel, v.own, v)
-    grad_output_ptr, grad_pitch, grad_step = _plane(grad_output, image, channel, v.grad, v)
+    input_ptr, in_pitch, in_step = _plane(input, image, channel, v.read)
+    grad_input_ptr, own_pitch, own_step = _plane(grad_input, image, channel, v.own)
+    grad_output_ptr, grad_pitch, grad_step = _plane(grad_output, image, channel, v.grad)
     bias = _bias(bias_ptr, channel, v)
-    nothing = tl.zeros([v.block, v.vector], tl.float32)
-    exists = exists & (nothing == 0)  # [block, vector]
+    nothing = tl.zeros([v.block], tl.float32)
     bias_sum = nothing
     carried = (((nothing, nothing),) * 2,) * (v.kernel_h - v.stride_h)
     for out_row in range(first_row - (v.kernel_h - 1) // v.stride_h, end_row):
@@ -256,7 +252,7 @@ def _differentiate_strip_again(
 
 @triton.jit
 def _stepped(tensor, pitch):
-    return tensor[0], tensor[1], tensor[2], pitch, tensor[4]
+    return tensor[0], tensor[1], pitch, tensor[3]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -275,15 +271,15 @@ def gradient_sliding_kernel(
     whole_input = (input_ptr, in_n, in_c, in_pitch, in_step)
     whole_grad = (grad_output_ptr, grad_n, grad_c, grad_pitch, grad_step)
     number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
-    grad_input = _seen(whole_grad_input, image, channel, pair * 2, v.own, v)
+    grad_input = _seen(whole_grad_input, image, channel, pair * 2, v.own)
     if v.same:  # one index serves both
         input = (input_ptr,) + grad_input[1:]
     else:
-        input = _seen(whole_input, image, channel, pair * 2, v.read, v)
+        input = _seen(whole_input, image, channel, pair * 2, v.read)
     if v.grad_same:
         grad = (grad_output_ptr,) + grad_input[1:]
     else:
-        grad = _seen(whole_grad, image, channel, pair * (2 // v.stride_w), v.grad, v)
+        grad = _seen(whole_grad, image, channel, pair * (2 // v.stride_w), v.grad)
     bias = _bias(bias_ptr, channel, v) * SCALE
     biases = ()
     for j in tl.static_range((v.columns - 1) * v.stride_w + v.kernel_w):
@@ -305,37 +301,37 @@ def gradient_sliding_kernel(
     edge_row = inner_row + groups * v.rows
     prior_row = first_row - (v.kernel_h - 1) // v.stride_h
 
-    nothing = tl.zeros([v.block, v.vector], tl.float32)
+    nothing = tl.zeros([v.block], tl.float32)
     carried = (((nothing, nothing),) * 2,) * (v.kernel_h - v.stride_h)
     rows = ()
     for i in tl.static_range(v.kernel_h - v.stride_h):
         row = prior_row * v.stride_h - v.padding_h + i
         rows = rows + (_input_row(input, row, height, pair, width, biases, True, v),)
     state = (rows, carried, nothing, nothing, nothing + float("inf"))
-    for out_row in range(prior_row, inner_row):
-        state = _row(
-            grad, input, grad_input, out_row, first_row, state,
-            height, width, out_height, out_width, pair, exists, biases, True, True, v,
-        )  # fmt: skip
     # See `_forward`.
     zero = number >> 31
-    inner_grad_input = _stepped(grad_input, grad_input[3] + zero)
-    inner_input = _stepped(input, inner_grad_input[3] if v.same else input[3] + zero)
-    inner_grad = _stepped(grad, inner_grad_input[3] if v.grad_same else grad[3] + zero)
-    for group in range(groups):
-        for k in tl.static_range(v.rows):
-            # With stride 1 every row lies in one of the windows whose sums are looked at.
+    inner_grad_input = _stepped(grad_input, grad_input[2] + zero)
+    inner_input = _stepped(input, inner_grad_input[2] if v.same else input[2] + zero)
+    inner_grad = _stepped(grad, inner_grad_input[2] if v.grad_same else grad[2] + zero)
+    # The rows above the inner ones, then those below, for which the inner loop does not turn again:
+    # one loop for both, as the compiler takes a second for each copy of a row.
+    begin, end = prior_row, inner_row
+    for _ in range(2):
+        for out_row in range(begin, end):
             state = _row(
-                inner_grad, inner_input, inner_grad_input,
-                inner_row + group * v.rows + k, first_row, state,
-                height, width, out_height, out_width, pair, exists, biases, False,
-                v.stride_h > 1 or k % v.kernel_h == v.kernel_h - 1 or k == v.rows - 1, v,
+                grad, input, grad_input, out_row, first_row, state,
+                height, width, out_height, out_width, pair, exists, biases, True, True, v,
             )  # fmt: skip
-    for out_row in range(edge_row, end_row):
-        state = _row(
-            grad, input, grad_input, out_row, first_row, state,
-            height, width, out_height, out_width, pair, exists, biases, True, True, v,
-        )  # fmt: skip
+        for group in range(groups):
+            for k in tl.static_range(v.rows):
+                # With stride 1 every row lies in one of the windows whose sums are looked at.
+                state = _row(
+                    inner_grad, inner_input, inner_grad_input,
+                    inner_row + group * v.rows + k, first_row, state,
+                    height, width, out_height, out_width, pair, exists, biases, False,
+                    v.stride_h > 1 or k % v.kernel_h == v.kernel_h - 1 or k == v.rows - 1, v,
+                )  # fmt: skip
+        begin, end, groups = edge_row, end_row, 0
 
     _, _, bias_sum, largest, smallest = state
     unusual = ((largest < LARGEST_SQUARED) == 0) | (smallest < SMALLEST_MEAN)

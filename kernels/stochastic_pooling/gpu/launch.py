@@ -37,28 +37,20 @@ SLIDING_BLOCK = 128
 FILLING_THREADS = 2**17
 # Inner rows of a sliding kernel come in unrolled groups of so many, and a strip is a multiple of
 # one. Four rows share a Philox call; after three the rows in registers are back where they began.
-_ROWS = {"sample": 4, "expectation": 3, "gather": 3, "gradient": 3}
-# By the channels of a lane and the window's horizontal stride: where the rows of a group are loaded
-# all before the first is worked on, and stored after the last. Elsewhere one is loaded ahead.
-_AT_ONCE = {
-    "sample": [(1, 1)],
-    "expectation": [(1, 1), (1, 2), (2, 1)],
-    "gather": [(1, 1), (1, 2)],
-    "gradient": [],
-}
+_ROWS = {"sample": 4, "expectation": 6, "gather": 3, "gradient": 3}
 _SLIDING = {
     "sample": sample_sliding_kernel,
     "expectation": expectation_sliding_kernel,
     "gather": gather_sliding_kernel,
     "gradient": gradient_sliding_kernel,
 }
-# Registers of a thread, by the channels of its lane and the window's horizontal stride: so few that
-# the assembler tries hard, so many that it spills none on any target of the kernel report.
+# Registers of a thread, by the window's horizontal stride: so few that the assembler tries hard, so
+# many that it spills none on any target of the kernel report.
 _REGISTERS = {
-    "sample": {(1, 1): 64, (1, 2): 72, (2, 1): 96, (2, 2): 120},
-    "expectation": {(1, 1): 64, (1, 2): 80, (2, 1): 96, (2, 2): 112},
-    "gather": {(1, 1): 56, (1, 2): 80, (2, 1): 96, (2, 2): 112},
-    "gradient": {(1, 1): 88, (1, 2): 80, (2, 1): 168, (2, 2): 160},
+    "sample": (80, 72),
+    "expectation": (72, 96),
+    "gather": (64, 80),
+    "gradient": (80, 80),
 }
 
 _SIZES = ("depth", "height", "width")
@@ -293,8 +285,7 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
     own = 2 // window.stride_w if gathers else 2 * window.stride_w
     owned_width, read_width = (width, out_width) if gathers else (out_width, width)
     pairs = triton.cdiv(owned_width, 2)
-    vector = 2 if channels_last and channels % 2 == 0 else 1
-    lanes = batch * channels // vector * pairs
+    lanes = batch * channels * pairs
 
     def view(shape: torch.Size, strides: Ints, columns: int) -> tuple[Constants, dict[str, int]]:
         """What the kernels know of a tensor of whose columns a lane has so many, and its strides
@@ -303,17 +294,16 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         if folded:
             n, h = 0, n
         nearest, others = (c, (n, h, w)) if channels_last else (w, (n, c, h, shape[3]))
-        unit = vector if channels_last else 2 - columns % 2
+        unit = 1 if channels_last else 2 - columns % 2
         if nearest != 1 or any(stride % unit for stride in others):
             unit = 1
-        step = w // unit if channels_last else w
         # The numbers of channels that networks have get code of their own, with 5 to 14 % fewer
         # instructions; all others share theirs.
         constant = w % 8 == 0 if channels_last else w == 1
         # What an inner row reads beyond its end lies in the next one, if that is far enough.
         masked = h < 4 * w
-        numbers = {"n": n // unit, "c": c // unit, "pitch": h // unit, "step": step}
-        return Constants(unit=unit, step=step * constant, masked=masked), numbers
+        numbers = {"n": n // unit, "c": c // unit, "pitch": h // unit, "step": w}
+        return Constants(unit=unit, step=w * constant, masked=masked), numbers
 
     input = view(call.in_shape, call.in_strides, 2 if gathers else own)
     output = view(call.out_shape, call.out_strides, own if gathers else 2)
@@ -334,7 +324,6 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         start = max(0, triton.cdiv(window.padding_h - window.stride_h + 1, window.stride_h))
         stop = triton.cdiv(height + window.padding_h, window.stride_h)
         inner = out_height - 1 if call.name == "gather" else min(inner, out_height - 1)
-    lane = vector, window.stride_w
     # Few strips, but enough to fill a GPU; a grid's limit is 2**16 - 1.
     wanted = min(triton.cdiv(call.filling_threads, lanes), 2**15)
     rows = _ROWS[call.name]
@@ -350,8 +339,10 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         first=first, columns=(1 + window.padding_w) // window.stride_w - first + 1,
         start=first * window.stride_w - window.padding_w,
         channels=channels if channels_last and channels % 8 == 0 else 0,
-        channels_last=channels_last, vector=vector, folded=folded, draws=call.name == "sample",
-        block=call.block, rows=rows, ahead=rows - 1 if lane in _AT_ONCE[call.name] else 1,
+        channels_last=channels_last, folded=folded, draws=call.name == "sample",
+        block=call.block, rows=rows,
+        # Two rows of input for each, at once, are more numbers than there are registers.
+        batch=1 if call.name == "sample" and window.stride_w == 2 else rows,
         # How many of the columns it reads every lane has, the last one of a row included; in a
         # backward without padding that lane may begin beyond the last output.
         inside=min(own, read_width - (pairs - 1) * own),
@@ -361,7 +352,7 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         grad_same=grad == output if call.name == "gather" else grad == owned and own == 2,
         own=owned[0], read=read[0], grad=grad[0],
     )  # fmt: skip
-    registers = _REGISTERS[call.name][lane]
+    registers = _REGISTERS[call.name][window.stride_w - 1]
     if channels_last and channels % 8:
         registers += 8  # for more addresses
     kernel = _SLIDING[call.name]

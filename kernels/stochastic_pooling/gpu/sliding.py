@@ -1,9 +1,9 @@
 """Stochastic pooling in Triton, the sliding kernels: windows of up to 3 cells a side, by 1 or 2.
 
-A lane owns two neighbouring columns of what is written (in channels_last, of `v.vector` channels)
-and slides down a strip of rows. It keeps the rows that the next window shares in registers, with
-their sums, so each input is loaded, rectified and summed once for the three rows of windows it lies
-in. One call of Philox serves two columns and four rows.
+A lane owns two neighbouring columns of what is written and slides down a strip of rows. It keeps
+the rows that the next window shares in registers, with their sums, so each input is loaded,
+rectified and summed once for the three rows of windows it lies in. One call of Philox serves two
+columns and four rows.
 
     sample_sliding_kernel        draws the row of the window first, then the cell in it
     expectation_sliding_kernel   the sum of squares over the sum
@@ -19,8 +19,8 @@ have any strides. Where a batch has one row a plane, as in 1-d pooling, its imag
 The rows of a strip come in two kinds. Inner rows come in unrolled groups and, where a row lies
 behind the one above it in memory, are read without a mask: the halo to the left of the first column
 is then memory that is there, and a bias of minus infinity keeps it out. The first and last rows of
-a plane go through masks, one at a time. Of a group `v.ahead` rows are loaded ahead of the one that
-is worked on; where those are all, all are stored after the last, one behind the other.
+a plane go through masks, one at a time. The rows of a group, or `v.batch` of them, are loaded all
+before the first is worked on, and stored all after the last.
 
 Windows with a NaN, an infinity or a sum that could overflow are noticed, not handled: a program
 that meets one repeats its strip with the device functions of `general.py`.
@@ -59,43 +59,36 @@ FUSED_MULTIPLY_ADD = tl.constexpr(not triton.knobs.runtime.interpret)
 
 @triton.jit
 def _lanes(channels, pairs, lanes, v: tl.constexpr):
-    """Number, existence, image, channel and pair of columns of each lane, [block, 1].
+    """Number, existence, image, channel and pair of columns of each lane, [block].
 
-    The channel is the first of the lane's `v.vector`. Lanes beyond the last repeat it.
+    Lanes beyond the last repeat it.
     """
-    number = tl.program_id(0) * v.block + tl.arange(0, v.block)[:, None]
+    number = tl.program_id(0) * v.block + tl.arange(0, v.block)
     exists = number < lanes
     number = tl.minimum(number, lanes - 1)
     # Unsigned division is the shorter one. An argument that is 1 comes as a constant, without `to`.
     rest = number.to(tl.uint32)
     pairs = tl.cast(pairs, tl.uint32)
-    groups = tl.cast(channels // v.vector, tl.uint32)
+    channels = tl.cast(channels, tl.uint32)
     if v.channels_last:
-        group = rest % groups
-        rest = rest // groups
+        channel = rest % channels
+        rest = rest // channels
         pair = rest % pairs
         image = rest // pairs
     else:
         pair = rest % pairs
         rest = rest // pairs
-        group = rest % groups
-        image = rest // groups
-    return number, exists, image.to(tl.int32), (group * v.vector).to(tl.int32), pair.to(tl.int32)
+        channel = rest % channels
+        image = rest // channels
+    return number, exists, image.to(tl.int32), channel.to(tl.int32), pair.to(tl.int32)
 
 
 @triton.jit
-def _seen(tensor, image, channel, column, t: tl.constexpr, v: tl.constexpr):
+def _seen(tensor, image, channel, column, t: tl.constexpr):
     """A tensor as a lane sees it that begins in `column` of the first row."""
     pointer, n, c, pitch, step = tensor
     step = step if t.step == 0 else t.step
-    if v.channels_last:
-        if t.unit == 1:
-            lane = image * n + channel * c + column * step
-        else:
-            lane = image * n + channel // t.unit + column * step
-    else:
-        lane = image * n + channel * c + column * step // t.unit
-    return pointer, lane, c, pitch, step
+    return pointer, image * n + channel * c + column * step // t.unit, pitch, step
 
 
 @triton.jit
@@ -113,23 +106,17 @@ def _units(pointer, index, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _elements(tensor, index, at, t: tl.constexpr, v: tl.constexpr):
-    """Pointers to the numbers `at` columns from the unit `index`, [block, vector]."""
-    pointer, _, c, _, step = tensor
-    pointer = _units(pointer, index, t.unit).to(pointer.dtype)
-    if v.vector == 1:
-        return pointer + at * step
-    elif t.unit == 1:
-        return pointer + (at * step + tl.arange(0, v.vector)[None, :] * c)
-    else:
-        return pointer + (at * step * t.unit + tl.arange(0, v.vector)[None, :])
+def _elements(tensor, index, at, t: tl.constexpr):
+    """Pointers to the numbers `at` columns from the unit `index`."""
+    pointer, _, _, step = tensor
+    return _units(pointer, index, t.unit).to(pointer.dtype) + at * step
 
 
 @triton.jit
 def _pair(pointer, index, at):
-    """The same to two neighbouring columns that are one unit, [block, 1, 2]."""
+    """The same to two neighbouring columns that are one unit, [block, 2]."""
     pointer = _units(pointer, index, 2).to(pointer.dtype)
-    return pointer[:, :, None] + (at + tl.arange(0, 2)[None, None, :])
+    return pointer[:, None] + (at + tl.arange(0, 2)[None, :])
 
 
 @triton.jit
@@ -147,10 +134,9 @@ def _in_plane(column, at: tl.constexpr, width, INSIDE: tl.constexpr):
 @triton.jit
 def _load_columns(
     tensor, index, column, width, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-    INSIDE: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
-    t: tl.constexpr, v: tl.constexpr,
+    INSIDE: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr, t: tl.constexpr,
 ):  # fmt: skip
-    """`COLUMNS` neighbouring columns of a row, a tuple of [block, vector].
+    """`COLUMNS` neighbouring columns of a row, a tuple of [block].
 
     `index` is the unit of the lane's first own column, `column`; the first one loaded is `FIRST`
     columns from it. Of the last lane in a row, the columns up to the own one `INSIDE` lie in the
@@ -159,14 +145,14 @@ def _load_columns(
     """
     columns = ()
     for j in tl.static_range(COLUMNS):
-        here = _elements(tensor, index, j + FIRST, t, v)
+        here = _elements(tensor, index, j + FIRST, t)
         if j + FIRST < 0:
             if MASK_LEFT:
                 inside = _in_plane(column, j + FIRST, width, INSIDE)
                 columns = columns + (tl.load(here, mask=inside, other=0),)
             else:
                 columns = columns + (tl.load(here),)
-        elif (not v.channels_last) and t.unit == 2 and j + FIRST < INSIDE // 2 * 2:
+        elif t.unit == 2 and j + FIRST < INSIDE // 2 * 2:
             if (j + FIRST) % 2 == 0:
                 columns = columns + tl.split(tl.load(_pair(tensor[0], index, j + FIRST)))
         elif j + FIRST >= INSIDE and MASK_RIGHT:
@@ -178,35 +164,33 @@ def _load_columns(
 
 
 @triton.jit
-def _store(tensor, index, two, exists, has_second, t: tl.constexpr, v: tl.constexpr):
+def _store(tensor, index, two, exists, has_second, t: tl.constexpr):
     """Store the numbers of the lane's two columns."""
     ELEMENT: tl.constexpr = tensor[0].dtype.element_ty
-    if (not v.channels_last) and t.unit == 2:
+    if t.unit == 2:
         both = tl.join(two[0], two[1]).to(ELEMENT)
-        tl.store(_pair(tensor[0], index, 0), both, mask=exists[:, :, None])
+        tl.store(_pair(tensor[0], index, 0), both, mask=exists[:, None])
     else:
-        tl.store(_elements(tensor, index, 0, t, v), two[0].to(ELEMENT), mask=exists)
-        tl.store(_elements(tensor, index, 1, t, v), two[1].to(ELEMENT), mask=has_second)
+        tl.store(_elements(tensor, index, 0, t), two[0].to(ELEMENT), mask=exists)
+        tl.store(_elements(tensor, index, 1, t), two[1].to(ELEMENT), mask=has_second)
 
 
 @triton.jit
 def _store_bias(partial_bias_ptr, bias_sum, number, lanes, exists, v: tl.constexpr):
-    """Store the lane's share of the bias's gradient: [strips, lanes, vector]."""
+    """Store the lane's share of the bias's gradient: [strips, lanes]."""
     if v.bias_gradient:
-        partial = (tl.program_id(1).to(tl.int64) * lanes + number) * v.vector
-        partial += tl.arange(0, v.vector)[None, :]
+        partial = tl.program_id(1).to(tl.int64) * lanes + number
         tl.store(partial_bias_ptr + partial, bias_sum, mask=exists)
 
 
 @triton.jit
-def _keep_together(v: tl.constexpr):
+def _keep_together():
     """Hold the warps of a program in step where they write parts of the same sectors of 32 bytes.
 
     A sector that the cache gives up before it is whole has to be read for the memory's error
     correction. On an H100 the barrier left 0.4 of a million such reads and 0.85 of a draw's time.
     """
-    if not v.channels_last:
-        tl.debug_barrier()
+    tl.debug_barrier()
 
 
 # ---------------------------------------------------------------- rows of weights
@@ -214,8 +198,7 @@ def _keep_together(v: tl.constexpr):
 
 @triton.jit
 def _bias(bias_ptr, channel, v: tl.constexpr):
-    """The bias of each lane's channels, [block, vector]; 0 without one."""
-    channel = channel + tl.arange(0, v.vector)[None, :]
+    """The bias of each lane's channel, [block]; 0 without one."""
     if v.has_bias:
         return tl.load(bias_ptr + channel).to(tl.float32)
     else:
@@ -224,7 +207,7 @@ def _bias(bias_ptr, channel, v: tl.constexpr):
 
 @triton.jit
 def _biases(bias_ptr, channel, column, width, v: tl.constexpr):
-    """The bias of each column, a tuple of [block, vector]; minus infinity beyond the plane."""
+    """The bias of each column, a tuple of [block]; minus infinity beyond the plane."""
     bias = _bias(bias_ptr, channel, v)
     biases = ()
     for j in tl.static_range(v.stride_w + v.kernel_w):
@@ -259,14 +242,12 @@ def _moments(inputs, biases, v: tl.constexpr):
     weights = ()
     for j in tl.static_range(len(inputs)):
         weights = weights + (rectified(inputs[j], biases[j], tl.float32),)
-    # What both windows hold is added up once.
-    both = weights[v.stride_w] * 0.0
+    # What both windows hold is added up once. Minus zero the compiler can leave out of a sum.
+    both = tl.full(weights[0].shape, -0.0, tl.float32)
     both_squared = both
     for j in tl.static_range(v.stride_w, v.kernel_w):
-        both = weights[j] if j == v.stride_w else both + weights[j]
-        both_squared = (
-            weights[j] * weights[j] if j == v.stride_w else both_squared + weights[j] * weights[j]
-        )
+        both += weights[j]
+        both_squared += weights[j] * weights[j]
     sums = ()
     squares = ()
     for x in tl.static_range(2):
@@ -274,8 +255,8 @@ def _moments(inputs, biases, v: tl.constexpr):
         row_squared = both_squared
         for j in tl.static_range(v.stride_w):
             w = weights[j + x * v.kernel_w]
-            row_sum = w if v.stride_w == v.kernel_w and j == 0 else row_sum + w
-            row_squared = w * w if v.stride_w == v.kernel_w and j == 0 else row_squared + w * w
+            row_sum += w
+            row_squared += w * w
         sums = sums + (row_sum,)
         squares = squares + (row_squared,)
     return sums, squares
@@ -294,9 +275,9 @@ def _load_edge(input, row, height, column, width, biases, v: tl.constexpr):
     """The columns of any row of input and their biases; one beyond the plane has biases that undo
     it."""
     present = (row >= 0) & (row < height)
-    index = input[1] + tl.minimum(tl.maximum(row, 0), height - 1) * input[3]
+    index = input[1] + tl.minimum(tl.maximum(row, 0), height - 1) * input[2]
     inputs = _load_columns(
-        input, index, column, width, -v.padding_w, len(biases), v.inside, True, True, v.read, v
+        input, index, column, width, -v.padding_w, len(biases), v.inside, True, True, v.read
     )
     shifted = ()
     for j in tl.static_range(len(biases)):
@@ -309,26 +290,15 @@ def _load_edge(input, row, height, column, width, biases, v: tl.constexpr):
 
 @triton.jit
 def _words(pair, row, image, channels, channel, key, v: tl.constexpr):
-    """The random words of four rows from `row`, four of [block, vector]; of one image where images
-    are rows."""
+    """The random words of four rows from `row`, four of [block]; of one image where images are
+    rows."""
     if v.folded:
         plane = row * channels + channel
         quad = 0
     else:
         plane = image * channels + channel
-        quad = (row // 4).to(tl.uint32)
-    plane = plane.to(tl.uint32)
-    words = philox4x32(pair.to(tl.uint32), quad, plane, 0, key)
-    if v.vector == 2:
-        # Joined, the two lie in one thread, as the inputs do. With a tensor of planes the compiler
-        # would spread them over two threads and exchange the words through shared memory.
-        second = philox4x32(pair.to(tl.uint32), quad, plane + 1, 0, key)
-        both = ()
-        for i in tl.static_range(4):
-            joined = tl.join(words[i], second[i])
-            both = both + (tl.reshape(joined, [joined.shape[0], 2]),)
-        words = both
-    return words
+        quad = tl.cast(row // 4, tl.uint32)  # in the interpreter a row may be an int
+    return philox4x32(pair.to(tl.uint32), quad, plane.to(tl.uint32), 0, key)
 
 
 @triton.jit
@@ -395,8 +365,7 @@ def _largest(largest, total):
 @triton.jit
 def _draw_row(word, rows, one, ELEMENT: tl.constexpr, v: tl.constexpr):
     """Draw the lane's two windows: what to store of them, and their larger sum, or NaN."""
-    JOINED: tl.constexpr = (not v.channels_last) and v.own.unit == 2
-    SCALE: tl.constexpr = 256 if JOINED else 1
+    SCALE: tl.constexpr = 256 if v.own.unit == 2 else 1  # both codes are stored as one number
     value0, row0, column0, total0 = _draw(word, rows, one, 0, 1, v)
     value1, row1, column1, total1 = _draw(word, rows, one, 1, SCALE, v)
     values = (value0.to(ELEMENT), value1.to(ELEMENT))
@@ -425,24 +394,22 @@ def _expect_row(rows, largest, smallest, ELEMENT: tl.constexpr, v: tl.constexpr)
 @triton.jit
 def _store_row(output, code, index, made, exists, has_second, v: tl.constexpr):
     """Store what `_draw_row` or `_expect_row` made."""
-    _store(output, index, made[0], exists, has_second, v.own, v)
+    _store(output, index, made[0], exists, has_second, v.own)
     if v.draws:
-        if (not v.channels_last) and v.own.unit == 2:
+        if v.own.unit == 2:
             codes = (made[1] + made[2]) + (made[3] + made[4])
             tl.store(_units(code[0], index, 2), codes.to(tl.uint16), mask=exists)
         else:
             codes = (made[1] + made[2], made[3] + made[4])
-            _store(code, index, codes, exists, has_second, v.own, v)
+            _store(code, index, codes, exists, has_second, v.own)
 
 
 @triton.jit
-def _plane(tensor, image, channel, t: tl.constexpr, v: tl.constexpr):
+def _plane(tensor, image, channel, t: tl.constexpr):
     """Pointer to each lane's plane, and how many elements lie from a row and a column to the
     next."""
-    tensor = _seen(tensor, image, channel, 0, t, v)
-    _, lane, _, pitch, step = tensor
-    step = step * t.unit if v.channels_last else step
-    return _elements(tensor, lane, 0, t, v), pitch * t.unit, step
+    tensor = _seen(tensor, image, channel, 0, t)
+    return _elements(tensor, tensor[1], 0, t), tensor[2] * t.unit, tensor[3]
 
 
 @triton.jit
@@ -452,25 +419,24 @@ def _strip_again(
 ):  # fmt: skip
     """A strip window by window, with what NaN, infinities and overflow ask for."""
     _, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
-    input_ptr, in_pitch, in_step = _plane(input, image, channel, v.read, v)
-    output_ptr, out_pitch, out_step = _plane(output, image, channel, v.own, v)
+    input_ptr, in_pitch, in_step = _plane(input, image, channel, v.read)
+    output_ptr, out_pitch, out_step = _plane(output, image, channel, v.own)
     if v.draws:
-        code_ptr, _, _ = _plane((code_ptr,) + output[1:], image, channel, v.own, v)
+        code_ptr, _, _ = _plane((code_ptr,) + output[1:], image, channel, v.own)
     bias = _bias(bias_ptr, channel, v)
     for strip_row in range(end_row - first_row):
         out_row = first_row + strip_row
         top = out_row * v.stride_h - v.padding_h
         for x in range(2):
             out_column = pair * 2 + x
-            mask = tl.broadcast_to(exists & (out_column < out_width), [v.block, v.vector])
+            mask = exists & (out_column < out_width)
             window = (
                 input_ptr, bias, 0, top, out_column * v.stride_w - v.padding_w, mask,
                 1, height, width, 0, in_pitch, in_step,
             )  # fmt: skip
             to = out_row * out_pitch + out_column * out_step
             if v.draws:
-                plane = tl.arange(0, v.vector)[None, :] + channel
-                plane += (out_row if v.folded else image) * channels
+                plane = (out_row if v.folded else image) * channels + channel
                 number = uniform(
                     seed_ptr, plane.to(tl.int64), 0 * out_row if v.folded else out_row, out_column,
                     tl.float32,
@@ -502,7 +468,7 @@ def _load_rows(
             # The first of these rows is at least KEPT - padding_h: is there one above it?
             inputs = _load_columns(
                 input, index, column, width, -v.padding_w, len(biases), v.inside,
-                KEPT - v.padding_h < 1 or v.read.masked, v.read.masked, v.read, v,
+                KEPT - v.padding_h < 1 or v.read.masked, v.read.masked, v.read,
             )  # fmt: skip
             rows = rows + ((inputs, biases),)
         index += row_step
@@ -521,20 +487,20 @@ def _forward(
     number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
     has_second = exists & (pair * 2 + 1 < out_width)
     column = pair * (2 * v.stride_w)
-    output = _seen(output, image, channel, pair * 2, v.own, v)
+    output = _seen(output, image, channel, pair * 2, v.own)
     code = (code_ptr,) + output[1:]
     if v.same:  # one index serves both
         input = (input[0],) + output[1:]
     else:
-        input = _seen(input, image, channel, column, v.read, v)
+        input = _seen(input, image, channel, column, v.read)
     biases = _biases(bias_ptr, channel, column, width, v)
     first_row = tl.program_id(1) * strip_rows
     end_row = tl.minimum(first_row + strip_rows, out_height)
     groups = tl.maximum(tl.minimum(end_row, inner_rows) - first_row, 0) // v.rows
 
     rows = ()
-    largest = tl.zeros([v.block, v.vector], tl.float32)
-    smallest = tl.full([v.block, v.vector], 0xFFFFFFFF, tl.uint32)
+    largest = tl.zeros([v.block], tl.float32)
+    smallest = tl.full([v.block], 0xFFFFFFFF, tl.uint32)
     for i in tl.static_range(KEPT):
         inputs, row_biases = _load_edge(
             input, first_row * v.stride_h - v.padding_h + i, height, column, width, biases, v
@@ -549,59 +515,50 @@ def _forward(
     # rows would become as many registers instead of one.
     zero = number >> 31
     one = zero.to(tl.uint32) + one
-    out_row_step = output[3] + zero
-    in_row_step = out_row_step if v.same else input[3] + zero
-    in_index = input[1] + (first_row * v.stride_h - v.padding_h + KEPT) * input[3]
-    out_index = output[1] + first_row * output[3]
-    words = (tl.zeros([v.block, v.vector], tl.uint32),) * 4
+    out_row_step = output[2] + zero
+    in_row_step = out_row_step if v.same else input[2] + zero
+    in_index = input[1] + (first_row * v.stride_h - v.padding_h + KEPT) * input[2]
+    out_index = output[1] + first_row * output[2]
+    words = (tl.zeros([v.block], tl.uint32),) * 4
     if v.draws:
         key = tl.load(seed_ptr)
     for group in range(groups):
         group_row = first_row + group * v.rows
-        _keep_together(v)
-        if v.draws and not v.folded:
-            words = _words(pair, group_row, image, channels, channel, key, v)
-        loaded = ()
-        made = ()
-        for k in tl.static_range(v.rows):
-            for r in tl.static_range(0 if k == 0 else k + v.ahead, k + v.ahead + 1):
-                if r < v.rows:
-                    if v.same:
-                        in_index = out_index + out_row_step * (KEPT - v.padding_h + r - k)
-                    fresh = _load_rows(
-                        input, in_index, in_row_step, group_row + r, height, column, width,
-                        biases, v,
-                    )  # fmt: skip
-                    loaded = loaded + (fresh,)
-                    in_index += in_row_step * v.stride_h
-            for i in tl.static_range(v.stride_h):
-                rows = rows + (_row(loaded[k][i][0], loaded[k][i][1], v),)
-            if v.draws and v.folded:
-                words = _words(pair, group_row + k, image, channels, channel, key, v)
-            two, largest, smallest = _finish_row(
-                words[0 if v.folded else k % 4], rows, one, largest, smallest,
-                # With stride 1 every row lies in one of these windows.
-                v.stride_h > 1 or v.kernel_h == 1 or k % v.kernel_h == v.kernel_h - 2
-                or k == v.rows - 1,
-                output[0].dtype.element_ty, v,
-            )  # fmt: skip
-            rows = rows[v.stride_h :]
-            made = made + (two,)
-            if v.ahead == 1 or k == v.rows - 1:
-                for i in tl.static_range(len(made)):
-                    _store_row(output, code, out_index, made[i], exists, has_second, v)
-                    out_index += out_row_step
-                made = ()
+        _keep_together()
+        for start in tl.static_range(0, v.rows, v.batch):
+            loaded = ()
+            for k in tl.static_range(v.batch):
+                if v.same:
+                    in_index = out_index + out_row_step * (KEPT - v.padding_h + k)
+                fresh = _load_rows(
+                    input, in_index, in_row_step, group_row + start + k,
+                    height, column, width, biases, v,
+                )  # fmt: skip
+                loaded = loaded + (fresh,)
+                in_index += in_row_step * v.stride_h
+            made = ()
+            for k in tl.static_range(v.batch):
+                for i in tl.static_range(v.stride_h):
+                    rows = rows + (_row(loaded[k][i][0], loaded[k][i][1], v),)
+                if v.draws and (v.folded or start + k == 0):
+                    words = _words(pair, group_row + start + k, image, channels, channel, key, v)
+                two, largest, smallest = _finish_row(
+                    words[0 if v.folded else (start + k) % 4], rows, one, largest, smallest,
+                    # With stride 1 every row lies in one of these windows.
+                    v.stride_h > 1 or v.kernel_h == 1 or (start + k) % v.kernel_h == v.kernel_h - 2
+                    or start + k == v.rows - 1,
+                    output[0].dtype.element_ty, v,
+                )  # fmt: skip
+                rows = rows[v.stride_h :]
+                made = made + (two,)
+            for k in tl.static_range(v.batch):
+                _store_row(output, code, out_index, made[k], exists, has_second, v)
+                out_index += out_row_step
 
     edge_row = first_row + groups * v.rows
-    if v.draws:
-        words = _words(pair, edge_row, image, channels, channel, key, v)
-    for edge in range(end_row - edge_row):
-        out_row = edge_row + edge
-        if v.draws and v.folded:
-            words = _words(pair, out_row, image, channels, channel, key, v)
-        elif v.draws:
-            if (edge > 0) & (out_row % 4 == 0):
+    for out_row in range(edge_row, end_row):
+        if v.draws:
+            if v.folded | (out_row % 4 == 0):
                 words = _words(pair, out_row, image, channels, channel, key, v)
         for i in tl.static_range(KEPT, v.kernel_h):
             inputs, row_biases = _load_edge(
@@ -611,7 +568,7 @@ def _forward(
         edge_two, largest, smallest = _finish_row(
             words[0], rows, one, largest, smallest, True, output[0].dtype.element_ty, v
         )
-        edge_index = output[1] + out_row * output[3]
+        edge_index = output[1] + out_row * output[2]
         _store_row(output, code, edge_index, edge_two, exists, has_second, v)
         rows = rows[v.stride_h :]
         words = words[1:] + words[:1]
@@ -695,11 +652,11 @@ def _load_outputs(
     LEFT: tl.constexpr = MASK or v.padding_h < v.stride_h  # or it has one above it
     grads = _load_columns(
         grad, grad_index, column, width, v.first, v.columns, v.inside,
-        LEFT or v.grad.masked, MASK or v.grad.masked, v.grad, v,
+        LEFT or v.grad.masked, MASK or v.grad.masked, v.grad,
     )  # fmt: skip
     codes = _load_columns(
         code, index, column, width, v.first, v.columns, v.inside,
-        LEFT or v.read.masked, MASK or v.read.masked, v.read, v,
+        LEFT or v.read.masked, MASK or v.read.masked, v.read,
     )  # fmt: skip
     return grads, codes
 
@@ -754,22 +711,22 @@ def gather_sliding_kernel(
     has_second = exists & (pair * 2 + 1 < width)
     column = pair * (2 // v.stride_w)
     grad_input = (grad_input_ptr, in_n, in_c, in_pitch, in_step)
-    grad_input = _seen(grad_input, image, channel, pair * 2, v.own, v)
+    grad_input = _seen(grad_input, image, channel, pair * 2, v.own)
     if v.same:  # one index serves both
         code = (code_ptr,) + grad_input[1:]
     else:
         code = (code_ptr, out_n, out_c, out_pitch, out_step)
-        code = _seen(code, image, channel, column, v.read, v)
+        code = _seen(code, image, channel, column, v.read)
     if v.grad_same:
         grad = (grad_output_ptr,) + code[1:]
     else:
         grad = (grad_output_ptr, grad_n, grad_c, grad_pitch, grad_step)
-        grad = _seen(grad, image, channel, column, v.grad, v)
+        grad = _seen(grad, image, channel, column, v.grad)
     first_row = start_row + tl.program_id(1) * strip_rows
     end_row = tl.minimum(first_row + strip_rows, stop_row)
     groups = tl.maximum(tl.minimum(end_row, inner_rows) - first_row, 0) // v.rows
 
-    nothing = tl.zeros([v.block, v.vector], tl.float32)
+    nothing = tl.zeros([v.block], tl.float32)
     empty = ((nothing, nothing),) * v.stride_h
     sums = ((nothing, nothing),) * v.kernel_h
     bias_sum = nothing
@@ -779,61 +736,54 @@ def gather_sliding_kernel(
         present = (out_row >= 0) & (out_row < out_height)
         row = tl.minimum(tl.maximum(out_row, 0), out_height - 1)
         grads, codes = _load_outputs(
-            grad, code, grad[1] + row * grad[3], code[1] + row * code[3], column, out_width, True, v
+            grad, code, grad[1] + row * grad[2], code[1] + row * code[2], column, out_width, True, v
         )
         sums = _gather_row(grads, codes, present, column, out_width, sums, True, v)
         sums = sums[v.stride_h :] + empty
 
     # See `_forward`.
     zero = number >> 31
-    in_row_step = grad_input[3] + zero
-    out_row_step = in_row_step if v.same else code[3] + zero
-    grad_row_step = out_row_step if v.grad_same else grad[3] + zero
-    in_index = grad_input[1] + (first_row * v.stride_h - v.padding_h) * grad_input[3]
-    out_index = code[1] + first_row * code[3]
-    grad_index = grad[1] + first_row * grad[3]
+    in_row_step = grad_input[2] + zero
+    out_row_step = in_row_step if v.same else code[2] + zero
+    grad_row_step = out_row_step if v.grad_same else grad[2] + zero
+    in_index = grad_input[1] + (first_row * v.stride_h - v.padding_h) * grad_input[2]
+    out_index = code[1] + first_row * code[2]
+    grad_index = grad[1] + first_row * grad[2]
     for group in range(groups):
-        _keep_together(v)
+        _keep_together()
         loaded = ()
+        for k in tl.static_range(v.rows):
+            if v.same:
+                out_index = in_index + in_row_step * (v.padding_h + k)
+            if v.grad_same:
+                grad_index = out_index
+            outputs = _load_outputs(grad, code, grad_index, out_index, column, out_width, False, v)
+            loaded = loaded + (outputs,)
+            out_index += out_row_step
+            grad_index += grad_row_step
         made = ()
         for k in tl.static_range(v.rows):
-            for r in tl.static_range(0 if k == 0 else k + v.ahead, k + v.ahead + 1):
-                if r < v.rows:
-                    if v.same:
-                        out_index = in_index + in_row_step * (v.padding_h + r - k)
-                    if v.grad_same:
-                        grad_index = out_index
-                    outputs = _load_outputs(
-                        grad, code, grad_index, out_index, column, out_width, False, v
-                    )
-                    loaded = loaded + (outputs,)
-                    out_index += out_row_step
-                    grad_index += grad_row_step
             sums = _gather_row(loaded[k][0], loaded[k][1], True, column, out_width, sums, False, v)
             for i in tl.static_range(v.stride_h):
                 if v.bias_gradient:
                     bias_sum += sums[i][0] + sums[i][1]
                 made = made + ((sums[i][0].to(ELEMENT), sums[i][1].to(ELEMENT)),)
             sums = sums[v.stride_h :] + empty
-            if v.ahead == 1 or k == v.rows - 1:
-                for i in tl.static_range(len(made)):
-                    row_exists = exists
-                    row_has_second = has_second
-                    if i % v.stride_h < v.padding_h and v.stride_h > 1:
-                        first = (k + 1) * v.stride_h - len(made) + i - v.padding_h
-                        inside = (first_row + group * v.rows) * v.stride_h + first >= 0
-                        row_exists = masked(inside, exists)
-                        row_has_second = masked(inside, has_second)
-                    _store(grad_input, in_index, made[i], row_exists, row_has_second, v.own, v)
-                    in_index += in_row_step
-                made = ()
+        for i in tl.static_range(len(made)):
+            row_exists = exists
+            row_has_second = has_second
+            if i < v.padding_h and v.stride_h > 1:
+                inside = (first_row + group * v.rows) * v.stride_h - v.padding_h + i >= 0
+                row_exists = masked(inside, exists)
+                row_has_second = masked(inside, has_second)
+            _store(grad_input, in_index, made[i], row_exists, row_has_second, v.own)
+            in_index += in_row_step
 
     edge_row = first_row + groups * v.rows
-    for edge in range(end_row - edge_row):
-        out_row = edge_row + edge
+    for out_row in range(edge_row, end_row):
         row = tl.minimum(out_row, out_height - 1)
         grads, codes = _load_outputs(
-            grad, code, grad[1] + row * grad[3], code[1] + row * code[3], column, out_width, True, v
+            grad, code, grad[1] + row * grad[2], code[1] + row * code[2], column, out_width, True, v
         )
         sums = _gather_row(grads, codes, out_row < out_height, column, out_width, sums, True, v)
         for i in tl.static_range(v.stride_h):
@@ -841,10 +791,10 @@ def gather_sliding_kernel(
                 bias_sum += sums[i][0] + sums[i][1]
             row = out_row * v.stride_h - v.padding_h + i
             inside = (row >= 0) & (row < height)
-            index = grad_input[1] + row * grad_input[3]
+            index = grad_input[1] + row * grad_input[2]
             _store(
                 grad_input, index, sums[i], masked(inside, exists), masked(inside, has_second),
-                v.own, v,
+                v.own,
             )  # fmt: skip
         sums = sums[v.stride_h :] + empty
     _store_bias(partial_bias_ptr, bias_sum, number, lanes, exists, v)
