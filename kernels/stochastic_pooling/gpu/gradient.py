@@ -314,7 +314,7 @@ def gradient_sliding_kernel(
     inner_input = _stepped(input, inner_grad_input[2] if v.same else input[2] + zero)
     inner_grad = _stepped(grad, inner_grad_input[2] if v.grad_same else grad[2] + zero)
     # The rows above the inner ones, then those below, for which the inner loop does not turn again:
-    # one loop for both, as the compiler takes a second for each copy of a row.
+    # one loop for both, as the compiler takes long for each copy of a row.
     begin, end = prior_row, inner_row
     for _ in range(2):
         for out_row in range(begin, end):

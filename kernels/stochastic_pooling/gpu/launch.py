@@ -293,10 +293,8 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         n, c, h, w = (s if size > 1 else 0 for size, s in zip(shape, strides, strict=True))
         if folded:
             n, h = 0, n
-        nearest, others = (c, (n, h, w)) if channels_last else (w, (n, c, h, shape[3]))
-        unit = 1 if channels_last else 2 - columns % 2
-        if nearest != 1 or any(stride % unit for stride in others):
-            unit = 1
+        even = not any(number % 2 for number in (columns, n, c, h, shape[3]))
+        unit = 2 if even and w == 1 and not channels_last else 1
         # The numbers of channels that networks have get code of their own, with 5 to 14 % fewer
         # instructions; all others share theirs.
         constant = w % 8 == 0 if channels_last else w == 1
