@@ -53,6 +53,7 @@ class StochasticSample(Function):
         ctx.size = tuple(input.shape[2:])
         ctx.dtype = input.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.backend = None  # that of an eager call
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple:
@@ -64,8 +65,8 @@ class StochasticSample(Function):
             grad_input, grad_bias = ops.sample_backward(
                 grad_output, code, ctx.size, *ctx.window.arguments(len(ctx.size)), with_bias
             )
-        elif not torch.is_grad_enabled() and not ops.wants_ops(grad_output, code):
-            grad_input, grad_bias = ops.backend_for(code.device, code.dim() == 5).sample_backward(
+        elif _eager(ctx, grad_output, code):
+            grad_input, grad_bias = ctx.backend.sample_backward(
                 grad_output, code, ctx.size, ctx.window, with_bias
             )
         else:
@@ -138,6 +139,7 @@ class StochasticExpectation(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, bias)
         ctx.save_for_forward(input, bias)
+        ctx.backend = None
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple:
@@ -146,10 +148,8 @@ class StochasticExpectation(Function):
         input, bias = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
         arguments = grad_output, input, bias, ctx.window, with_bias
-        eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-        if eager and not ops.wants_ops(grad_output, input, bias):
-            backend = ops.backend_for(input.device, input.dim() == 5)
-            grad_input, grad_bias = backend.expectation_backward(*arguments)
+        if _eager(ctx, grad_output, input, bias):
+            grad_input, grad_bias = ctx.backend.expectation_backward(*arguments)
         else:
             grad_input, grad_bias = StochasticExpectationBackward.apply(*arguments)
         return grad_input, grad_bias.to(bias.dtype) if with_bias else None, None
@@ -279,9 +279,10 @@ class _EagerSample(StochasticSample):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         ops.note_draw()
-        input = inputs[0]
-        output = ops.backend_for(input.device, input.dim() == 5).sample(*inputs)
+        backend = ops.backend_for(inputs[0].device, inputs[0].dim() == 5)
+        output = backend.sample(*inputs)
         StochasticSample.setup_context(ctx, inputs, output)
+        ctx.backend = backend
         return output
 
 
@@ -292,10 +293,16 @@ class _EagerExpectation(StochasticExpectation):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        input = inputs[0]
-        output = ops.backend_for(input.device, input.dim() == 5).expectation(*inputs)
+        backend = ops.backend_for(inputs[0].device, inputs[0].dim() == 5)
+        output = backend.expectation(*inputs)
         StochasticExpectation.setup_context(ctx, inputs, output)
+        ctx.backend = backend
         return output
+
+
+def _eager(ctx: Any, *tensors: torch.Tensor | None) -> bool:
+    """Whether backward calls the backend that forward called."""
+    return ctx.backend is not None and not torch.is_grad_enabled() and not ops.wants_ops(*tensors)
 
 
 # A program that is compiled or exported calls the ops themselves, which know their gradients.
