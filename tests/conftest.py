@@ -124,7 +124,7 @@ def generator(device: torch.device, seed: int = 0) -> torch.Generator:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN (or a large odd number), so that an element nobody wrote shows, and
     lies inside a larger storage, so that a write beyond it does."""
-    empty, empty_like = torch.empty, torch.empty_like
+    empty = torch.empty
     margins: list[torch.Tensor] = []
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -139,8 +139,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         inside.set_(storage.untyped_storage(), 1024, tensor.shape, tensor.stride())
         return inside.fill_(value)
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    for make in (empty, torch.empty_like, torch.empty_strided):
+        monkeypatch.setattr(torch, make.__name__, lambda *a, m=make, **k: poison(m(*a, **k)))
     yield
     assert all(bool((margin == 0x77).all()) for margin in margins), "a write beyond a tensor"
 

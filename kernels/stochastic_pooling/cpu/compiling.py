@@ -20,12 +20,14 @@ from llvmlite import binding
 from numba.core import event, types
 
 _log = logging.getLogger("stochastic_pooling")
+# For numba's cache, which knows of a function's own file alone; read when they are imported.
+_SOURCES = b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))
 _Call = ctypes.c_int64 * 12  # longer than any call needs
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set, so that it compiles nothing")
 
 # Compile as a part of the functions that call it. No fast-math: the draw depends on order.
-inlined = numba.njit(error_model="numpy")
+inlined = numba.njit(error_model="numpy", forceinline=True)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,9 +38,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[Any], None]:
     """Compile a function of an array of pointers, for callers from any thread; `what` says to the
     log which."""
-    # numba's cache knows of the file that a function is in, and not of those that it calls.
-    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-    function.__qualname__ = f"{function.__name__}-{hashlib.sha256(sources).hexdigest()[:16]}"
+    function.__qualname__ = f"{function.__name__}-{hashlib.sha256(_SOURCES).hexdigest()[:16]}"
     signature = types.void(types.CPointer(types.voidptr))
     with event.install_listener("numba:compile", _Announcement(what)):
         code = _cached(functools.partial(numba.cfunc, signature), function)
@@ -89,18 +89,18 @@ _process = os.getpid()
 def run(body: Callable[[Any], None], threads: int, *arguments: int) -> bool:
     """Run a pass of kernels.py, whose arguments are whether there is a bias, the addresses of the
     plan and of the tensors; False if there are numbers that it does not take."""
-
-    def do(part: int, parts: int, start: Callable[[Any], object] = body) -> bool:
-        call = _Call(0, part, parts, 0, *arguments)
-        call[0] = ctypes.addressof(call)
-        start(call)
-        return call[3] == 0
-
-    if threads == 1:
-        return do(0, 1)
     # A forked child has the team, but none of its threads.
-    if (parallel := _parallel) is not None and os.getpid() == _process:
-        return do(0, 0, lambda call: parallel(body, call, threads, 0))
-    # Threads for this call alone: there is nothing that a fork or other threads could break.
-    with ThreadPoolExecutor(threads) as pool:
-        return all(pool.map(do, range(threads), [threads] * threads))
+    team = _parallel if threads > 1 and os.getpid() == _process else None
+    parts = threads if threads > 1 and team is None else 1
+    calls = [_Call(0, part, 0 if team else parts, 0, *arguments) for part in range(parts)]
+    for call in calls:
+        call[0] = ctypes.addressof(call)
+    if team is not None:
+        team(body, calls[0], threads, 0)
+    elif parts == 1:
+        body(calls[0])
+    else:
+        # Threads for this call alone: there is nothing that a fork or other threads could break.
+        with ThreadPoolExecutor(parts) as pool:
+            list(pool.map(body, calls))
+    return not any(call[3] for call in calls)

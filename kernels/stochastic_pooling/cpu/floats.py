@@ -46,13 +46,14 @@ def _(number, like):
     def to_float16(number, like):
         bits = np.float32(number).view(np.int32)
         magnitude = np.int32(bits & 0x7FFFFFFF)
-        half = np.int32(magnitude - (_BIAS << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13
-        half = half if half < 0x7C00 else 0x7C00
-        # Adding 0.5 rounds to a multiple of 2**-24, fp16's smallest number.
-        below = np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.int32)
-        half = below - (126 << 23) if magnitude < (_BIAS + 1) << 23 else half
-        half = 0x7E00 if magnitude > 0x7F800000 else half
-        return np.int16(half | (bits >> 16 & 0x8000))
+        # Four times the number, or infinity beyond fp16's largest.
+        scaled = np.float32(magnitude.view(np.float32) * np.float32(2.0**_BIAS))
+        scaled = np.float32(scaled * np.float32(2.0 ** (2 - _BIAS)))
+        # To add a power of 2 rounds to multiples of the last place that fp16 has for the number.
+        power = np.int32(max(magnitude & 0x7F800000, 113 << 23) + (15 << 23))
+        rounded = np.float32(scaled + power.view(np.float32)).view(np.int32)
+        half = np.int32((rounded >> 13 & 0x7C00) + (rounded & 0xFFF))
+        return np.int16((half if magnitude <= 0x7F800000 else 0x7E00) | (bits >> 16 & 0x8000))
 
     to_bits = {types.int16: to_float16, types.uint16: to_bfloat16}
     return to_bits.get(like.dtype, lambda number, like: number)
