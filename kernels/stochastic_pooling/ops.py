@@ -100,8 +100,8 @@ def _load(name: str) -> ModuleType:
 
 
 def wants_ops(*tensors: torch.Tensor | None) -> bool:
-    """Whether, in code that is not being compiled, something may want to see the ops rather than
-    what a backend does for these tensors: a transform, a mode, a subclass.
+    """Whether, in code that is neither compiled nor traced, something may want to see the ops
+    rather than what a backend does for these tensors: a transform, a mode, a subclass.
 
     Eager code on plain tensors calls the backend itself, for a small pool takes no longer than the
     dispatch of an op that is written in Python.
@@ -109,7 +109,6 @@ def wants_ops(*tensors: torch.Tensor | None) -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
         or any(map(_is_special, tensors))
     )
 
