@@ -75,18 +75,18 @@ def _phase(j0, plan):
 def _row(task, staged, numbers, sheet, row, size, plan):
     """The lanes of a row, and where they start: in `numbers`, or, of contiguous planes, in `staged`
     once they are fetched, from where they are stored."""
-    height, width = size
+    (height, width), step = size, _lanes(plan.step)
     if not plan.planar:
-        return numbers, _lanes((sheet * height + row) * width * plan.step)
+        return numbers, _lanes((sheet * height + row) * width) * step
     planes = 0 if task == PLACE else min(plan.step, plan.planes - sheet * plan.step)
     # Plane by plane: their distance may be a multiple of 4 KiB, which caches do not like.
     for p in range(_lanes(planes)):
         start = _lanes((sheet * plan.step * height + row) * width) + p * _lanes(height * width)
         for column in range(_lanes(width)):
             if task == FETCH:
-                staged[column * _lanes(plan.step) + p] = numbers[start + column]
+                staged[column * step + p] = numbers[start + column]
             else:
-                numbers[start + column] = staged[column * _lanes(plan.step) + p]
+                numbers[start + column] = staged[column * step + p]
     return staged, _lanes(0)
 
 
