@@ -302,7 +302,8 @@ class _EagerExpectation(StochasticExpectation):
 
 def _eager(ctx: Any, *tensors: torch.Tensor | None) -> bool:
     """Whether backward calls the backend that forward called."""
-    return ctx.backend is not None and not torch.is_grad_enabled() and not ops.wants_ops(*tensors)
+    unseen = ctx.backend is None or torch.compiler.is_compiling() or torch.is_grad_enabled()
+    return not (unseen or ops.wants_ops(*tensors))
 
 
 # A program that is compiled or exported calls the ops themselves, which know their gradients.

@@ -59,6 +59,9 @@ class _Plan:
         empty: Any = functools.partial(functools.partial, torch.empty_strided, device="cpu")
         self.input, self.output = (empty(model.shape, model.stride()) for model in models)
 
+    def dense(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=self.layout)
+
     def run(self, make: Any, training: bool, bias: Any, *tensors: Tensor) -> bool:
         """Run a pass; False if there are numbers that only the reference takes."""
         body = _compiled(make, tensors[0].dtype, training, *self.sides)
@@ -91,9 +94,7 @@ def sample(input: Tensor, bias: Tensor | None, seed: Tensor, window: Window) -> 
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
         output, code = (plan.output(dtype=dtype) for dtype in (input.dtype, torch.uint8))
-        if plan.run(
-            forward, True, bias, input.contiguous(memory_format=plan.layout), output, code, seed
-        ):
+        if plan.run(forward, True, bias, plan.dense(input), output, code, seed):
             return output, code
     return reference.sample(input, bias, seed, window)
 
@@ -101,8 +102,7 @@ def sample(input: Tensor, bias: Tensor | None, seed: Tensor, window: Window) -> 
 def sample_backward(
     grad_output: Tensor, code: Tensor, size: Sequence[int], window: Window, with_bias: bool
 ) -> reference.Tensors:
-    shape = (*grad_output.shape[:2], *size)
-    plan = _plan(shape, grad_output.dtype, memory_format(code), window)
+    plan = _plan((*grad_output.shape[:2], *size), grad_output.dtype, memory_format(code), window)
     bias = _NOTHING if with_bias else None
     gradients = plan and _gradients(plan, True, bias, with_bias, grad_output, code)
     return gradients or reference.sample_backward(grad_output, code, size, window, with_bias)
@@ -112,7 +112,7 @@ def expectation(input: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
         output = plan.output(dtype=input.dtype)
-        if plan.run(forward, False, bias, input.contiguous(memory_format=plan.layout), output):
+        if plan.run(forward, False, bias, plan.dense(input), output):
             return output
     return reference.expectation(input, bias, window)
 
@@ -129,7 +129,7 @@ def expectation_backward(
 def _gradients(
     plan: _Plan, training: bool, bias: Tensor | None, with_bias: bool, *tensors: Tensor
 ) -> reference.Tensors | None:
-    grad_output, kept = (tensor.contiguous(memory_format=plan.layout) for tensor in tensors)
+    grad_output, kept = map(plan.dense, tensors)
     grad_input = plan.input(dtype=grad_output.dtype)
     partial = _NOTHING if bias is None else _NOTHING.new_zeros(plan.partial_size)
     if not plan.run(backward, training, bias, grad_output, grad_input, partial, kept):

@@ -27,7 +27,7 @@ from .. import philox, reference
 from .compiling import inlined
 from .floats import narrow, widen
 
-# What a pass knows of the tensors and the window; see `_plan` in __init__.py.
+# What a pass knows of the tensors and the window; see `_Plan` in __init__.py.
 _PLAN = """planar planes step sheets height width out_height out_width stride_h stride_w padding_h
 padding_w phase"""
 PLAN = np.dtype([(name, np.int64) for name in _PLAN.split()])
