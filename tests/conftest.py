@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import re
@@ -48,6 +49,10 @@ if not torch.cuda.is_available():
             tensor.__index__ = lambda self: int(self.handle.data.item())
 
         interpreter._patch_lang_tensor = patch_tensor_and_index
+
+        # Half of the rest is sums made again to look for overflows, which it then says nothing of.
+        builder = interpreter.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 # On a GPU PyTorch rounds the operands of fp32 convolutions to ten bits, in some algorithms and not
 # in others; what follows a convolution is compared here to more than that.
 torch.backends.cudnn.allow_tf32 = False
