@@ -292,7 +292,7 @@ DYNAMIC = {
     ),
     "dilated": (StochasticPool2d((3, 2), 2, 1, 2, ceil_mode=True), (10, 12), [(5, 6), (11, 8)]),
     "1d": (StochasticPool1d(2, 3, 1, ceil_mode=True), (10,), [(1,), (2,), (3,), (14,)]),
-    "3d": (StochasticPool3d(2, 3, 1, ceil_mode=True), (6, 7, 8), [(2, 3, 4), (7, 5, 9)]),
+    "3d": (StochasticPool3d((2, 1, 2), 3, (1, 0, 1), 2), (6, 7, 8), [(4, 5, 4), (7, 5, 9)]),
     "huge stride": (StochasticPool2d(2, 10**7), (10, 12), [(2, 3), (13, 5)]),
     "global": (AdaptiveStochasticPool2d(1), (10, 12), [(1, 1), (7, 5)]),
     "adaptive": (AdaptiveStochasticPool2d(3), (10, 11), [(1, 2), (9, 6), (13, 9), (7, 22)]),

@@ -63,11 +63,13 @@ def same(result: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def windows() -> Iterator[ParameterSet]:
-    """Kernels and strides. To compile each takes seconds, so a plain run has those that are alike
-    in both dimensions, those of test_expectations and those of signals."""
+    """Kernels and strides. To compile each takes seconds, so of 2 or 3 cells and strides of 1 or 2
+    there is each combination of three of the four, the fourth being what makes the sum even; and a
+    plain run has those that are alike in both dimensions."""
     pairs = itertools.product(itertools.product((2, 3), (2, 3)), itertools.product((1, 2), (1, 2)))
+    even = ((kernel, stride) for kernel, stride in pairs if sum(kernel + stride) % 2 == 0)
     larger = (((1, 2), (1, 2)), ((3, 3), (3, 3)), ((4, 5), (2, 3)), ((5, 1), (1, 5)))
-    for kernel, stride in (*pairs, *larger):
+    for kernel, stride in (*even, *larger):
         slow = kernel[0] - kernel[1] != stride[0] - stride[1] or max(kernel) > 3
         marks = [pytest.mark.slow] if slow else []
         yield pytest.param(kernel, stride, id=f"{kernel}-{stride}", marks=marks)
