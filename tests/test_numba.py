@@ -10,6 +10,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -227,6 +228,31 @@ def assert_same(results, expected) -> None:
     assert all(torch.equal(result, other) for result, other in zip(results, expected, strict=True))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc fills fresh memory where asked to")
+def test_what_was_in_memory_does_not_count():
+    """Lanes beyond the last plane had what was there before, which sent calls to the reference."""
+    code = """if True:
+        from tests.test_numba import *
+        for name in ("sample", "sample_backward", "expectation", "expectation_backward"):
+            delattr(reference, name)
+        torch.set_num_threads(2)
+        run_all(torch.rand(1, 33, 24, 24), DENSE)"""
+    huge = os.environ | {"MALLOC_PERTURB_": "128"}  # bytes of 127, which are floats of 3e38
+    result = subprocess.run([sys.executable, "-c", code], env=huge, stderr=subprocess.PIPE)
+    assert result.returncode == 0, result.stderr.decode()
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_gradients_of_a_bias_pass_in_silence():
+    """They are what `GradScaler` looks for."""
+    grad = torch.tensor([torch.inf, 1, -torch.inf, 2]).expand(1, 2, 3, 4).clone()
+    grad[:, 1, :, 2] = 1
+    code = torch.zeros(grad.shape, dtype=torch.uint8)
+    _, grad_bias = cpu.sample_backward(grad, code, (6, 8), STRIDED, True)
+    assert grad_bias[0].isnan()
+    assert grad_bias[1] == torch.inf
+
+
 @pytest.mark.parametrize("team", [True, False], ids=["team", "no team"])
 @pytest.mark.parametrize("window", [DENSE, STRIDED], ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(window, team, layout, threads, monkeypatch):
@@ -326,6 +352,13 @@ def test_compiling_is_announced_once_and_needs_no_folder(monkeypatch, caplog):
         return 2 * x
 
     assert double(21) == 42
+
+
+def test_damaged_files_in_the_cache_are_left_alone(monkeypatch):
+    caching = pytest.importorskip("numba.core.caching")
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_load_index", lambda _: pickle.loads(b""))
+    compiling = importlib.import_module("stochastic_pooling.cpu.compiling")
+    compiling.compiled_for_c(lambda pointers: None, "nothing")(0)
 
 
 def test_another_process_finds_what_was_compiled():

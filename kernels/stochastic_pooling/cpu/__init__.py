@@ -137,5 +137,6 @@ def _gradients(
     if not with_bias:
         return grad_input, _NOTHING.new_empty(0)  # a new one, for autograd makes it part of a graph
     # numpy, unlike torch, adds in an order that does not depend on a number of threads.
-    sums = partial.numpy().sum(1, np.float64).reshape(-1)[: plan.planes]
-    return grad_input, torch.from_numpy(sums.reshape(plan.batch, -1).sum(0).astype(np.float32))
+    with np.errstate(all="ignore"):  # it would warn of infinities
+        sums = partial.numpy().sum(1, np.float64).ravel()[: plan.planes].reshape(plan.batch, -1)
+        return grad_input, torch.from_numpy(sums.sum(0).astype(np.float32))

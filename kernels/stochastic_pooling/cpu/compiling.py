@@ -50,7 +50,7 @@ def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[Any], 
 def _cached(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
     try:
         return compiler(cache=True, error_model="numpy")(function)
-    except (RuntimeError, OSError):  # no folder that numba can write its cache to
+    except Exception:  # no folder that numba can write its cache to, or damaged files in it
         return compiler(error_model="numpy")(function)
 
 

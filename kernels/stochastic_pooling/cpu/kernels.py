@@ -74,14 +74,16 @@ def _phase(j0, plan):
 @inlined
 def _row(task, staged, numbers, sheet, row, size, plan):
     """The lanes of a row, and where they start: in `numbers`, or, of contiguous planes, in `staged`
-    once they are fetched, from where they are stored."""
+    once they are fetched, from where they are stored. Lanes without a plane repeat the last."""
     (height, width), step = size, _lanes(plan.step)
     if not plan.planar:
         return numbers, _lanes((sheet * height + row) * width) * step
-    planes = 0 if task == PLACE else min(plan.step, plan.planes - sheet * plan.step)
+    present = min(plan.planes - sheet * plan.step, plan.step)
+    planes = (plan.step, present, 0)[task]
     # Plane by plane: their distance may be a multiple of 4 KiB, which caches do not like.
     for p in range(_lanes(planes)):
-        start = _lanes((sheet * plan.step * height + row) * width) + p * _lanes(height * width)
+        plane = _lanes(sheet * plan.step) + min(p, _lanes(present - 1))
+        start = (plane * _lanes(height) + _lanes(row)) * _lanes(width)
         for column in range(_lanes(width)):
             if task == FETCH:
                 staged[column * step + p] = numbers[start + column]
@@ -206,11 +208,8 @@ def forward(number: Any, training: bool, *sides: int) -> Any:
         biases = carray(pointers[6], plan.sheets * plan.width * plan.step, np.float32)
         x = carray(pointers[7], plan.planes * plan.height * plan.width, number)
         output, code = carray(pointers[8], outputs, number), carray(pointers[9], outputs, np.uint8)
-        size, grid = (
-            (plan.out_height, plan.out_width),
-            (sides, _lanes(plan.step), _lanes(plan.phase)),
-        )
-        line, out_lanes = stride_w * plan.phase, plan.out_width * plan.step
+        size, out_lanes = (plan.out_height, plan.out_width), plan.out_width * plan.step
+        line, grid = stride_w * plan.phase, (sides, _lanes(plan.step), _lanes(plan.phase))
         weights = np.zeros(((GROUP - 1) * stride_h + kernel_h) * line, np.float32)
         fetched = np.empty(plan.width * plan.step, number)
         staged, staged_code = np.empty(out_lanes, number), np.empty(out_lanes, np.uint8)
