@@ -23,6 +23,13 @@ def _make_pool(pooling: str) -> nn.Module:
     raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
 
 
+class _Conv2d(nn.Conv2d):
+    """A convolution that may leave its bias to a pool."""
+
+    def forward(self, x: Tensor, *, biased: bool = True) -> Tensor:
+        return self._conv_forward(x, self.weight, self.bias if biased else None)
+
+
 class CNN_SP(nn.Module):  # noqa: N801  the paper's name
     """Classify 256 × 256 RGB images.
 
@@ -50,22 +57,21 @@ class CNN_SP(nn.Module):  # noqa: N801  the paper's name
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.num_classes = num_classes
         self.pooling = pooling
-        self.conv1 = nn.Conv2d(3, 40, 3, stride=3, padding=1)  # [N, 40, 86, 86]
-        self.conv2 = nn.Conv2d(40, 80, 5, stride=3)  # [N, 80, 28, 28]
-        self.conv3 = nn.Conv2d(80, 120, 3, stride=3, padding=1)  # [N, 120, 10, 10]
-        self.conv4 = nn.Conv2d(120, 120, 3, padding=1)
-        self.conv5 = nn.Conv2d(120, 120, 3, padding=1)
+        self.conv1 = _Conv2d(3, 40, 3, stride=3, padding=1)  # [N, 40, 86, 86]
+        self.conv2 = _Conv2d(40, 80, 5, stride=3)  # [N, 80, 28, 28]
+        self.conv3 = _Conv2d(80, 120, 3, stride=3, padding=1)  # [N, 120, 10, 10]
+        self.conv4 = _Conv2d(120, 120, 3, padding=1)
+        self.conv5 = _Conv2d(120, 120, 3, padding=1)
         self.pool = _make_pool(pooling)
         self.fc1 = nn.Linear(120 * 10 * 10, 100)
         self.fc2 = nn.Linear(100, num_classes)
         self.dropout = nn.Dropout(dropout)
 
-    def _block(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+    def _block(self, x: Tensor, conv: nn.Module) -> Tensor:
         """Convolution, bias, ReLU, pool."""
-        if isinstance(self.pool, StochasticPool2d):
+        if isinstance(self.pool, StochasticPool2d) and isinstance(conv, _Conv2d):
             # The pool adds the bias and rectifies: two passes over memory fewer.
-            x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-            return self.pool(x, bias=conv.bias)
+            return self.pool(conv(x, biased=False), bias=conv.bias)
         return self.pool(F.relu(conv(x)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -129,6 +129,8 @@ def class_folders(source: Path, classes: Sequence[str]) -> list[Path]:
             break
     else:
         raise UserError(f"{source} holds none of the class folders {', '.join(classes)}")
+    if len({(root / name).name for name in classes}) < len(classes):
+        raise UserError(f"--classes names a folder twice: {' '.join(classes)}")
     for name in classes:
         if not (root / name).is_dir():
             raise UserError(f"class folder {root / name} does not exist")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cnnsp import POOLINGS
 from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, number
-from cnnsp.data.folder import check_folder
+from cnnsp.data.folder import SPLITS, list_folder
 from cnnsp.training.recipe import RECIPES
 
 PROG = "study.py"
@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         args = make_parser().parse_args(given[:end])
-        check_folder(args.data_dir, "data folder")
+        flags = given[end + 1 :]
+        held_out = any(flag.startswith("--validate") for flag in flags)  # of train_data
+        list_folder(args.data_dir, splits=SPLITS[: 1 if held_out else 2])
         with importing(PROG, "study"):
             from cnnsp.results.study import Study, cases, machine_name
             from cnnsp.training.devices import choose_device
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             script=Path(__file__).with_name("train.py"),
             folder=args.output_dir,
             data_dir=args.data_dir,
-            flags=given[end + 1 :],
+            flags=flags,
             device=args.device,
             machine=args.name or machine_name(choose_device(args.device)),
             started_with=f"python scripts/study.py {shlex.join(given)}",

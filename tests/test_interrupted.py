@@ -61,7 +61,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     a, b = load(one / "last.pt"), load(other / "last.pt")
     for part in ("model", "average", "optimizer"):
         assert_equal(a[part], b[part])
-    for key in ("epoch", "step", "total_steps", "best_accuracy"):
+    for key in ("epoch", "step", "total_steps", "best_accuracy", "best_epoch"):
         assert a["progress"][key] == b["progress"][key]
     timeless = ("epoch", "train_loss", "test_loss", "test_accuracy", "lr")
     rows, others = a["progress"]["history"], b["progress"]["history"]
@@ -322,6 +322,22 @@ def test_a_table_that_is_locked_does_not_end_the_run(
     assert f"warning: cannot write {output / 'summary.csv'}: " in error
     assert f"warning: cannot write {output / 'curves.png'}: " in error
     assert checkpoint.load(output)["progress"]["total_steps"] == 1
+
+
+def test_the_best_may_have_been_stopped_within_an_epoch(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The history drops it; `best.pt`, and what is said of it, stay."""
+    output = tmp_path / "run"
+    assert main([*recipe(photos, output, 1), "--max-steps", "1"]) == 0
+    for name in ("last.pt", "best.pt"):
+        state = load(output / name)
+        state["progress"]["best_accuracy"] = 101.0
+        checkpoint.save(state, output / name)
+    before = (output / "best.pt").read_bytes()
+    assert main(["--device", "cpu", "--resume", str(output)]) == 0
+    assert "Best test accuracy 101.00 % after epoch 0.1429, last " in capsys.readouterr().out
+    assert (output / "best.pt").read_bytes() == before
 
 
 def test_folder_that_cannot_be_written_keeps_the_checkpoint_before(tmp_path: Path) -> None:

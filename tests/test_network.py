@@ -66,6 +66,20 @@ def test_stochastic_block_fuses_bias_and_relu() -> None:
     torch.testing.assert_close(model._block(x, model.conv1), expected)
 
 
+def test_convolutions_are_called_and_may_be_replaced() -> None:
+    """By hooks, as Grad-CAM has them, and by whatever a user puts in their place."""
+    model, images, called = CNN_SP().eval(), torch.randn(1, 3, 256, 256), []
+    model.conv5.register_forward_hook(lambda module, _, output: called.append(output))
+    expected = model(images)
+    assert len(called) == 1
+    plain = nn.Conv2d(120, 120, 3, padding=1)
+    plain.load_state_dict(model.conv4.state_dict())
+    model.conv4 = plain
+    torch.testing.assert_close(model(images), expected)
+    nn.utils.parametrizations.weight_norm(model.conv2).parametrizations.weight.original0.data *= 2
+    assert not torch.allclose(model(images), expected)
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     model = CNN_SP()
     F.nll_loss(model(torch.randn(2, 3, 256, 256)), torch.tensor([0, 2])).backward()

@@ -78,6 +78,7 @@ def test_leaves_out_duplicates_and_unreadable_files(
     [
         (["missing"], "source folder missing does not exist"),
         (["{kaggle}", "--classes", "daisy", "tulip"], "tulip does not exist"),
+        (["{kaggle}", "--classes", "daisy", "./daisy"], "a folder twice: daisy ./daisy"),
         (["{kaggle}", "--train", "5"], "has 7 usable photographs"),
         (["{kaggle}", "--output", "{kaggle}"], "is not empty"),
         (["{kaggle}", "--train", "0"], "--train: must be at least 1, got 0"),

@@ -186,6 +186,19 @@ def test_board_shows_an_epoch(tmp_path: Path) -> None:
     assert "amp" not in told
 
 
+def test_board_shows_the_settings_of_the_last_end(tmp_path: Path) -> None:
+    """Of several in a folder TensorBoard keeps the first."""
+    for step, rate in enumerate((0.01, 0.05)):
+        board = boards.Board(tmp_path, first_step=step)
+        board.hyper_parameters({"lr": rate}, {"last_loss": rate})
+        board.close()
+    seen = events(tmp_path)
+    content = seen.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    told = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["lr"].number_value == 0.05
+    assert [event.value for event in seen.Scalars("last_loss")] == pytest.approx([0.05])
+
+
 def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
     bank = ImageBank(
         ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), ("a",))

@@ -191,8 +191,13 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     ours = ["--seeds", "2", "--name", "here", "--"]
     given = arguments(photos, output, *ours, *TINY, "--epochs", "1")
 
+    # What left no checkpoint does not bind the rest to its flags.
+    runner.statuses = {"paper-max-0": 2, "paper-max-1": 2}
+    assert main([*given[:-1], "0"]) == 1
+    runner.commands.clear()
+
     # The second run fails, and leaves the first alone.
-    runner.statuses["paper-max-1"] = 3
+    runner.statuses = {"paper-max-1": 3}
     assert main(given) == 1
     printed = capsys.readouterr()
     assert "failed: paper-max-1 (exit status 3); the same command tries again" in printed.err
@@ -276,6 +281,7 @@ def test_result_is_that_of_the_last_checkpoint(
         (["--pools", "median"], "--pools: invalid choice: 'median'"),
         (["--", "--seed", "3"], "--seed is a flag that the study gives itself"),
         (["--", "--pool=max"], "--pool=max is a flag that the study gives itself"),
+        (["--data-dir", "tests"], "tests/train_data is missing"),
     ],
 )
 def test_bad_flags(

@@ -30,6 +30,8 @@ from . import pictures
 from .evaluation import Evaluation
 from .history import EpochResult
 
+_SETTINGS = ".settings"  # how their event file ends
+
 
 class Board:
     """TensorBoard events of one run."""
@@ -75,13 +77,16 @@ class Board:
             for name, value in options.items()
             if value is not None
         }
-        # SummaryWriter.add_hparams would make a folder for each, which shows as another run.
-        writer = self._writer._get_file_writer()
-        for summary in hparams(shown, metrics):
-            writer.add_summary(summary)
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value)
-        self._writer.flush()
+        # Of several settings in a folder TensorBoard shows the first, so those that led to an
+        # earlier end go. add_hparams would make a folder for each, which shows as another run.
+        for settings in Path(self._writer.log_dir).glob(f"*{_SETTINGS}"):
+            with contextlib.suppress(OSError):  # on Windows, where it is being read
+                settings.unlink()
+        with SummaryWriter(self._writer.log_dir, filename_suffix=_SETTINGS) as writer:
+            for summary in hparams(shown, metrics):
+                writer._get_file_writer().add_summary(summary)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value)
 
     def train_loss(self, loss: float, step: int) -> None:
         """Show the loss of a step."""

@@ -141,7 +141,7 @@ class Study:
                 raise UserError(f"{flag} is a flag that the study gives itself; leave it out")
         for path in sorted(self.folder.glob("*/flags.json")):
             theirs = files.read_json(path)
-            if theirs != self._recorded_flags():
+            if path.with_name("last.pt").exists() and theirs != self._recorded_flags():
                 raise UserError(
                     f"{path.parent} was run with {shlex.join(map(str, theirs))}: "
                     "give the same after --, or another --output-dir"

@@ -264,7 +264,7 @@ def make_parser() -> ArgumentParser:
     add_options(parser, ["batch_size", "pool", "opt", "amp_dtype"])
     parser.add_argument(
         "--gpu-memory-gb",
-        type=number(float, 0, exclusive=True),
+        type=number(float, 0, exclusive=True, most=10**6),
         default=6.0,
         help="of a card, in GB of 10⁹ bytes",
     )

@@ -43,7 +43,10 @@ class Progress:
     loss_sum: float = 0.0  # training loss summed over the images of those steps
     images: int = 0  # their number
     total_steps: int = 0  # optimiser steps since the run began
-    best_accuracy: float = -1.0  # of the test images so far, in per cent; -1 before there is one
+    # Of best.pt: of the test images, in per cent; -1 before there is one. It may have been stopped
+    # within an epoch, of which the history keeps only the end.
+    best_accuracy: float = -1.0
+    best_epoch: float = 0.0
     history: list[EpochResult] = field(default_factory=list)  # one for each evaluated epoch
 
 
@@ -128,8 +131,8 @@ class Trainer:
             progress.epoch += 1
             progress.step = progress.images = 0
             progress.loss_sum = 0.0
-        is_best = test.accuracy > progress.best_accuracy
-        progress.best_accuracy = max(progress.best_accuracy, test.accuracy)
+        if is_best := test.accuracy > progress.best_accuracy:
+            progress.best_accuracy, progress.best_epoch = test.accuracy, result.epoch
         if board is not None:
             # Before the checkpoint: a run that is killed in between does the epoch again.
             _try_to_write(write_summary, progress.history, self.output / "summary.csv")
@@ -289,10 +292,11 @@ class Trainer:
 
     def verdict(self) -> str:
         """One line on how it went and where everything is."""
-        best = max(self.progress.history, key=lambda result: result.test_accuracy)
+        progress = self.progress
         return (
-            f"Best test accuracy {best.test_accuracy:.2f} % after epoch {best.epoch:.4g}, "
-            f"last {self.progress.history[-1].test_accuracy:.2f} %; all of it is in {self.output}"
+            f"Best test accuracy {progress.best_accuracy:.2f} % after epoch "
+            f"{progress.best_epoch:.4g}, last {progress.history[-1].test_accuracy:.2f} %; "
+            f"all of it is in {self.output}"
         )
 
     def _save(self, *, also_best: bool = False) -> None:
@@ -314,7 +318,7 @@ class Trainer:
         checkpoint.save(state, self.output / "last.pt")
 
     def restore(self, state: dict[str, Any], path: str | Path) -> None:
-        """Go on from ``state``, which :func:`cnnsp.checkpoint.load` read from ``path``.
+        """Go on from ``state``, which :func:`cnnsp.training.checkpoint.load` read from ``path``.
 
         Settings that the options give anew, such as the learning rate, hold from here on. The
         number of processes may be another one.
