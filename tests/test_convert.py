@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-import io
 import logging
 import pickle
 import random
 import re
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.func import functional_call, jvp, vmap
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
@@ -34,6 +35,7 @@ from stochastic_pooling.modules import (
     AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
     AdaptiveStochasticPool3d,
+    StochasticPool,
     StochasticPool1d,
     StochasticPool2d,
     StochasticPool3d,
@@ -50,8 +52,8 @@ def _reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-ADAPTIVE = (AdaptiveStochasticPool1d, AdaptiveStochasticPool2d, AdaptiveStochasticPool3d)
-POOLS = (StochasticPool1d, StochasticPool2d, StochasticPool3d, *ADAPTIVE)
+def image(*shape: int) -> torch.Tensor:
+    return torch.randn(shape or (2, 3, 8, 8), dtype=torch.float64)
 
 
 def run(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -70,22 +72,10 @@ def assert_same(model: nn.Module, other: nn.Module, x: torch.Tensor) -> torch.Te
     output, gradients = run(copy.deepcopy(model), x)  # a norm's statistics move
     other_output, other_gradients = run(copy.deepcopy(other), x)
     torch.testing.assert_close(other_output, output, rtol=1e-9, atol=1e-12)
-    assert other_gradients.keys() == gradients.keys()
-    used = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     # A bias before a norm has no gradient but rounding: what is zero is seen beside the others.
-    scale = max(gradient.abs().max().item() for gradient in used.values())
+    scale = max(g.abs().max().item() for g in gradients.values() if g is not None)
     assert scale > 0
-    for name, gradient in gradients.items():
-        if name not in used:
-            assert other_gradients[name] is None, name
-            continue
-        torch.testing.assert_close(
-            other_gradients[name],
-            gradient,
-            rtol=1e-9,
-            atol=1e-10 * scale,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    torch.testing.assert_close(other_gradients, gradients, rtol=1e-9, atol=1e-10 * scale)
     return output
 
 
@@ -106,11 +96,20 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in saved.values())
 
 
+def warned(model: nn.Module, **arguments: Any) -> str:
+    """What `replace_pooling` says of it, from the caller's line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        replace_pooling(model, **arguments)
+    assert [warning.filename for warning in caught] == [__file__] * len(caught)
+    return "\n".join(str(warning.message) for warning in caught)
+
+
+def replaced(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, StochasticPool)]
+
+
 # ---------------------------------------------------------------- networks
-
-
-def timm_model(name: str) -> nn.Module:
-    return pytest.importorskip("timm").create_model(name, num_classes=4)
 
 
 # The network; its pools; the lines of `folded`.
@@ -118,11 +117,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
     "alexnet": (
         lambda: models.alexnet(num_classes=4).features,
         3,
-        [
-            "2: ReLU 1, bias of 0",
-            "5: ReLU 4, bias of 3",
-            "12: ReLU 11, bias of 10",
-        ],
+        ["2: ReLU 1, bias of 0", "5: ReLU 4, bias of 3", "12: ReLU 11, bias of 10"],
     ),
     "vgg11_bn": (
         lambda: models.vgg.make_layers(models.vgg.cfgs["A"], batch_norm=True),
@@ -144,26 +139,34 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
     "resnet10t": (lambda: timm_model("resnet10t"), 4, []),
     "ese_vovnet19b_slim": (lambda: timm_model("ese_vovnet19b_slim"), 3, []),
 }
+# The pools of which `replace_pooling` says that they may read negative values.
+NEGATIVE = {
+    "densenet": ", ".join(f"features.transition{number}.pool" for number in (1, 2, 3)),
+    "resnet10t": ", ".join(f"layer{number}.0.downsample.0" for number in (2, 3, 4)),
+}
 
 
-@pytest.mark.filterwarnings("ignore:replace_pooling", "ignore:fuse. nothing to fold")
+def timm_model(name: str) -> nn.Module:
+    return pytest.importorskip("timm").create_model(name, num_classes=4)
+
+
+@pytest.mark.filterwarnings("ignore:fuse. nothing to fold")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network(name):
     make, pools, folded = NETWORKS[name]
     original = make().double()
-    stochastic = replace_pooling(copy.deepcopy(original))
-    assert sum(isinstance(module, POOLS) for module in stochastic.modules()) == pools
-    fused = fuse(copy.deepcopy(stochastic))
+    stochastic = copy.deepcopy(original)
+    said = f"replace_pooling: {NEGATIVE[name]} may read negative values" if name in NEGATIVE else ""
+    assert warned(stochastic).split(", which")[0] == said
+    assert len(replaced(stochastic)) == pools
+    fused = fuse(stochastic)
     assert fused.meta["folded"] == folded
 
-    keys = list(original.state_dict())
-    assert list(stochastic.state_dict()) == keys
-    assert list(fused.state_dict()) == keys
-    assert [name for name, _ in fused.named_modules()] == [
-        name for name, _ in original.named_modules()
-    ]
+    for one in (stochastic, fused):
+        assert list(one.state_dict()) == list(original.state_dict())
+        assert list(dict(one.named_modules())) == list(dict(original.named_modules()))
 
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    x = image(1, 3, 64, 64)
     original.eval()
     with torch.no_grad():
         shape = original(x).shape
@@ -184,41 +187,35 @@ def test_network_keeps_less_for_backward(name):
     make, _, folded = NETWORKS[name]
     original = make()
     stochastic = replace_pooling(copy.deepcopy(original))
-    fused = fuse(copy.deepcopy(stochastic))
-    x = torch.randn(2, 3, 64, 64)
-    relus = [
-        part[5:] for line in folded for part in line.split(": ")[1].split(", ") if "ReLU" in part
-    ]
+    fused = fuse(stochastic)
+    relus = re.findall(r"ReLU ([\w.]+)", " ".join(folded))
     rectified = []
     for relu in relus:
         stochastic.get_submodule(relu).register_forward_hook(
             lambda module, inputs, output: rectified.append(output.nbytes)
         )
-    bytes_of = {
-        "max or average": saved_bytes(original, x),
-        "stochastic": saved_bytes(stochastic, x),
-        "fused": saved_bytes(fused, x),
-    }
-    print(name, {kind: f"{count / 2**20:.2f} MiB" for kind, count in bytes_of.items()})
-    assert len(rectified) == len(relus)
+    x = torch.randn(2, 3, 64, 64)
+    most, less, least = (saved_bytes(model, x) for model in (original, stochastic, fused))
+    print(
+        f"{name}: {most / 2**20:.2f} MiB; stochastic {less / 2**20:.2f}, fused {least / 2**20:.2f}"
+    )
+    assert len(rectified) == len(relus) == len(folded)
     # A pool's code of one byte takes the place of an int64 index.
-    assert bytes_of["stochastic"] < bytes_of["max or average"]
+    assert less < most
     # What falls is the output of each folded ReLU, and nothing else.
-    assert bytes_of["stochastic"] - bytes_of["fused"] == sum(rectified)
-    assert (sum(rectified) > 0) == bool(folded)
+    assert less - least == sum(rectified)
 
 
 # ---------------------------------------------------------------- fuse: what it folds
 
+# What models below are made of: copies of these.
+CONV, RELU, POOL = nn.Conv2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)
+NORM, RELU_IN_PLACE = nn.BatchNorm2d(4), nn.ReLU(True)
+INSIDE = (nn.Sequential(CONV, RELU), POOL)
 
-def chain(*between: nn.Module, pool: nn.Module | None = None) -> nn.Sequential:
-    """A convolution, `between` and a pool."""
-    pool = StochasticPool2d(2) if pool is None else pool
-    return nn.Sequential(nn.Conv2d(3, 4, 3), *between, pool).double()
 
-
-def image(*shape: int) -> torch.Tensor:
-    return torch.randn(shape or (2, 3, 8, 8), dtype=torch.float64)
+def in_a_row(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*map(copy.deepcopy, modules or (CONV, RELU, POOL))).double()
 
 
 class Features(nn.Sequential):
@@ -228,127 +225,109 @@ class Features(nn.Sequential):
         super().__init__(*modules)
         self.note = "kept"
 
-    def describe(self) -> str:
-        return f"{self.note}: {len(self)}"
 
-
-FOLDED: dict[str, tuple[nn.Module, list[str]]] = {
-    "nothing between": (chain(), ["1: bias of 0"]),
-    "ReLU": (chain(nn.ReLU()), ["2: ReLU 1, bias of 0"]),
-    "ReLU in place": (chain(nn.ReLU(True)), ["2: ReLU 1, bias of 0"]),
-    "norm": (chain(nn.BatchNorm2d(4), nn.ReLU(True)), ["3: ReLU 2"]),
-    "norm, no ReLU": (chain(nn.BatchNorm2d(4)), []),
-    "no bias": (
-        nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), StochasticPool2d(2)).double(),
-        ["2: ReLU 1"],
-    ),
-    "ReLU6": (chain(nn.ReLU6()), []),
-    "two ReLUs": (chain(nn.ReLU(), nn.ReLU()), []),
-    "another module between": (chain(nn.AvgPool2d(3, 1)), []),
-    "a transposed convolution": (
-        nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)).double(),
-        ["2: ReLU 1"],
-    ),
-    "a max pool": (chain(nn.ReLU(), pool=nn.MaxPool2d(2)), []),
-    "ReLU inside": (
-        nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), StochasticPool2d(2)).double(),
-        ["1: ReLU 0.1, bias of 0.0"],
-    ),
-    "a class of its own": (
-        Features(nn.Conv2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)).double(),
-        ["2: ReLU 1, bias of 0"],
-    ),
+# The modules of a Sequential; what folds.
+FOLDED: dict[str, tuple[tuple[nn.Module, ...], list[str]]] = {
+    "nothing between": ((CONV, POOL), ["1: bias of 0"]),
+    "ReLU": ((CONV, RELU, POOL), ["2: ReLU 1, bias of 0"]),
+    "norm": ((CONV, NORM, RELU_IN_PLACE, POOL), ["3: ReLU 2"]),
+    "norm, no ReLU": ((CONV, NORM, POOL), []),
+    "no pool": ((CONV, RELU), []),
+    "no bias": ((nn.Conv2d(3, 4, 3, bias=False), RELU, POOL), ["2: ReLU 1"]),
+    "ReLU6": ((CONV, nn.ReLU6(), POOL), []),
+    "two ReLUs": ((CONV, RELU, RELU, POOL), []),
+    "a transposed convolution": ((nn.ConvTranspose2d(3, 4, 3), RELU, POOL), ["2: ReLU 1"]),
+    "a max pool": ((CONV, RELU, nn.MaxPool2d(2)), []),
+    "ReLU inside": (INSIDE, ["1: ReLU 0.1, bias of 0.0"]),
     "in a row": (
-        nn.Sequential(
-            chain(nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 1), StochasticPool2d(2))
-        ).double(),
+        (nn.Sequential(CONV, RELU, POOL), nn.Sequential(nn.Conv2d(4, 4, 1), POOL)),
         ["0.2: ReLU 0.1, bias of 0.0", "1.1: bias of 1.0"],
     ),
 }
 
 
-@pytest.mark.filterwarnings("ignore:fuse. nothing to fold")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", FOLDED)
-def test_fold(case, training):
-    model, folded = FOLDED[case]
-    model.train(training)
+def test_fold(case, training, caplog):
+    modules, folded = FOLDED[case]
+    model = in_a_row(*modules).train(training)
     with torch.no_grad():  # so that it matters
-        for module in model.modules():
-            if getattr(module, "bias", None) is not None:
-                module.bias += 0.5
-    fused = fuse(model)
+        for name, parameter in model.named_parameters():
+            parameter += 0.5 * name.endswith("bias")
+    nothing = pytest.warns(UserWarning, match="nothing to fold in Sequential")
+    caplog.set_level(logging.INFO, "stochastic_pooling")
+    with contextlib.nullcontext() if folded else nothing:
+        fused = fuse(model)
     assert fused.meta["folded"] == folded
-    output = assert_same(model, fused, image())
+    assert [r.getMessage() for r in caplog.records] == [f"folded into {line}" for line in folded]
+    assert assert_same(model, fused, image()).abs().sum() > 0
     # What is folded is not called.
-    relus = [part for line in folded for part in line.replace(",", "").split() if part == "ReLU"]
-    assert aten_calls(model, image(), "relu") - aten_calls(fused, image(), "relu") == len(relus)
-    if folded:
-        assert output.abs().sum() > 0
+    text = " ".join(folded)
+    folds = Counter(ReLU=text.count("ReLU"), bias=text.count("bias"))
+    assert Calls(model).counts - Calls(fused).counts == folds
 
 
-def aten_calls(model: nn.Module, x: torch.Tensor, name: str) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model(x)
-    events = (event.name for event in profile.events())
-    return sum(event in (f"aten::{name}", f"aten::{name}_") for event in events)
+class Calls(TorchDispatchMode):
+    """Counts the ReLUs and the biases that are added."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        with self:
+            model(image())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts["ReLU"] += str(function) in ("aten.relu.default", "aten.relu_.default")
+        self.counts["bias"] += str(function) == "aten.convolution.default" and args[2] is not None
+        return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
-@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
-@pytest.mark.parametrize("padding", [1, "same"])
-def test_fold_every_convolution(dimensions, padding_mode, padding):
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
-    pool = (StochasticPool1d, StochasticPool2d, StochasticPool3d)[dimensions - 1]
-    stride = 2 if padding == 1 else 1
-    model = nn.Sequential(
-        conv(4, 6, 3, stride, padding, dilation=2, groups=2, padding_mode=padding_mode),
-        nn.ReLU(),
-        pool(2, 1),
-    ).double()
+@pytest.mark.parametrize(
+    ("kind", "pool", "size"),
+    [
+        (nn.Conv1d, StochasticPool1d(2, 1), (9,)),
+        (nn.Conv2d, StochasticPool2d(2, 1), (9, 8)),
+        (nn.Conv3d, StochasticPool3d(2, 1), (9, 8, 7)),
+        (nn.Conv1d, AdaptiveStochasticPool1d(2), (9,)),
+        (nn.Conv2d, AdaptiveStochasticPool2d(2), (9, 8)),
+        (nn.Conv3d, AdaptiveStochasticPool3d(2), (9, 8, 7)),
+    ],
+)
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize(("stride", "padding"), [(2, 1), (1, "same")])
+def test_fold_every_convolution(kind, pool, size, padding_mode, stride, padding):
+    model = in_a_row(kind(4, 6, 3, stride, padding, 2, 2, padding_mode=padding_mode), RELU, pool)
     fused = fuse(model)
-    assert fused.meta["folded"] == ["2: ReLU 1, bias of 0"]
-    assert_same(model, fused, image(2, 4, *(9, 8, 7)[:dimensions]))
-    assert_same(model, fused, image(4, *(9, 8, 7)[:dimensions]))  # unbatched
-
-
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_fold_a_relu_into_an_adaptive_pool(dimensions):
-    """Not the bias: of a bias of infinity, an adaptive pool makes NaN."""
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
-    model = nn.Sequential(conv(4, 6, 3), nn.ReLU(), ADAPTIVE[dimensions - 1](2)).double()
-    fused = fuse(model)
-    assert fused.meta["folded"] == ["2: ReLU 1"]
-    assert_same(model, fused, image(2, 4, *(9, 8, 7)[:dimensions]))
+    # Of a bias of infinity, an adaptive pool would make NaN.
+    bias = "" if "Adaptive" in type(pool).__name__ else ", bias of 0"
+    assert fused.meta["folded"] == [f"2: ReLU 1{bias}"]
+    assert_same(model, fused, image(2, 4, *size))
+    assert_same(model, fused, image(4, *size))  # unbatched
 
 
 def test_leave_a_bias_of_other_dimensions():
     """A 1-d pool reads (C, H, W) as (N, C, L): H of 4 would take the bias of 4 channels."""
-    model = chain(nn.ReLU(), pool=StochasticPool1d(2))
+    model = in_a_row(CONV, RELU, StochasticPool1d(2))
     fused = fuse(model)
     assert fused.meta["folded"] == ["2: ReLU 1"]
     assert_same(model, fused, image(3, 6, 8))
 
 
 def test_fold_keeps_indices_and_nan():
-    model = chain(nn.ReLU(), pool=StochasticPool2d(2, return_indices=True))
-    with torch.no_grad():
-        model[0].bias[:2] = -100
-    fused = fuse(model)
-    assert fused.meta["folded"] == ["2: ReLU 1, bias of 0"]
-    dead, special = image(), image()
-    special[0, 0, 0, 0] = float("nan")
-    special[1, 0, 3, 3] = float("inf")
-    for x in (dead, special):
+    model = in_a_row(CONV, RELU, StochasticPool2d(2, return_indices=True))
+    nn.init.constant_(model[0].bias[:2], -100)  # they give 0
+    x = image()
+    x[0, 0, 0, 0] = float("nan")
+    x[1, 0, 3, 3] = float("inf")
+    results = []
+    for one in (model, fuse(model)):
         torch.manual_seed(1)
-        output, indices = model(x)
-        torch.manual_seed(1)
-        fused_output, fused_indices = fused(x)
-        torch.testing.assert_close(fused_output, output, equal_nan=True)
-        assert torch.equal(fused_indices, indices)
+        results.append(one(x))
+    torch.testing.assert_close(results[1], results[0], equal_nan=True)
+    output, _ = results[0]
     assert output.isnan().any()
     assert output.isinf().any()
-    assert (model(dead)[0][:, :2] == 0).all()
+    assert (output[:, :2] == 0).any()
 
 
 # ---------------------------------------------------------------- fuse: the zoo
@@ -360,34 +339,17 @@ class Net(nn.Module):
     def __init__(self, function: Callable | None = None, *modules: nn.Module) -> None:
         super().__init__()
         self.function = function
-        self.features = nn.Sequential(
-            *(modules or (nn.Conv2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)))
-        )
-        self.tail = nn.Conv2d(4, 2, 1)
+        self.features = in_a_row(*modules)
+        self.tail = nn.Conv2d(4, 2, 1).double()
         self.calls = 0
-        self.last: torch.Tensor | None = None
-        self.double()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.function is not None:
             return self.function(self, x)
         return self.tail(self.features(x))
 
-    def remember(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.last = output
-
-
-def frozen_part(m: Net, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        x = m.features(x)
-    return m.tail(x)
-
-
-def frozen_tail(m: Net, x: torch.Tensor) -> torch.Tensor:
-    x = m.features(x)
-    with torch.no_grad():
-        scale = m.tail(x).mean()
-    return x * scale
+    def count(self, *_: object) -> None:
+        self.calls += 1
 
 
 def autocast_inside(m: Net, x: torch.Tensor) -> torch.Tensor:
@@ -395,103 +357,29 @@ def autocast_inside(m: Net, x: torch.Tensor) -> torch.Tensor:
         return m.tail(m.features(x.float())).double()
 
 
-def no_autocast_inside(m: Net, x: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
-        return m.tail(m.features(x))
-
-
-def branch_on_type(m: Net, x: torch.Tensor) -> torch.Tensor:
-    return m.tail(m.features(x)) if type(x) is torch.Tensor and x.is_leaf else x
-
-
-def branch_on_dtype(m: Net, x: torch.Tensor) -> torch.Tensor:
-    x = m.features(x)
-    return m.tail(x) if x.dtype == torch.float64 else x
-
-
-def branch_on_random(m: Net, x: torch.Tensor) -> torch.Tensor:
-    x = m.features(x)
-    return m.tail(x) if random.random() < 0.5 else x * np.random.rand()
-
-
-def counter(m: Net, x: torch.Tensor) -> torch.Tensor:
+def branches(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """On types, a counter, data and random numbers."""
     m.calls += 1
-    return m.tail(m.features(x)) if m.calls % 2 else m.features[0](x)
+    noise = torch.randn(x.shape, dtype=x.dtype) * np.random.rand()
+    y = m.features(x + noise if type(x) is torch.Tensor and x.is_leaf else x)
+    if m.calls % 2 or x[0, 0, 0, 0] > 0:
+        y = m.tail(y) if y.dtype == torch.float64 else y.tanh()
+    return -y if random.random() < 0.5 else y
 
 
-def noise(m: Net, x: torch.Tensor) -> torch.Tensor:
-    return m.tail(m.features(x + torch.randn(x.shape, dtype=x.dtype)))
-
-
-def data_decides(m: Net, x: torch.Tensor) -> torch.Tensor:
-    return m.features(x) if x[0, 0, 0, 0] > 0 else m.features[0](x).tanh()
-
-
-def stores(m: Net, x: torch.Tensor) -> torch.Tensor:
-    previous, m.last = m.last, m.features[0](x)
-    x = m.features(x)
-    return x if previous is None else x + previous.mean()
-
-
-def taps(m: Net, x: torch.Tensor) -> torch.Tensor:
-    total = x.new_zeros(())
+def by_parts(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """Run one by one, in slices, all at once, and what they gave is read again."""
+    kept = [x]
     for layer in m.features:
-        x = layer(x)
-        total = total + x.mean()
-    return total * x
-
-
-def slices(m: Net, x: torch.Tensor) -> torch.Tensor:
-    x = m.features[:1](x)
-    return m.features[-1](m.features[1:-1](x)) * m.features[:3][0].bias.sum()
-
-
-def reads_the_bias(m: Net, x: torch.Tensor) -> torch.Tensor:
-    conv = m.features[0]
-    return m.features(x) + conv.bias.sum() + F.conv2d(x, conv.weight, conv.bias).mean()
-
-
-def reads_the_mode(m: Net, x: torch.Tensor) -> torch.Tensor:
-    return F.dropout(m.tail(m.features(x)), training=m.training)
-
-
-def reuses_the_convolution(m: Net, x: torch.Tensor) -> torch.Tensor:
-    return m.features(x).mean() + m.features[0](x)
-
-
-def relu_in_place_is_seen(m: Net, x: torch.Tensor) -> torch.Tensor:
-    y = m.features[0](x)
-    z = m.features[2](m.features[1](y))
-    return z + y.mean()
-
-
-def checkpoints(reentrant: bool) -> Callable:
-    def forward(m: Net, x: torch.Tensor) -> torch.Tensor:
-        x = x.detach().requires_grad_()
-        return m.tail(checkpoint(m.features, x, use_reentrant=reentrant))
-
-    return forward
-
-
-def penalty(m: Net, x: torch.Tensor) -> torch.Tensor:
-    x = x.detach().requires_grad_()
-    y = m.tail(m.features(x) ** 2)
-    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    return y + slope.square().mean()
+        kept.append(layer(kept[-1]))
+    first, others = m.features[:1], m.features[1:]
+    sliced = others(first(x)) * m.features[0].bias.sum()
+    return sliced + m.features(x) + sum(y.mean() for y in kept)
 
 
 def other_parameters(m: Net, x: torch.Tensor) -> torch.Tensor:
     halves = {name: p / 2 for name, p in m.features.named_parameters()}
-    return torch.func.functional_call(m.features, halves, (x,))
-
-
-def per_sample(m: Net, x: torch.Tensor) -> torch.Tensor:
-    return torch.func.vmap(m.features, randomness="different")(x)
-
-
-def forward_mode(m: Net, x: torch.Tensor) -> torch.Tensor:
-    output, slope = torch.func.jvp(m.features, (x,), (x.cos(),))
-    return output + slope
+    return functional_call(m.features, halves, (x,))
 
 
 class DoublesReLU(TorchFunctionMode):
@@ -514,23 +402,9 @@ class OneMore(torch.Tensor):
         return result + 1 if function in (F.relu, torch.relu, torch.relu_) else result
 
 
-def tensor_subclass(m: Net, x: torch.Tensor) -> torch.Tensor:
-    return m.features(x.as_subclass(OneMore)).as_subclass(torch.Tensor)
-
-
-class Doubled(nn.Conv2d):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(input)
-
-
-class Leaky(nn.ReLU):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.leaky_relu(input, 0.5) + 1
-
-
-class Wide(StochasticPool2d):
-    def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return super().forward(input + 1, bias)
+def same_input_again(m: Net, x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    return m.features(x).mean() + x
 
 
 class Backwards(nn.Sequential):
@@ -538,325 +412,146 @@ class Backwards(nn.Sequential):
         return iter([self[1], self[0], self[2]])
 
 
-class CalledTwice(nn.Sequential):
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return super().__call__(x) + 1
+def doubling(kind: type[nn.Module], method: str = "forward") -> type:
+    """A subclass with a method that gives twice as much."""
 
+    def double(self: nn.Module, *inputs: object, **named: object) -> torch.Tensor:
+        return 2 * getattr(kind, method)(self, *inputs, **named)
 
-class Keeps(nn.Conv2d):
-    """Its output is seen again, so that a ReLU in place matters."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self.seen = super().forward(input)
-        return self.seen
-
-
-def sees_what_was_kept(m: Net, x: torch.Tensor) -> torch.Tensor:
-    return m.features(x) + m.features[0].seen.mean()
-
-
-def same_input_again(m: Net, x: torch.Tensor) -> torch.Tensor:
-    x = x.clone()
-    return m.features(x).mean() + x
-
-
-def doubled_forward(self: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    return self._conv_forward(2 * x, self.weight, self.bias)
-
-
-def doubled_convolution(self: nn.Conv2d, x, weight, bias) -> torch.Tensor:
-    return 2 * nn.Conv2d._conv_forward(self, x, weight, bias)
+    return type(f"Doubling{kind.__name__}", (kind,), {method: double})
 
 
 def hook(module: nn.Module, *arguments: object) -> torch.Tensor | None:
     """It counts on its module, and doubles what `module` gives."""
-    module.count = getattr(module, "count", 0) + 1
-    output = arguments[-1]
-    return 2 * output if isinstance(output, torch.Tensor) else None
+    module.hooked = getattr(module, "hooked", 0) + 1
+    return 2 * arguments[-1] if isinstance(arguments[-1], torch.Tensor) else None
 
 
-def hooked(place: int, register: str) -> Callable[[Net], None]:
-    def prepare(m: Net) -> None:
-        getattr(m.features[place], register)(hook)
-
-    return prepare
+Change = Callable[[Any], object]
 
 
-def replaced_by(place: int, module: Callable[[], nn.Module]) -> Callable[[Net], None]:
-    return lambda m: m.features.__setitem__(place, module().double())
+def replaced_by(place: int, module: nn.Module) -> Change:
+    return lambda m: m.features.__setitem__(place, copy.deepcopy(module).double())
 
 
-def patched(name: str, function: Callable) -> Callable[[Net], None]:
-    def prepare(m: Net) -> None:
-        setattr(m.features[0], name, MethodType(function, m.features[0]))
-
-    return prepare
+def patched(method: str, function: Callable) -> Change:
+    return lambda m: setattr(m.features[0], method, MethodType(function, m.features[0]))
 
 
-def patched_with_a_closure(m: Net) -> None:
-    conv = m.features[0]
-    conv.forward = lambda x: conv._conv_forward(2 * x, conv.weight, conv.bias)
-
-
-def remembers(m: Net) -> None:
-    m.features[0].register_forward_hook(m.remember)
-    m.function = lambda m, x: m.features(x) + m.last.mean()
-
-
-def counts_in_a_closure(m: Net) -> None:
-    m.features.register_forward_hook(lambda *_: setattr(m, "calls", m.calls + 1))
-
-
-def freeze(*names: str) -> Callable[[Net], None]:
-    def prepare(m: Net) -> None:
-        for name in names:
-            m.get_parameter(name).requires_grad_(False)
-
-    return prepare
-
-
-def with_forward(function: Callable, *modules: nn.Module) -> Callable[[], Net]:
-    return lambda: Net(function, *copy.deepcopy(modules))
-
-
-def prepared(prepare: Callable[[Net], object]) -> Callable[[], Net]:
+def changed(change: Change, *modules: nn.Module) -> Callable[[], Net]:
     def make() -> Net:
-        m = Net()
-        prepare(m)
+        m = Net(None, *modules)
+        change(m)
         return m
 
     return make
 
 
-class Resnet(Net):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        conv, relu, pool = self.features
-        return pool(relu(conv(x)))
+def of_class(kind: Callable[..., nn.Module]) -> Callable[[], Net]:
+    return changed(lambda m: setattr(m, "features", kind(*m.features)))
 
 
-def shared_modules() -> Net:
-    conv, relu, pool = nn.Conv2d(4, 4, 1), nn.ReLU(), StochasticPool2d(2, 1)
-    return Net(None, nn.Conv2d(3, 4, 3), relu, pool, conv, relu, pool, conv, pool, relu)
+def shares_modules(m: Net) -> None:
+    relu, pool = nn.ReLU(), StochasticPool2d(2, 1)
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1).double(), relu)
+    m.features = nn.Sequential(m.features[0], relu, pool, inner, pool, inner, pool, relu)
 
 
-def shared_sequential() -> Net:
-    inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
-    m = Net(None, nn.Conv2d(3, 4, 3), inner, StochasticPool2d(2), inner)
-    m.other = inner
-    return m
+def block() -> Net:
+    return Net(None, CONV, RELU, POOL, nn.Conv2d(4, 4, 2), NORM, RELU, POOL)
 
 
-def hooks_inside() -> Net:
-    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    inner.register_forward_hook(hook)
-    return Net(None, inner, StochasticPool2d(2))
+class Animal(NamedTuple):
+    make: Callable[[], nn.Module]
+    outcome: str = "equal"  # or warned, refused
+    folds: int = 1
+    later: Change | None = None  # done to the original and to the result before they run
 
 
-def of_class(kind: type[nn.Sequential]) -> Callable[[], Net]:
-    def make() -> Net:
-        m = Net()
-        m.features = kind(nn.Conv2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)).double()
-        return m
-
-    return make
-
-
-def with_a_class_inside(kind: type[nn.Sequential]) -> Callable[[], Net]:
-    def make() -> Net:
-        inner = kind(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Identity())
-        return Net(None, inner, StochasticPool2d(2))
-
-    return make
-
-
-def tied() -> Net:
-    m = Net(None, nn.Conv2d(3, 3, 3), nn.ReLU(), StochasticPool2d(2))
-    m.tail = nn.Conv2d(3, 3, 3, padding=1).double()
-    m.tail.weight, m.tail.bias = m.features[0].weight, m.features[0].bias
-    return m
-
-
-def compiled_convolution(m: Net) -> None:
-    m.features[0].compile(backend="eager")
-
-
-def keeps_a_result(m: Net) -> None:
-    m.last = m.tail.weight * 2
-
-
-def uncopyable(m: Net) -> None:
-    m.lock = threading.Lock()
-
-
-def cached_result(m: Net) -> None:
-    m.cache = [m.tail.weight * 2]
-
-
-# How an animal is made; whether it is equal, warned of or refused; how many folds there are; what
-# is done to the original and to the result before they run.
-Animal = tuple[Callable[[], nn.Module], str, int, Callable[[Any], object] | None]
-
-
-def animal(
-    make: Callable[[], nn.Module],
-    outcome: str = "equal",
-    folds: int = 1,
-    later: Callable[[Any], object] | None = None,
-) -> Animal:
-    return make, outcome, folds, later
-
-
-CONV, RELU, POOL = 0, 1, 2
 NOTHING = {"outcome": "warned", "folds": 0}
-HOOKS = (
-    "register_forward_hook",
-    "register_forward_pre_hook",
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-)
 ZOO: dict[str, Animal] = {
-    "plain": animal(Net),
-    "Sequential": animal(lambda: chain(nn.ReLU())),
-    "Sequential of one's own": animal(
-        lambda: Features(nn.Conv2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)).double()
-    ),
+    "two blocks": Animal(block, folds=2),
     # What a forward does
     **{
-        function.__name__: animal(with_forward(function))
-        for function in (
-            *(frozen_part, frozen_tail, no_autocast_inside),
-            *(branch_on_type, branch_on_dtype, branch_on_random, counter, noise, data_decides),
-            *(stores, taps, slices, reads_the_bias, reads_the_mode, reuses_the_convolution),
-            *(penalty, other_parameters, per_sample, forward_mode),
-            *(function_mode, tensor_subclass),
-        )
+        name: Animal(functools.partial(Net, function))
+        for name, function in {
+            "branches": branches,
+            "run by parts": by_parts,
+            "checkpoint": lambda m, x: m.tail(checkpoint(m.features, x, use_reentrant=True)),
+            "other parameters": other_parameters,
+            "a call per sample": lambda m, x: vmap(m.features, randomness="different")(x),
+            "forward mode": lambda m, x: sum(jvp(m.features, (x,), (x.cos(),))),
+            "function mode": function_mode,
+            "tensor subclass": lambda m, x: m.features(x.as_subclass(OneMore)).as_subclass(
+                torch.Tensor
+            ),
+        }.items()
     },
-    **{
-        f"{function.__name__}, ReLU in place": animal(
-            with_forward(function, nn.Conv2d(3, 4, 3), nn.ReLU(True), StochasticPool2d(2))
-        )
-        for function in (
-            *(relu_in_place_is_seen, taps, stores, slices, reuses_the_convolution),
-            *(function_mode, tensor_subclass),
-        )
-    },
-    "autocast_inside": animal(lambda: Net(autocast_inside).float()),
-    "checkpoint": animal(with_forward(checkpoints(False))),
-    "reentrant checkpoint": animal(with_forward(checkpoints(True))),
-    "a forward calls all": animal(Resnet),
+    "run by parts, ReLU in place": Animal(lambda: Net(by_parts, CONV, RELU_IN_PLACE, POOL)),
+    "autocast inside": Animal(lambda: Net(autocast_inside).float()),
     # What its modules are
-    "subclass of the convolution": animal(
-        prepared(replaced_by(CONV, lambda: Doubled(3, 4, 3))), **NOTHING
-    ),
-    "subclass of the ReLU": animal(prepared(replaced_by(RELU, Leaky)), **NOTHING),
-    "subclass of the pool": animal(prepared(replaced_by(POOL, lambda: Wide(2))), **NOTHING),
-    "a convolution that keeps its output": animal(
-        with_forward(sees_what_was_kept, Keeps(3, 4, 3), nn.ReLU(True), StochasticPool2d(2)),
+    "ReLU in place on an alias": Animal(
+        lambda: Net(same_input_again, nn.Identity(), RELU_IN_PLACE, POOL, nn.Conv2d(3, 4, 1)),
         **NOTHING,
     ),
-    "ReLU in place on the input": animal(
-        with_forward(same_input_again, nn.ReLU(True), StochasticPool2d(2)), **NOTHING
+    "a Sequential of one's own": Animal(of_class(Features)),
+    "a Sequential that runs otherwise": Animal(of_class(Backwards)),
+    "a Sequential that is called otherwise": Animal(of_class(doubling(nn.Sequential, "__call__"))),
+    "one inside that is called otherwise": Animal(
+        lambda: Net(None, doubling(nn.Sequential, "__call__")(CONV, RELU), POOL), **NOTHING
     ),
-    "ReLU in place on an alias": animal(
-        with_forward(
-            same_input_again, nn.Identity(), nn.ReLU(True), StochasticPool2d(2), nn.Conv2d(3, 4, 1)
-        ),
-        **NOTHING,
+    "shared modules": Animal(changed(shares_modules), folds=2),
+    "a pool in evaluation": Animal(changed(lambda m: m.features[2].eval())),
+    "frozen bias": Animal(changed(lambda m: m.features[0].bias.requires_grad_(False))),
+    "keeps a result": Animal(changed(lambda m: setattr(m, "last", m.tail.weight * 2))),
+    "keeps results in a list": Animal(
+        changed(lambda m: setattr(m, "cache", [m.tail.weight * 2])), "refused", 0
     ),
-    "a Sequential that runs otherwise": animal(of_class(Backwards)),
-    "a Sequential that is called otherwise": animal(of_class(CalledTwice)),
-    "one inside that is called otherwise": animal(with_a_class_inside(CalledTwice), **NOTHING),
-    "lazy": animal(prepared(replaced_by(CONV, lambda: nn.LazyConv2d(4, 3))), **NOTHING),
-    "shared modules": animal(shared_modules, folds=3),
-    "shared Sequential": animal(shared_sequential),
-    "a hook of a Sequential inside": animal(hooks_inside, **NOTHING),
-    "tied parameters": animal(tied),
-    "frozen bias": animal(prepared(freeze("features.0.bias"))),
-    "frozen weight": animal(prepared(freeze("features.0.weight"))),
-    "frozen": animal(prepared(freeze("features.0.weight", "features.0.bias"))),
-    "weight_norm": animal(
-        prepared(lambda m: parametrizations.weight_norm(m.features[CONV])), **NOTHING
+    # Hooks
+    "a hook of the Sequential": Animal(changed(lambda m: m.features.register_forward_hook(hook))),
+    "a hook of a Sequential inside": Animal(
+        changed(lambda m: m.features[0].register_forward_hook(hook), *INSIDE), **NOTHING
     ),
-    "parametrized bias": animal(
-        prepared(
-            lambda m: parametrize.register_parametrization(m.features[CONV], "bias", nn.Tanh())
-        ),
-        **NOTHING,
+    "a hook that is a method": Animal(changed(lambda m: m.features.register_forward_hook(m.count))),
+    "a hook with a closure": Animal(
+        changed(lambda m: m.features.register_forward_hook(lambda _, x, y: y * m.tail.bias.sum())),
+        "warned",
     ),
-    "pruned": animal(
-        prepared(lambda m: prune.l1_unstructured(m.features[CONV], "weight", 5)), **NOTHING
-    ),
-    "compiled convolution, later": animal(Net, later=compiled_convolution),
-    "keeps a result": animal(prepared(keeps_a_result)),
-    "cannot be copied": animal(prepared(uncopyable), "refused", 0),
-    "keeps results in a list": animal(prepared(cached_result), "refused", 0),
-    # Hooks and patches, before and after
+    # What others do to it later
     **{
-        f"{register} of {('convolution', 'ReLU', 'pool')[place]}": animal(
-            prepared(hooked(place, register)), **NOTHING
-        )
-        for place in (CONV, RELU, POOL)
-        for register in HOOKS
+        f"{name}, later": Animal(Net, later=change)
+        for name, change in {
+            "no bias": lambda m: setattr(m.features[0], "bias", None),
+            "another convolution": replaced_by(0, nn.Conv2d(3, 4, 1)),
+            "one more module": lambda m: m.features.insert(1, nn.Tanh()),
+            "compiled convolution": lambda m: m.features[0].compile(backend="eager"),
+            "patched Sequential": lambda m: setattr(m.features, "forward", m.features[0].forward),
+        }.items()
     },
-    **{
-        f"{register} of {('convolution', 'ReLU', 'pool')[place]}, later": animal(
-            Net, later=hooked(place, register)
-        )
-        for place in (CONV, RELU, POOL)
-        for register in HOOKS
-    },
-    "a hook that is a method": animal(prepared(remembers), **NOTHING),
-    "a hook with a closure": animal(prepared(counts_in_a_closure), "warned"),
-    "patched forward": animal(prepared(patched("forward", doubled_forward)), **NOTHING),
-    "patched _conv_forward": animal(
-        prepared(patched("_conv_forward", doubled_convolution)), **NOTHING
-    ),
-    "patched with a closure": animal(prepared(patched_with_a_closure), **NOTHING),
-    "patched forward, later": animal(Net, later=patched("forward", doubled_forward)),
-    "patched _conv_forward, later": animal(
-        Net, later=patched("_conv_forward", doubled_convolution)
-    ),
-    "bias gone, later": animal(Net, later=lambda m: setattr(m.features[CONV], "bias", None)),
-    "another bias, later": animal(
-        Net,
-        later=lambda m: setattr(m.features[CONV], "bias", nn.Parameter(torch.ones(4).double())),
-    ),
-    "another weight, later": animal(
-        Net,
-        later=lambda m: setattr(
-            m.features[CONV], "weight", nn.Parameter(torch.ones(4, 3, 1, 1).double())
-        ),
-    ),
-    "another activation, later": animal(Net, later=replaced_by(RELU, nn.Sigmoid)),
-    "another pool, later": animal(Net, later=replaced_by(POOL, lambda: nn.MaxPool2d(2))),
-    "one more module, later": animal(Net, later=lambda m: m.features.insert(1, nn.Tanh())),
-    "weight_norm, later": animal(
-        Net, later=lambda m: parametrizations.weight_norm(m.features[CONV])
-    ),
-    "pruned, later": animal(
-        Net, later=lambda m: prune.l1_unstructured(m.features[CONV], "weight", 5)
-    ),
-    "patched Sequential, later": animal(
-        Net, later=lambda m: setattr(m.features, "forward", m.features[CONV].forward)
-    ),
-    "bfloat16, later": animal(
-        Net, later=lambda m: (m.bfloat16(), setattr(m, "function", in_dtype(torch.bfloat16)))
-    ),
 }
-
-
-def in_dtype(dtype: torch.dtype) -> Callable:
-    return lambda m, x: m.tail(m.features(x.to(dtype))).double()
-
-
-def made(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return ZOO[name][0]()
+# After one of these nothing folds, whether it is done before `fuse` or later.
+CHANGES: dict[str, Change] = {
+    "forward hook": lambda m: m.features[0].register_forward_hook(hook),
+    "forward pre-hook": lambda m: m.features[1].register_forward_pre_hook(hook),
+    "backward hook": lambda m: m.features[2].register_full_backward_hook(hook),
+    "backward pre-hook": lambda m: m.features[0].register_full_backward_pre_hook(hook),
+    "patched forward": patched("forward", lambda conv, x: F.conv2d(2 * x, conv.weight, conv.bias)),
+    "patched _conv_forward": patched("_conv_forward", lambda conv, *args: 2 * F.conv2d(*args)),
+    "weight_norm": lambda m: parametrizations.weight_norm(m.features[0]),
+    "pruned": lambda m: prune.l1_unstructured(m.features[0], "weight", 5),
+    "subclass of the convolution": replaced_by(0, doubling(nn.Conv2d)(3, 4, 3)),
+    "subclass of the ReLU": replaced_by(1, doubling(nn.ReLU)()),
+    "subclass of the pool": replaced_by(2, doubling(StochasticPool2d)(2)),
+    "lazy convolution": replaced_by(0, nn.LazyConv2d(4, 3)),
+    "another activation": replaced_by(1, nn.Sigmoid()),
+}
+for name, change in CHANGES.items():
+    ZOO[name] = Animal(changed(change), **NOTHING)
+    ZOO[f"{name}, later"] = Animal(Net, later=change)
 
 
 def random_states() -> tuple:
-    states = torch.get_rng_state().numpy(), np.random.get_state()[1]
-    return random.getstate(), *(state.tobytes() for state in states)
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
 def observe(model: nn.Module) -> list[dict[str, Any]]:
@@ -867,22 +562,19 @@ def observe(model: nn.Module) -> list[dict[str, Any]]:
         torch.manual_seed(len(seen))
         random.seed(len(seen))
         np.random.seed(len(seen))
-        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-        x.requires_grad_()
+        x = image().requires_grad_()
         output = model(x)
         output.square().sum().backward()
-        seen.append(
-            {
-                "output": output.detach(),
-                "states": random_states(),
-                "input": x.grad,
-                **{f"gradient of {name}": p.grad for name, p in model.named_parameters()},
-                **{f"buffer {name}": b.clone() for name, b in model.named_buffers()},
-                "counts": [getattr(m, "count", None) for m in model.modules()],
-                "calls": getattr(model, "calls", None),
-            }
-        )
-        seen[-1] = copy.deepcopy(seen[-1])
+        result = {
+            "output": output.detach(),
+            "states": random_states(),
+            "input": x.grad,
+            **{f"gradient of {name}": p.grad for name, p in model.named_parameters()},
+            **{f"buffer {name}": buffer for name, buffer in model.named_buffers()},
+            "hooked": [getattr(module, "hooked", None) for module in model.modules()],
+            "calls": getattr(model, "calls", None),
+        }
+        seen.append(copy.deepcopy(result))
     return seen
 
 
@@ -898,14 +590,16 @@ def interface(model: nn.Module) -> list[Any]:
 @pytest.mark.filterwarnings("ignore:.*(requires_grad=True|Full backward hook|Lazy modules)")
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name):
-    _, outcome, folds, later = ZOO[name]
-    original, model = made(name), made(name)
+    make, outcome, folds, later = ZOO[name]
+    original = make()
+    torch.manual_seed(0)
+    model = make()
     before = random_states(), [{**vars(module)} for module in model.modules()]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             fused = fuse(model)
-        except (TypeError, RuntimeError):
+        except RuntimeError:
             assert outcome == "refused"
             return
     assert [w.filename for w in caught] == [__file__] * len(caught)
@@ -915,14 +609,13 @@ def test_zoo(name):
     assert len(fused.meta["folded"]) == folds
     assert interface(fused) == interface(model)
     for one, another in zip(fused.modules(), model.modules(), strict=True):
+        assert one is not another
         assert isinstance(one, type(another))
+    states = [one.state_dict(keep_vars=True) for one in (fused, model)]
+    assert all(states[1][key] is tensor for key, tensor in states[0].items())
     if later is not None:
         later(original)
         later(fused)
-    if name == "a hook with a closure":  # which was warned of: it counts on the original
-        fused(image())
-        assert (model.calls, fused.calls) == (1, 0)
-        return
     for one, another in zip(observe(original), observe(fused), strict=True):
         assert one.pop("states") == another.pop("states")
         torch.testing.assert_close(another, one, rtol=1e-9, atol=1e-12)
@@ -930,7 +623,7 @@ def test_zoo(name):
 
 def test_zoo_is_as_documented():
     """`docs/compatibility.md` says how many animals there are, and what becomes of them."""
-    counts = Counter(outcome for _, outcome, _, _ in ZOO.values())
+    counts = Counter(animal.outcome for animal in ZOO.values())
     text = (Path(__file__).resolve().parents[1] / "docs" / "compatibility.md").read_text("utf-8")
     assert (
         f"{len(ZOO)} awkward models: {counts['equal']} equal, {counts['warned']} warned of, "
@@ -947,7 +640,6 @@ def test_zoo_is_as_documented():
     [
         (torch.float16, 3, -60_000, 30_000, 30_000),  # 90,000 is infinite
         (torch.bfloat16, 1 + 2**-7, -1024, 1040, 24.125),  # 1048.125 would be 1048
-        (torch.float32, 3, -60_000, 30_000, 30_000),
     ],
 )
 def test_sums_are_rounded_with_the_bias_in_them(dtype, weight, bias, input, expected, training):
@@ -961,29 +653,9 @@ def test_sums_are_rounded_with_the_bias_in_them(dtype, weight, bias, input, expe
     assert (fused(x) == expected).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("training", [True, False])
-def test_autocast_outside(dtype, training):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), StochasticPool2d(2)).train(training)
-    fused = fuse(model)
-    outputs, gradients = [], []
-    for one in (model, fused):
-        torch.manual_seed(1)
-        one.zero_grad()
-        with torch.autocast("cpu", dtype):
-            outputs.append(one(torch.ones(2, 3, 16, 16)))
-        outputs[-1].float().sum().backward()
-        gradients.append(model[0].bias.grad)
-    assert outputs[0].dtype == dtype
-    assert torch.equal(*outputs)
-    torch.testing.assert_close(*gradients)
-    assert gradients[0].dtype == torch.float32
-    assert gradients[0].abs().sum() > 0
-
-
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_mixture_of_dtypes_is_an_error_still(name):
-    model = chain(nn.ReLU())
+    model = in_a_row()
     fused = fuse(model)
     for one in (model, fused):
         setattr(one[0], name, nn.Parameter(getattr(one[0], name).float()))
@@ -993,7 +665,7 @@ def test_a_mixture_of_dtypes_is_an_error_still(name):
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ReLU, StochasticPool2d, nn.Sequential, Features])
 def test_a_class_that_is_patched_later(kind, monkeypatch):
-    model = Features(*chain(nn.ReLU()))
+    model = Features(*in_a_row())
     fused = fuse(model)
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x, *bias: forward(self, x + 1, *bias))
@@ -1001,97 +673,21 @@ def test_a_class_that_is_patched_later(kind, monkeypatch):
 
 
 def test_a_hook_of_all_modules_sees_them():
-    fused = fuse(chain(nn.ReLU()))
+    fused = fuse(in_a_row())
     calls = []
-    handle = register_module_forward_hook(lambda module, *_: calls.append(type(module)))
-    try:
+    with register_module_forward_hook(lambda module, *_: calls.append(type(module))):
         fused(image())
-    finally:
-        handle.remove()
     assert calls == [nn.Conv2d, nn.ReLU, StochasticPool2d, type(fused)]
 
 
-def test_hooks_of_containers_and_of_the_model_keep_firing():
-    model = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)),
-        nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), StochasticPool2d(2)),
-    ).double()
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append("model"))
-    model[0].register_forward_hook(lambda *_: calls.append("block"))
-    fused = fuse(model)
-    assert len(fused.meta["folded"]) == 2
-    assert calls == []
-    fused(image())
-    assert calls == ["block", "model"]
-
-
-def block() -> nn.Module:
-    return Net(
-        None,
-        *(nn.Conv2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)),
-        *(nn.Conv2d(4, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), StochasticPool2d(2)),
-    )
-
-
-def test_fused_shares_parameters_and_checkpoints():
-    model, other = block(), block()
-    before = copy.deepcopy(model)
-    fused = fuse(model)
-    for one, another in zip(fused.parameters(), model.parameters(), strict=True):
-        assert one is another
-    for one, another in zip(fused.buffers(), model.buffers(), strict=True):
-        assert one is another
-    assert not set(fused.modules()) & set(model.modules())
-    assert_same(before, model, image())  # the model is as it was
-
-    fused.load_state_dict(other.state_dict())
-    assert_same(other, fused, image())
-    before.load_state_dict(fused.state_dict())
-    assert_same(other, before, image())
-
-
-def test_fused_is_a_sequential_of_its_class():
-    model = Features(nn.Conv2d(3, 4, 3), nn.ReLU(), StochasticPool2d(2)).double()
-    fused = fuse(model)
-    assert isinstance(fused, Features)
-    assert fused.describe() == "kept: 3"
-    assert [type(module) for module in fused] == [nn.Conv2d, nn.ReLU, StochasticPool2d]
-    x = image()
-    assert torch.equal(fused[1](fused[0](x)), fused[:2](x))
-    assert torch.equal(fused[:2](x), model[:2](x))
-    fused.append(nn.Tanh())
-    assert_same(nn.Sequential(*model, nn.Tanh()), fused, x)
-
-
-@pytest.mark.parametrize("make", [block, lambda: Features(*chain(nn.ReLU()))])
-def test_fused_can_be_copied_and_pickled(make):
-    fused = fuse(make())
-    stream = io.BytesIO()
-    torch.save(fused, stream)
-    stream.seek(0)
-    loaded = torch.load(stream, weights_only=False)
-    for other in (copy.deepcopy(fused), loaded, pickle.loads(pickle.dumps(fused))):
-        assert [type(module) for module in other.modules()] == [
-            type(module) for module in fused.modules()
-        ]
+def test_fused_can_be_copied_and_pickled():
+    fused = fuse(of_class(Features)())
+    pickled = [pickle.loads(pickle.dumps(fused, protocol)) for protocol in (2, 5)]  # 2: torch.save
+    for other in (copy.deepcopy(fused), *pickled):
+        assert list(map(type, other.modules())) == list(map(type, fused.modules()))
         assert_same(fused, other, image())
         assert next(other.parameters()) is not next(fused.parameters())
         assert other.meta["folded"] == fused.meta["folded"] != []
-
-
-def test_fused_keeps_modes_and_follows_them():
-    model = block()
-    model.features[4].eval()
-    fused = fuse(model)
-    assert [m.training for m in fused.modules()] == [m.training for m in model.modules()]
-    x = image()
-    for training in (False, True):
-        fused.train(training)
-        assert_same(copy.deepcopy(model).train(training), fused, x)
-        assert torch.equal(fused(x), fused(x)) != training
-    assert model.training  # a mode of its own
-    assert not model.features[4].training
 
 
 @pytest.mark.filterwarnings("error")
@@ -1099,20 +695,12 @@ def test_fuse_twice():
     fused = fuse(block())
     again = fuse(fused)
     assert again.meta == fused.meta
-    assert [type(m) for m in again.modules()] == [type(m) for m in fused.modules()]
+    assert list(map(type, again.modules())) == list(map(type, fused.modules()))
     assert_same(fused, again, image())
 
 
-def test_nothing_to_fold_is_said():
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double()
-    with pytest.warns(UserWarning, match="nothing to fold in Sequential"):
-        fused = fuse(plain)
-    assert fused.meta["folded"] == []
-    assert_same(plain, fused, image())
-
-
 def test_a_meta_of_ones_own_is_kept():
-    model = chain(nn.ReLU())
+    model = in_a_row()
     model.meta = "mine"
     assert fuse(model).meta == "mine"
 
@@ -1126,38 +714,26 @@ def test_fused_compiles_into_one_graph():
         targets.extend(str(node.target) for node in graph.graph.nodes)
         return aot_eager(graph, inputs)
 
-    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend=backend)
+    compiled = copy.deepcopy(fused)
+    compiled.compile(fullgraph=True, backend=backend)
     x = image()
     for training in (True, False):
-        fused.train(training)
-        compiled.train(training)
-        output, gradients = run(fused, x)
-        compiled_output, compiled_gradients = run(compiled, x)
-        torch.testing.assert_close(compiled_output, output)
-        for one, another in zip(compiled_gradients.values(), gradients.values(), strict=True):
-            torch.testing.assert_close(one, another)
+        torch.testing.assert_close(run(compiled.train(training), x), run(fused.train(training), x))
     assert any("conv2d" in target for target in targets)
     assert not any("relu" in target for target in targets)  # it folds there, too
 
 
 def test_a_trace_is_that_of_the_model():
     """What others do with `torch.fx` (features, quantization) sees every module."""
-    model = chain(nn.ReLU())
+    model = in_a_row()
     graphs = [fx.symbolic_trace(one).graph for one in (model, fuse(model))]
     calls, fused_calls = ([(node.op, node.target) for node in graph.nodes] for graph in graphs)
     assert fused_calls == calls
 
 
 def test_fused_on_the_meta_device():
-    fused = fuse(chain(nn.ReLU())).to("meta")
+    fused = fuse(in_a_row()).to("meta")
     assert fused(image().to("meta")).shape == (2, 4, 3, 3)
-
-
-def test_folds_are_logged(caplog):
-    with caplog.at_level(logging.INFO, "stochastic_pooling"):
-        fused = fuse(block())
-    lines = [record.getMessage().removeprefix("folded into ") for record in caplog.records]
-    assert lines == fused.meta["folded"] != []
 
 
 # ---------------------------------------------------------------- replace_pooling
@@ -1179,53 +755,39 @@ def pools() -> nn.Sequential:
     )
 
 
-def named(value: object) -> str:
-    """As text, but of a function not where it lies: other processes know the test by it."""
-    return re.sub(" at 0x[0-9a-f]+", "", str(value))
-
-
-def replaced(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, POOLS)]
-
-
 @pytest.mark.parametrize(
-    ("pool", "twin"),
+    "pool",
     [
-        (nn.MaxPool1d(3, 2, 1, 2, True, True), StochasticPool1d),
-        (nn.MaxPool2d((3, 2), (2, 1), (1, 0), 1, False, True), StochasticPool2d),
-        (nn.MaxPool3d(3, 2, 1, (1, 2, 1), False, True), StochasticPool3d),
-        (nn.AvgPool1d(3, 2, 1, True, False), StochasticPool1d),
-        (nn.AvgPool2d((3, 2), None, (1, 0), True, False), StochasticPool2d),
-        (nn.AvgPool3d(3, 2, 1, True, False), StochasticPool3d),
-        (nn.AdaptiveMaxPool1d(4, True), AdaptiveStochasticPool1d),
-        (nn.AdaptiveMaxPool2d((2, 3), True), AdaptiveStochasticPool2d),
-        (nn.AdaptiveMaxPool3d((2, None, 3), True), AdaptiveStochasticPool3d),
-        (nn.AdaptiveAvgPool1d(2), AdaptiveStochasticPool1d),
-        (nn.AdaptiveAvgPool2d(2), AdaptiveStochasticPool2d),
-        (nn.AdaptiveAvgPool3d(2), AdaptiveStochasticPool3d),
+        nn.MaxPool1d(3, 2, 1, 2, True, True),
+        nn.MaxPool2d((3, 2), (2, 1), (1, 0), 1, False, True),
+        nn.MaxPool3d(3, 2, 1, (1, 2, 1), False, True),
+        nn.AvgPool1d(3, 2, 1, True, False),
+        nn.AvgPool2d((3, 2), None, (1, 0), True, False),
+        nn.AvgPool3d(3, 2, 1, True, False),
+        nn.AdaptiveMaxPool1d(4, True),
+        nn.AdaptiveMaxPool2d((2, 3), True),
+        nn.AdaptiveMaxPool3d((2, None, 3), True),
+        nn.AdaptiveAvgPool1d(2),
+        nn.AdaptiveAvgPool2d(2),
+        nn.AdaptiveAvgPool3d(2),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+    ids=lambda pool: type(pool).__name__,
 )
 @pytest.mark.filterwarnings("error")
-def test_arguments_move_to_the_twin(pool, twin):
+def test_arguments_move_to_the_twin(pool):
     model = nn.Sequential(nn.ReLU(), pool)
     assert replace_pooling(model, types=[type(pool)], sample_in_eval=True) is model
-    assert type(model[1]) is twin
+    assert type(model[1]).__name__ == re.sub("Max|Avg", "Stochastic", type(pool).__name__)
     assert model[1].sample_in_eval
     moved = set(vars(pool)) & set(vars(model[1])) - set(vars(nn.Module()))
     assert moved >= ({"output_size"} if hasattr(pool, "output_size") else {"kernel_size", "stride"})
     for name in moved:
         assert getattr(model[1], name) == getattr(pool, name), name
-    dimensions = {"1d": 1, "2d": 2, "3d": 3}[type(pool).__name__[-2:]]
+    dimensions = int(type(pool).__name__[-2])
     x = torch.randn(2, 3, *(9, 8, 7)[:dimensions])
-    outputs, expected = model(x), pool(x)
-    for output, other in zip(
-        outputs if isinstance(outputs, tuple) else [outputs],
-        expected if isinstance(expected, tuple) else [expected],
-        strict=True,
-    ):
-        assert output.shape == other.shape
-        assert output.dtype == other.dtype
+    results = [y if isinstance(y, tuple) else (y,) for y in (model(x), pool(x))]
+    shapes, expected = ([(y.shape, y.dtype) for y in result] for result in results)
+    assert shapes == expected
 
 
 @pytest.mark.filterwarnings("ignore:replace_pooling")
@@ -1237,10 +799,9 @@ def test_arguments_move_to_the_twin(pool, twin):
         ({"select": ["0", "2.?"]}, ["0", "2.0"]),
         ({"select": lambda name, pool: pool.kernel_size == 2}, ["1", "2.0"]),
         ({"types": [nn.AvgPool2d]}, ["1"]),
-        ({"types": [nn.AdaptiveAvgPool2d]}, ["3"]),
+        ({"types": nn.AdaptiveAvgPool2d}, ["3"]),
         ({"types": [nn.MaxPool2d, nn.AdaptiveAvgPool2d], "select": ["3", "0"]}, ["0", "3"]),
     ],
-    ids=named,
 )
 def test_selection(arguments, names):
     model = pools()
@@ -1250,41 +811,34 @@ def test_selection(arguments, names):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("model", "arguments", "message"),
     [
-        ({"select": ["0", "typo.*"]}, r"no pool fits 'typo\.\*'.* 0: MaxPool2d;"),
-        ({"select": "3"}, r"3: AdaptiveAvgPool2d \(not in types: add nn.AdaptiveAvgPool2d\)"),
-        ({"select": "2.1"}, r"2\.1: Padded \(a subclass"),
-        ({"select": lambda name, pool: False}, "no pool to replace"),
-        ({"types": [nn.MaxPool1d]}, r"no pool to replace.*F\.max_pool2d .*cannot be replaced"),
-        ({"types": [nn.LPPool2d]}, r"LPPool2d has no stochastic twin; choose from nn\.MaxPool1d"),
+        (pools(), {"select": ["0", "typo.*"]}, r"no pool fits 'typo\.\*'.* 0: MaxPool2d;"),
+        (pools(), {"select": "3"}, r"3: AdaptiveAvgPool2d \(not in types: add nn.AdaptiveAvgPo"),
+        (pools(), {"select": "2.1"}, r"2\.1: Padded \(a subclass"),
+        (pools(), {"select": lambda name, pool: False}, "no pool to replace"),
+        (pools(), {"types": [nn.MaxPool1d]}, r"no pool .*F\.max_pool2d .*cannot be replaced"),
+        (pools(), {"types": [nn.LPPool2d]}, r"LPPool2d has no .*; choose from nn\.MaxPool1d"),
+        (nn.Sequential(StochasticPool2d(2)), {}, r"0: StochasticPool2d \(no twin\)"),
+        (nn.Sequential(nn.ReLU()), {}, "Its pools: none"),
     ],
-    ids=named,
 )
-def test_nothing_chosen_is_an_error(arguments, message):
-    model = pools()
+def test_nothing_chosen_is_an_error(model, arguments, message):
+    before = repr(model)
     with pytest.raises(ValueError, match=message):
         replace_pooling(model, **arguments)
-    assert replaced(model) == []
-
-
-def test_a_second_call_names_the_stochastic_pools():
-    model = replace_pooling(nn.Sequential(nn.MaxPool2d(2)))
-    with pytest.raises(ValueError, match=r"0: StochasticPool2d \(no twin\)"):
-        replace_pooling(model)
-    with pytest.raises(ValueError, match="Its pools: none"):
-        replace_pooling(nn.Sequential(nn.ReLU()))
+    assert repr(model) == before
 
 
 def test_a_pool_itself_is_returned_as_its_twin():
-    pool = nn.MaxPool2d(2).eval()
-    twin = replace_pooling(pool)
+    twin = replace_pooling(nn.MaxPool2d(2).eval())
     assert type(twin) is StochasticPool2d
     assert not twin.training
 
 
-def test_shared_instances_modes_and_hooks():
+def test_shared_instances_modes_hooks_and_attributes():
     pool = nn.MaxPool2d(2).eval()
+    pool.index = -1  # as detectors note where a layer reads from
     calls = []
     handle = pool.register_forward_hook(lambda module, *_: calls.append(module))
     inner = nn.Sequential(pool)
@@ -1294,13 +848,13 @@ def test_shared_instances_modes_and_hooks():
     assert type(twin) is StochasticPool2d
     assert model["d"] is model["b"][0] is twin
     assert type(model["e"]) is nn.MaxPool2d
+    assert twin.index == -1
     assert not twin.training
     assert model.training
-    x = torch.rand(1, 1, 4, 4)
-    twin(x)
+    twin(torch.rand(1, 1, 4, 4))
     assert calls == [twin]
     handle.remove()
-    twin(x)
+    twin(torch.rand(1, 1, 4, 4))
     assert calls == [twin]
 
 
@@ -1310,12 +864,13 @@ def test_shared_instances_modes_and_hooks():
         (nn.AvgPool2d(3, 1, 1), "1: count_include_pad"),
         (nn.AvgPool1d(3, 1, 1), "1: count_include_pad"),
         (nn.AvgPool2d(3, divisor_override=2), "1: divisor_override=2"),
+        *((nn.AvgPool2d(3, padding=padding), "") for padding in (0, (0, 0), [0, 0], np.int64(0))),
     ],
 )
 def test_a_changed_meaning_is_warned_of(pool, message):
-    with pytest.warns(UserWarning, match=message) as record:
-        replace_pooling(nn.Sequential(nn.ReLU(), pool))
-    assert [warning.filename for warning in record] == [__file__]
+    text = warned(nn.Sequential(nn.ReLU(), pool))
+    assert text.startswith(message)
+    assert bool(text) == bool(message)
 
 
 class Runs(nn.Module):
@@ -1324,7 +879,8 @@ class Runs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.parts = [nn.ReLU(), nn.MaxPool2d(2)]
-        self.named = {"pool": self.parts[1]}
+        self.named: dict[str, Any] = {"pool": self.parts[1]}
+        self.named["all"] = self.named
         self.call = self.parts[1].forward
         self.pairs = [("pool", (self.parts[1],))]
         self.net = nn.Sequential(*self.parts)
@@ -1350,34 +906,19 @@ def test_a_compiled_pool_is_replaced_behind_its_compilation():
     assert len({model(x).sum().item() for _ in range(20)}) > 1
 
 
-def test_a_function_that_holds_on_to_a_pool_is_named():
-    pool = nn.MaxPool2d(2)
-    model = nn.Sequential(nn.ReLU(), pool)
-    model[0].register_forward_hook(lambda module, _, output: pool(output))
-    assert "<lambda> of a ReLU holds on to a pool" in warned(model)
-
-
 @pytest.mark.parametrize(
-    "hold",
+    ("hold", "holder"),
     [
-        functools.partial,
-        lambda pool: {pool},
-        lambda pool: [lambda x: pool(x)],
-        lambda pool: lambda x, *, kept=[pool]: kept[0](x),
+        (lambda pool: {"kept": functools.partial(pool)}, "held"),
+        (lambda pool: {pool}, "held"),
+        (lambda pool: [lambda x: pool(x)], "<lambda>"),
+        (lambda pool: lambda x, *, kept=[pool]: kept[0](x), "<lambda>"),
     ],
 )
-def test_what_else_holds_on_to_a_pool_is_named(hold):
+def test_what_holds_on_to_a_pool_is_named(hold, holder):
     model = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
     model.held = hold(model[1])
-    assert " of a Sequential holds on to a pool" in warned(model)
-
-
-def test_a_dict_that_holds_itself():
-    model = nn.Sequential(nn.MaxPool2d(2))
-    model.known = {"pool": model[0]}
-    model.known["all"] = model.known
-    replace_pooling(model)
-    assert model.known["pool"] is model[0]
+    assert f"{holder} of a Sequential holds on to a pool" in warned(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
@@ -1389,12 +930,6 @@ def test_graphs_of_fx_and_scripts():
     assert fuse(model).meta["folded"] == ["3: ReLU 2, bias of 1"]
 
 
-def test_what_was_written_on_a_pool_is_on_its_twin():
-    pool = nn.MaxPool2d(2)
-    pool.index = -1  # as detectors note where a layer reads from
-    assert replace_pooling(nn.Sequential(nn.ReLU(), pool))[1].index == -1
-
-
 def test_a_patched_pool_is_left_and_named():
     model = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2))
     model[1].forward = lambda x: F.max_pool2d(x, 2, padding=1)
@@ -1402,54 +937,19 @@ def test_a_patched_pool_is_left_and_named():
     assert replaced(model) == ["0"]
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("padding", [0, (0, 0), [0, 0], np.int64(0)])
-def test_an_unpadded_average_is_no_reason_to_warn(padding):
-    model = nn.Sequential(nn.ReLU(), nn.AvgPool2d(3, padding=padding))
-    assert replaced(replace_pooling(model)) == ["1"]
-
-
-def warned(model: nn.Module, **arguments: Any) -> str:
-    """What `replace_pooling` says of it, from the caller's line."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        replace_pooling(model, **arguments)
-    assert [warning.filename for warning in caught] == [__file__] * len(caught)
-    return "\n".join(str(warning.message) for warning in caught)
-
-
-class Calls(nn.Module):
-    def __init__(self, *modules: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(modules)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for part in self.parts:
-            x = part(x)
-        return x
-
-
 @pytest.mark.parametrize(
     ("model", "negative"),
     [
-        (nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)), ""),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Dropout(), nn.AvgPool2d(2)), ""),
-        (nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.AvgPool2d(2)), ""),
+        (nn.Sequential(CONV, nn.ReLU6(), nn.Dropout(), nn.AvgPool2d(2)), ""),
+        (nn.Sequential(nn.Sequential(CONV, nn.ReLU()), nn.AvgPool2d(2)), ""),
         (nn.Sequential(nn.Sigmoid(), nn.Sequential(nn.AvgPool2d(2))), ""),
         (nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(2)), ""),  # of a twin nothing is negative
-        (nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3), nn.AvgPool2d(2)), "2"),
+        (nn.Sequential(nn.ReLU(), CONV, nn.AvgPool2d(2)), "2"),
         (nn.Sequential(nn.ReLU(), nn.Tanh(), nn.AvgPool2d(2)), "2"),
         (nn.Sequential(nn.AvgPool2d(2)), "0"),
-        (Calls(nn.ReLU(), nn.AvgPool2d(2), nn.AvgPool2d(3)), "parts.1, parts.2"),
-        (Calls(nn.ReLU(), nn.MaxPool2d(2)), ""),
+        (nn.ModuleList([nn.ReLU(), nn.AvgPool2d(2), nn.AvgPool2d(3)]), "1, 2"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2)), "1"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.ReLU()), ""),
-        (models.alexnet(), ""),
-        (models.resnet18(), ""),
-        (
-            models.DenseNet(4, (1, 1, 1), 8),
-            "features.transition1.pool, features.transition2.pool",
-        ),
     ],
 )
 def test_what_may_be_negative_is_named(model, negative):
@@ -1476,32 +976,25 @@ def helper(x: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(torch.max_pool1d(x.flatten(2), 2), 1)
 
 
-@pytest.mark.filterwarnings("ignore:The default weight init")
 @pytest.mark.parametrize(
     ("model", "left"),
     [
-        (nn.Sequential(nn.MaxPool2d(2), Padded(2)), ["1: Padded (a subclass"]),
-        (nn.Sequential(nn.MaxPool2d(2), nn.LPPool2d(2, 2)), ["1: LPPool2d (no twin)"]),
-        (Functions(), ["avg_pool2d, max_pool1d, max_pool3d in the code of Functions"]),
-        (models.squeezenet1_1(), []),
-        (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), []),
+        (nn.Sequential(nn.MaxPool2d(2), Padded(2)), "1: Padded (a subclass"),
+        (nn.Sequential(nn.MaxPool2d(2), nn.LPPool2d(2, 2)), "1: LPPool2d (no twin)"),
+        (Functions(), "avg_pool2d, max_pool1d, max_pool3d in the code of Functions"),
+        (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), ""),
     ],
 )
 def test_what_is_left_is_named(model, left):
     text = warned(model)
-    assert all(line in text for line in left)
-    assert text == "" or text.count(";") == len(left) - 1
-
-
-def test_timm_pools_that_are_left_are_named():
-    layers = pytest.importorskip("timm.layers")
-    model = nn.Sequential(nn.MaxPool2d(2), layers.create_pool2d("max", 3, padding="same"))
-    assert "1: MaxPool2dSame (a subclass" in warned(model)
+    assert left in text
+    assert bool(text) == bool(left)
+    assert ";" not in text  # nothing else
 
 
 def test_what_the_arguments_leave_out_is_logged(caplog):
-    with caplog.at_level(logging.INFO, "stochastic_pooling"):
-        assert warned(pools()[0::3]) == ""
-        warned(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2)), select="1")
+    caplog.set_level(logging.INFO, "stochastic_pooling")
+    assert warned(pools()[0::3]) == ""
+    warned(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2)), select="1")
     left = [r.getMessage() for r in caplog.records if r.getMessage().startswith("left")]
     assert left == ["left as it is: 3: AdaptiveAvgPool2d", "left as it is: 2: AvgPool2d"]
