@@ -1,6 +1,6 @@
 """Stochastic pooling on the CPU, compiled by numba: the four functions of `reference.py`.
 
-Compiled are the windows that networks train with: up to 5 cells a side and strides of up to 5, no
+Compiled are the windows that networks train with: up to 8 cells a side and strides of up to 8, no
 dilation, in fp16, bf16 and fp32. The reference serves the others, fp64 and volumes, and every call
 whose weights are too large, or whose sums too small for the expectation, for plain fp32.
 """
@@ -27,7 +27,7 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
-_LARGEST = 5  # side of windows, and stride: the passes unroll them, and LLVM takes seconds for each
+_LARGEST = 8  # side of windows, and stride: each takes seconds to compile; see NO_CELL
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _NOTHING = torch.zeros(0, dtype=torch.float32, device="cpu")  # whatever the default is
 
