@@ -16,7 +16,7 @@ IMAGE_SIZE = 256
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*{*globals(), *__all__}]
 
 
 def __getattr__(name: str) -> Any:

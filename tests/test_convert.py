@@ -497,6 +497,9 @@ ZOO: dict[str, Animal] = {
     "a Sequential of one's own": Animal(of_class(Features)),
     "a Sequential that runs otherwise": Animal(of_class(Backwards)),
     "a Sequential that is called otherwise": Animal(of_class(doubling(nn.Sequential, "__call__"))),
+    "a patched Sequential": Animal(
+        changed(lambda m: setattr(m.features, "forward", m.features[0].forward)), **NOTHING
+    ),
     "one inside that is called otherwise": Animal(
         lambda: Net(None, doubling(nn.Sequential, "__call__")(CONV, RELU), POOL), **NOTHING
     ),

@@ -425,7 +425,8 @@ _RUNS_IN_A_ROW = {_RUN, _Folding.forward}
 
 
 def _runs_in_a_row(module: nn.Module) -> bool:
-    return getattr(type(module), "forward", None) in _RUNS_IN_A_ROW  # TorchScript's has none
+    forward = getattr(type(module), "forward", None)  # TorchScript's has none
+    return forward in _RUNS_IN_A_ROW and not _is_patched(module)
 
 
 _METHODS = ("__call__", "_call_impl", "_compiled_call_impl", "forward", "_conv_forward")
