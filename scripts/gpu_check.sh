@@ -119,7 +119,8 @@ smoke+=("(sample or expectation) and overlapping and float16 and not bfloat16")
 # compiles for other GPUs, runs onnxruntime or starts processes that train on CPUs.
 tests=(tests/test_{kernels,properties,extremes,pooling,in_pytorch,volumes}.py)
 tests+=(tests/test_memory.py::test_account_agrees_with_a_gpu tests/test_{transforms,compile,augment}.py)
-tests+=(--durations=15 --continue-on-collection-errors -k)
+# Test by test, so that those that failed are known if the part meets its limit.
+tests+=(-vv --durations=15 --continue-on-collection-errors -k)
 bench=("${pytest[@]}" bench/ --benchmark-only --benchmark-json "$out/benchmarks.json")
 parallel=
 if [ "$device" = cuda ]; then
