@@ -305,7 +305,9 @@ def _adaptive_windows(
     number = torch.arange(outputs, device=device)[:, None]
     positions = number * length // outputs + torch.arange(cells, device=device)
     ends = ((number + 1) * length + outputs - 1) // outputs
-    return cells, positions.clamp(max=length - 1).flatten(), (positions >= ends).flatten()
+    # Not `clamp`, which knows no length that a trace keeps on the CPU.
+    place = torch.minimum(positions, ends - 1)
+    return cells, place.flatten(), (positions >= ends).flatten()
 
 
 def _remembered(function: Callable[..., R]) -> Callable[..., R]:
