@@ -124,3 +124,43 @@ def test_few_variants_are_compiled_and_one_channel_can_be():
         assert set(found) == set(kernels)
         limits = zip(kernels, SWEEPS[sweep][1], strict=True)
         assert all(found[name] <= limit for name, limit in limits), (sweep, found)
+
+
+REPEATED = """
+class Gpu(kernel_report._AbsentGpu):
+    # Notes the launches instead.
+    utils = type("", (), {
+        "load_binary": lambda *_: (0, 0, 0, 0, 1024),
+        "get_device_properties": lambda *_: {"max_shared_mem": 2**17},
+    })
+    def launcher_cls(self, *_):
+        return lambda *arguments: launches.append(arguments[:6] + arguments[7:])  # no metadata
+
+def noted(*arguments):
+    launches.clear()
+    launch(*arguments)
+    return list(launches)
+
+launches, slow = [], triton.runtime.jit.JITFunction.run
+triton.runtime.driver.set_active(Gpu(kernel_report.TARGETS["sm_86"]))
+for layout in (torch.contiguous_format, torch.channels_last):
+    for size, dtype in ((3, torch.float16), (5, torch.float64)):
+        arguments = (2, 8, 9, 9), window(size, 1, 1), layout, dtype
+        first = noted(*arguments)
+        triton.runtime.jit.JITFunction.run = None  # Triton need not find out again what to launch
+        again = noted(*arguments)
+        triton.runtime.jit.JITFunction.run = slow
+        assert len(first) == len(again) == (4 if size == 3 else 5)
+        for one, other in zip(first, again, strict=True):
+            for mine, right in zip(one, other, strict=True):
+                if isinstance(mine, torch.Tensor):
+                    mine, right = (mine.shape, mine.dtype), (right.shape, right.dtype)
+                assert mine == right
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
+def test_a_second_launch_is_the_first():
+    pytest.importorskip("triton")
+    run = run_python("-c", VARIANTS + REPEATED)
+    assert run.returncode == 0, run.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -125,7 +126,7 @@ def sliding(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The Triton kernels with small programs, and planes in one strip."""
     kernels = pytest.importorskip("stochastic_pooling.gpu.launch", exc_type=ImportError)
     monkeypatch.setattr(kernels, "SLIDING_BLOCK", 32)
-    monkeypatch.setattr(kernels, "FILLING_THREADS", 1)
+    monkeypatch.setattr(kernels, "FILLING_THREADS", 0)
     return kernels
 
 
@@ -265,6 +266,24 @@ def test_a_launch_is_planned_once(sliding, layout, device, monkeypatch):
             sliding.expectation_backward(output, x, None, window, True)
             planned = [planner.cache_info().misses for planner in planners] != before
             assert planned <= (not repeated)
+
+
+def test_a_compiled_kernel_serves_what_it_was_compiled_for(sliding, layout, device):
+    """Launched again with tensors that lie elsewhere, bias and gradient of another dtype."""
+    shape, window = CASES["overlapping, padded"]
+    strides = torch.empty(shape, memory_format=layout).stride()
+    seed = torch.tensor(SEED, device=device)
+    for offset, dtype in ((0, None), (1, None), (0, torch.float16), (1, torch.float16), (0, None)):
+        memory = torch.randn(offset + math.prod(shape), device=device)
+        x = memory[offset:].as_strided(shape, strides)
+        bias = None if dtype is None else x[0, :, 0, 0].to(dtype)
+        results = []
+        for backend in (sliding, reference):
+            output, code = backend.sample(x, bias, seed, window)
+            grad = (code - 4).to(dtype or x.dtype)
+            backward = backend.sample_backward(grad, code, shape[2:], window, True)
+            results.append((output, code, *backward))
+        assert all(map(torch.equal, *results))
 
 
 def test_planes_of_one_cell_with_codes_in_channels_last(sliding, device):

@@ -25,10 +25,10 @@ from .sliding import (
     _largest,
     _load_columns,
     _pair,
+    _partial,
     _plane,
     _seen,
     _store,
-    _store_bias,
 )
 
 # Weights are taken times this, which the gradient is not: the least of them has a reciprocal.
@@ -271,6 +271,7 @@ def gradient_sliding_kernel(
     whole_input = (input_ptr, in_n, in_c, in_pitch, in_step)
     whole_grad = (grad_output_ptr, grad_n, grad_c, grad_pitch, grad_step)
     number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
+    partial = _partial(number, image, channel, pair, channels, pairs, lanes, v)
     grad_input = _seen(whole_grad_input, image, channel, pair * 2, v.own)
     if v.same:  # one index serves both
         input = (input_ptr,) + grad_input[1:]
@@ -342,4 +343,5 @@ def gradient_sliding_kernel(
             channels, height, width, out_height, out_width,
             pairs + (any_unusual >> 1), lanes, first_row, end_row, v,
         )  # fmt: skip
-    _store_bias(partial_bias_ptr, bias_sum, number, lanes, exists, v)
+    if v.bias_gradient:
+        tl.store(partial_bias_ptr + partial, bias_sum, mask=exists)

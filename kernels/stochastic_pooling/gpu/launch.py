@@ -32,9 +32,9 @@ from .sliding import (
 TILE_BYTES = 1024
 # Lanes of a sliding kernel's program, a thread each.
 SLIDING_BLOCK = 128
-# Threads that fill a large GPU (an H100 holds 135,000 with 64 registers each): planes are cut into
-# strips until there are as many.
-FILLING_THREADS = 2**17
+# Threads that keep a multiprocessor busy to the end, some four times as many as it holds: planes
+# are cut into strips until there are as many.
+FILLING_THREADS = 4096
 # Inner rows of a sliding kernel come in unrolled groups of so many, and a strip is a multiple of
 # one. Four rows share a Philox call; after three the rows in registers are back where they began.
 _ROWS = {"sample": 4, "expectation": 6, "gather": 3, "gradient": 3}
@@ -54,7 +54,6 @@ _REGISTERS = {
 }
 
 _SIZES = ("depth", "height", "width")
-_OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _ALREADY_CURRENT = contextlib.nullcontext()
@@ -62,13 +61,20 @@ Ints: TypeAlias = tuple[int, ...]
 
 
 class Plan(NamedTuple):
-    """What a launch needs besides tensors; `partial_bias` is the shape of what a backward adds up
-    to the bias's gradient, channels in the middle."""
+    """What a launch needs besides tensors.
+
+    The kernel's first arguments are the tensors named by `pointers`, the others `numbers`.
+    `partial_bias` is the shape of what a backward adds up to the bias's gradient, channels in the
+    middle; `compiled` holds what Triton made of the kernel, for each kind of tensors.
+    """
 
     kernel: Any
     grid: Ints
-    numbers: dict[str, Any]
+    pointers: tuple[str, ...]
+    numbers: tuple[Any, ...]
+    options: dict[str, Any]
     partial_bias: Ints
+    compiled: dict[tuple[Any, ...], Any]
 
 
 class Call(NamedTuple):
@@ -191,11 +197,24 @@ def _gather(
 
 
 def _launch(plan: Plan, device: torch.device, **tensors: torch.Tensor | None) -> None:
-    if plan.grid[0] > 0:
-        if (bias := tensors.get("bias_ptr")) is not None:
-            tensors["bias_ptr"] = bias.contiguous()
-        with _current(device):
-            plan.kernel[plan.grid](**{**plan.numbers, **tensors})
+    if plan.grid[0] == 0:
+        return
+    if (bias := tensors.get("bias_ptr")) is not None:
+        tensors["bias_ptr"] = bias.contiguous()
+    pointers = [tensors.get(name) for name in plan.pointers]
+    # What else a kernel is compiled for. To have Triton find that out takes longer than most small
+    # kernels run.
+    kind = (device, *[t is not None and (t.dtype, t.data_ptr() % 64) for t in pointers])
+    compiled = plan.compiled.get(kind)
+    with _current(device):
+        if compiled is not None:
+            compiled[plan.grid](*pointers, *plan.numbers)
+            return
+        compiled = plan.kernel[plan.grid](*pointers, *plan.numbers, **plan.options)
+    # On AMD's GPUs it is compiled for the size of the storages, too. What was only compiled, not
+    # launched, has no module; in the interpreter nothing is.
+    if "maxnreg" in plan.options and getattr(compiled, "module", None) is not None:
+        plan.compiled[kind] = compiled
 
 
 def _empty_output(
@@ -227,7 +246,8 @@ def _plan(
     call = Call(
         name, window, layout, input.shape, input.stride(), output.shape, output.stride(),
         None if grad is None else grad.stride(), input.dtype,
-        _target(input.device), SLIDING_BLOCK, FILLING_THREADS, **flags,
+        _target(input.device), SLIDING_BLOCK, FILLING_THREADS * _multiprocessors(input.device),
+        **flags,
     )  # fmt: skip
     return _planned(call)
 
@@ -323,7 +343,7 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         stop = triton.cdiv(height + window.padding_h, window.stride_h)
         inner = out_height - 1 if call.name == "gather" else min(inner, out_height - 1)
     # Few strips, but enough to fill a GPU; a grid's limit is 2**16 - 1.
-    wanted = min(triton.cdiv(call.filling_threads, lanes), 2**15)
+    wanted = min(max(1, triton.cdiv(call.filling_threads, lanes)), 2**15)
     rows = _ROWS[call.name]
     strip_rows = rows * max(1, triton.cdiv(stop - start, rows * wanted))
     if call.name == "gradient":
@@ -362,14 +382,15 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         **{f"out_{name}": number for name, number in output[1].items()},
         **{f"own_{name}": number for name, number in owned[1].items()},
         **{f"grad_{name}": number for name, number in grad[1].items()},
-        v=Constants(**constants), **_compiler_options(call, registers, call.block),
+        v=Constants(**constants),
     )  # fmt: skip
-    partial = (batch * pairs, channels, 1) if channels_last else (batch, channels, pairs)
-    return Plan(
+    partial = strips * batch * pairs
+    return _made(
         kernel,
-        (triton.cdiv(lanes, call.block), strips),
-        _for(kernel, numbers),
-        (strips * partial[0], *partial[1:]),
+        (triton.cdiv(lanes, call.block), strips, 1),
+        numbers,
+        _compiler_options(call, registers, call.block),
+        (partial, channels, 1) if channels_last else (1, channels, partial),
     )
 
 
@@ -408,22 +429,24 @@ def _tile(call: Call, constants: dict[str, Any]) -> Plan:
     kernel = (
         gather_kernel if gathers else sample_kernel if call.name == "sample" else expectation_kernel
     )
-    numbers.update(positions=positions, v=Constants(**constants), **_compiler_options(call))
-    return Plan(
+    numbers.update(positions=positions, v=Constants(**constants))
+    return _made(
         kernel,
-        (blocks_p * triton.cdiv(channels, block_c),),
-        _for(kernel, numbers),
+        (blocks_p * triton.cdiv(channels, block_c), 1, 1),
+        numbers,
+        _compiler_options(call),
         (blocks_p, channels, 1),
     )
 
 
-def _for(kernel: Any, numbers: dict[str, Any]) -> dict[str, Any]:
-    """Those of the numbers that a kernel takes, its options, and no tensors."""
+def _made(
+    kernel: Any, grid: Ints, numbers: dict[str, Any], options: dict[str, Any], partial_bias: Ints
+) -> Plan:
+    """A plan with those of the numbers that the kernel takes."""
     names = kernel.arg_names
-    pointers = dict.fromkeys(name for name in names if name.endswith("_ptr"))
-    return pointers | {
-        name: number for name, number in numbers.items() if name in names or name in _OPTIONS
-    }
+    pointers = tuple(name for name in names if name.endswith("_ptr"))
+    taken = tuple(numbers[name] for name in names[len(pointers) :])
+    return Plan(kernel, grid, pointers, taken, options, partial_bias, {})
 
 
 # ---------------------------------------------------------------- devices
@@ -445,6 +468,13 @@ def _compiler_options(call: Call, registers: int = 128, lanes: int = 128) -> dic
         # What the assembler makes for sm_100 needs some more.
         options["maxnreg"] = registers + 8 * (target.arch == 100)
     return options
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 32
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _target(device: torch.device) -> Any:

@@ -176,11 +176,15 @@ def _store(tensor, index, two, exists, has_second, t: tl.constexpr):
 
 
 @triton.jit
-def _store_bias(partial_bias_ptr, bias_sum, number, lanes, exists, v: tl.constexpr):
-    """Store the lane's share of the bias's gradient: [strips, lanes]."""
-    if v.bias_gradient:
-        partial = tl.program_id(1).to(tl.int64) * lanes + number
-        tl.store(partial_bias_ptr + partial, bias_sum, mask=exists)
+def _partial(number, image, channel, pair, channels, pairs, lanes, v: tl.constexpr):
+    """Where the lane's share of the bias's gradient is stored: channels last or first, so that
+    PyTorch sums over one dimension, which takes half as long as over those before and behind."""
+    strip = tl.program_id(1)
+    if v.channels_last:
+        return strip * lanes + number
+    else:
+        each = tl.cast(lanes, tl.uint32) // tl.cast(channels, tl.uint32)
+        return (channel * tl.num_programs(1) + strip) * each.to(tl.int32) + image * pairs + pair
 
 
 @triton.jit
@@ -708,6 +712,7 @@ def gather_sliding_kernel(
     PRIOR: tl.constexpr = (v.kernel_h - 1) // v.stride_h
     channels = channels if v.channels == 0 else v.channels
     number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
+    partial = _partial(number, image, channel, pair, channels, pairs, lanes, v)
     has_second = exists & (pair * 2 + 1 < width)
     column = pair * (2 // v.stride_w)
     grad_input = (grad_input_ptr, in_n, in_c, in_pitch, in_step)
@@ -797,4 +802,5 @@ def gather_sliding_kernel(
                 v.own,
             )  # fmt: skip
         sums = sums[v.stride_h :] + empty
-    _store_bias(partial_bias_ptr, bias_sum, number, lanes, exists, v)
+    if v.bias_gradient:
+        tl.store(partial_bias_ptr + partial, bias_sum, mask=exists)
