@@ -133,8 +133,9 @@ if [ "$device" = cuda ]; then
     if ((workers > 1)) && "$python" -c 'import xdist'; then parallel="-n $workers"; fi
     # Compiling is most of it. All of bench/ takes longer than there is here.
     few="(network and float16 and not avg and not compiled) or (operator and fp16 and"
-    few+=" (cnnsp or (resnet_stem and training)) and not (avg or gist))"
-    bench+=(-k "$few")
+    few+=" (cnnsp_pool1 or ((cnnsp or resnet_stem) and (training or evaluation)))"
+    few+=" and not (avg or gist))"
+    bench+=(-k "$few" --benchmark-max-time 0.5)
     small=(-b 256 --gpu-memory-gb 6)
 else
     tests+=("any_strides or same_cells or a_volume_of_one_slice or agrees_with_a_gpu")
@@ -155,13 +156,13 @@ PYTEST_ADDOPTS=$parallel part smoke 90 1 "${smoke[@]}"
 if [ "$device" = cuda ]; then
     part counters 75 20 "$python" bench/gpu_counters.py --json "$out/counters.json"
 fi
-part benchmarks 150 1 "${bench[@]}"
+part benchmarks 120 1 "${bench[@]}"
 part "table of the benchmarks" 30 1 "$python" bench/report.py "$out/benchmarks.json"
 part training 75 4 "${train[@]}" "$work/training" "${small[@]}" --epochs "$epochs"
 cp "$work/training/summary.csv" "$out/training.csv" 2> /dev/null
 cp "$work/training/curves.png" "$out/training.png" 2> /dev/null
 part memory 50 99 "$python" -m cnnsp.training.memory -b 256 --gpu-memory-gb 6
-PYTEST_ADDOPTS=$parallel part tests 170 20 "${pytest[@]}" "${tests[@]}"
+PYTEST_ADDOPTS=$parallel part tests 200 20 "${pytest[@]}" "${tests[@]}"
 if [ "$device" = cuda ]; then
     part "batch 1024 in 6 GB" 40 4 \
         "${train[@]}" "$work/1024" "${small[@]}" -b 1024 --max-steps 3

@@ -27,7 +27,7 @@ pytestmark = [
 
 # What decides which code of a kernel runs, besides the window: the format, whether columns come in
 # pairs, whether rows fill the unrolled groups, and whether a strip begins inside a plane.
-VARIANTS = list(itertools.product(LAYOUTS, (9, 8), (1, 0), (0, 2**20)))
+VARIANTS = list(itertools.product(LAYOUTS, (9, 8), (1, 0), (1, 2**20)))
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
 
 
@@ -48,7 +48,7 @@ def cases() -> Iterator[ParameterSet]:
             name = (
                 f"{window.kernel_h}x{window.kernel_w}-stride{window.stride_h}{window.stride_w}"
                 f"-padding{window.padding_h}{window.padding_w}{'-ceil' if window.ceil_mode else ''}"
-                f"-{height}x{width}-{'strip' if filling == 0 else 'strips'}"
+                f"-{height}x{width}-{'strip' if filling == 1 else 'strips'}"
                 f"-{str(layout).removeprefix('torch.')}-{str(dtype).removeprefix('torch.')}"
                 f"{'-special' if special else ''}"
             )

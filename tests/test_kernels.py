@@ -126,7 +126,7 @@ def sliding(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The Triton kernels with small programs, and planes in one strip."""
     kernels = pytest.importorskip("stochastic_pooling.gpu.launch", exc_type=ImportError)
     monkeypatch.setattr(kernels, "SLIDING_BLOCK", 32)
-    monkeypatch.setattr(kernels, "FILLING_THREADS", 0)
+    monkeypatch.setattr(kernels, "FILLING_THREADS", 1)
     return kernels
 
 

@@ -32,9 +32,9 @@ from .sliding import (
 TILE_BYTES = 1024
 # Lanes of a sliding kernel's program, a thread each.
 SLIDING_BLOCK = 128
-# Threads that keep a multiprocessor busy to the end, some four times as many as it holds: planes
-# are cut into strips until there are as many.
-FILLING_THREADS = 4096
+# Threads that fill a large GPU (an H100 holds 135,000 with 64 registers each): planes are cut into
+# strips until there are as many.
+FILLING_THREADS = 2**17
 # Inner rows of a sliding kernel come in unrolled groups of so many, and a strip is a multiple of
 # one. Four rows share a Philox call; after three the rows in registers are back where they began.
 _ROWS = {"sample": 4, "expectation": 6, "gather": 3, "gradient": 3}
@@ -246,8 +246,7 @@ def _plan(
     call = Call(
         name, window, layout, input.shape, input.stride(), output.shape, output.stride(),
         None if grad is None else grad.stride(), input.dtype,
-        _target(input.device), SLIDING_BLOCK, FILLING_THREADS * _multiprocessors(input.device),
-        **flags,
+        _target(input.device), SLIDING_BLOCK, FILLING_THREADS, **flags,
     )  # fmt: skip
     return _planned(call)
 
@@ -343,7 +342,7 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         stop = triton.cdiv(height + window.padding_h, window.stride_h)
         inner = out_height - 1 if call.name == "gather" else min(inner, out_height - 1)
     # Few strips, but enough to fill a GPU; a grid's limit is 2**16 - 1.
-    wanted = min(max(1, triton.cdiv(call.filling_threads, lanes)), 2**15)
+    wanted = min(triton.cdiv(call.filling_threads, lanes), 2**15)
     rows = _ROWS[call.name]
     strip_rows = rows * max(1, triton.cdiv(stop - start, rows * wanted))
     if call.name == "gradient":
@@ -468,13 +467,6 @@ def _compiler_options(call: Call, registers: int = 128, lanes: int = 128) -> dic
         # What the assembler makes for sm_100 needs some more.
         options["maxnreg"] = registers + 8 * (target.arch == 100)
     return options
-
-
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 32
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _target(device: torch.device) -> Any:
