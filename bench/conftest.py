@@ -27,6 +27,12 @@ readings: list[float] = []
 outcomes: dict[str, dict[str, Outcome | Exception]] = {}
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """None: they would disturb each other."""
+    return 0
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     entries = [
         pytest.param(case, name, marks=pytest.mark.benchmark(group=case, timer=readings.pop))

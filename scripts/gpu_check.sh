@@ -125,12 +125,7 @@ bench=("${pytest[@]}" bench/ --benchmark-only --benchmark-json "$out/benchmarks.
 parallel=
 if [ "$device" = cuda ]; then
     tests+=("not (onnx or data_parallel or numba)")
-    # Processes that compile kernels side by side: of two cores fewer than there are, and with 6 GB
-    # of the GPU each, for some tests take 4 GiB at a time.
-    free=$(nvidia-smi --query-gpu=memory.free --format=csv,noheader,nounits --id=0)
-    free=${free//[!0-9]/}
-    workers=$(printf '%s\n' 16 $(($(nproc) - 2)) $((${free:-0} / 6000)) | sort -n | head -n 1)
-    if ((workers > 1)) && "$python" -c 'import xdist'; then parallel="-n $workers"; fi
+    if "$python" -c 'import xdist'; then parallel='-n auto'; fi # they compile kernels side by side
     # Compiling is most of it. All of bench/ takes longer than there is here.
     few="(network and float16 and not avg and not compiled) or (operator and fp16 and"
     few+=" (cnnsp_pool1 or ((cnnsp or resnet_stem) and (training or evaluation)))"

@@ -53,6 +53,17 @@ if not torch.cuda.is_available():
         # Half of the rest is sums made again to look for overflows, which it then says nothing of.
         builder = interpreter.interpreter_builder
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of a gigabyte or two each; on a GPU, of which some tests take 4 GiB, as many as there
+    is room for, since they compile most of the time."""
+    if not torch.cuda.is_available():
+        return min(os.cpu_count() or 1, 4)
+    return min(max(1, (os.cpu_count() or 1) - 2), torch.cuda.mem_get_info()[0] // (6 * 10**9), 16)
+
+
 # On a GPU PyTorch rounds the operands of fp32 convolutions to ten bits, in some algorithms and not
 # in others; what follows a convolution is compared here to more than that.
 torch.backends.cudnn.allow_tf32 = False
