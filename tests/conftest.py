@@ -57,8 +57,8 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Processes of a gigabyte or two each; on a GPU, of which some tests take 4 GiB, as many as there
-    is room for, since they compile most of the time."""
+    """Processes of a gigabyte or two each; on a GPU, of which some tests take 4 GiB, as many as
+    there is room for, since they compile most of the time."""
     if not torch.cuda.is_available():
         return min(os.cpu_count() or 1, 4)
     return min(max(1, (os.cpu_count() or 1) - 2), torch.cuda.mem_get_info()[0] // (6 * 10**9), 16)
