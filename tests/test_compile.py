@@ -215,6 +215,7 @@ def test_transforms_compile(training, device):
         torch.testing.assert_close(compiled(argument), expected)
 
 
+@pytest.mark.slow
 def test_compiled_model_samples_where_asked_to(device):
     model = nn.Sequential(StochasticPool2d(2), AdaptiveStochasticPool2d(4)).to(device).eval()
     x = torch.rand(2, 3, 16, 16, device=device)

@@ -143,22 +143,24 @@ def noted(*arguments):
 
 launches, slow = [], triton.runtime.jit.JITFunction.run
 triton.runtime.driver.set_active(Gpu(kernel_report.TARGETS["sm_86"]))
-for layout in (torch.contiguous_format, torch.channels_last):
-    for size, dtype in ((3, torch.float16), (5, torch.float64)):
-        arguments = (2, 8, 9, 9), window(size, 1, 1), layout, dtype
-        first = noted(*arguments)
-        triton.runtime.jit.JITFunction.run = None  # Triton need not find out again what to launch
-        again = noted(*arguments)
-        triton.runtime.jit.JITFunction.run = slow
-        assert len(first) == len(again) == (4 if size == 3 else 5)
-        for one, other in zip(first, again, strict=True):
-            for mine, right in zip(one, other, strict=True):
-                if isinstance(mine, torch.Tensor):
-                    mine, right = (mine.shape, mine.dtype), (right.shape, right.dtype)
-                assert mine == right
+for size, layout, dtype in (
+    (2, torch.contiguous_format, torch.float16), (5, torch.channels_last, torch.float64)
+):
+    arguments = (2, 8, 9, 9), window(size, 1, 1), layout, dtype
+    first = noted(*arguments)
+    triton.runtime.jit.JITFunction.run = None  # Triton need not find out again what to launch
+    again = noted(*arguments)
+    triton.runtime.jit.JITFunction.run = slow
+    assert len(first) == len(again) == (4 if size == 2 else 5)
+    for one, other in zip(first, again, strict=True):
+        for mine, right in zip(one, other, strict=True):
+            if isinstance(mine, torch.Tensor):
+                mine, right = (mine.shape, mine.dtype), (right.shape, right.dtype)
+            assert mine == right
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
 def test_a_second_launch_is_the_first():
     pytest.importorskip("triton")

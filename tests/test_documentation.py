@@ -91,6 +91,7 @@ def test_the_recipe_for_a_variant_names_what_there_is():
     assert named - new - defined == set()
 
 
+@pytest.mark.slow
 def test_pictures_are_made(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     pictures = importlib.import_module("pictures")

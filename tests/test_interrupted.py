@@ -324,6 +324,7 @@ def test_a_table_that_is_locked_does_not_end_the_run(
     assert checkpoint.load(output)["progress"]["total_steps"] == 1
 
 
+@pytest.mark.slow
 def test_the_best_may_have_been_stopped_within_an_epoch(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -222,6 +222,7 @@ def cells_inside(
     return [[cell for cell in window if 0 <= cell < length] for window in windows]
 
 
+@pytest.mark.slow
 def test_huge_arguments_in_one_and_three_dimensions(device):
     for pool, maximum, dims in (
         (stochastic_pool1d, F.max_pool1d, 1),

@@ -184,6 +184,7 @@ def arguments(photos: Path, output: Path, *flags: str) -> list[str]:
 TINY = ["--augment", "random", "--repeats", "1", "-b", "4"]
 
 
+@pytest.mark.slow
 def test_study_writes_results_and_goes_on_where_it_stopped(
     photos: Path, tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
