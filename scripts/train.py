@@ -92,6 +92,8 @@ def parse(
         **{"data_dir": data_dir, **chosen},
     )
     args = parser.parse_args(arguments)
+    if args.resume and not resumed:  # what is not given is not known yet
+        return args
     if args.torchcompile == "off":
         args.torchcompile = None
     if args.torchcompile in CUDA_GRAPHS and args.accumulate > 1:
@@ -166,10 +168,11 @@ def run(arguments: Sequence[str] | None) -> None:
         state = checkpoint.load(path)
         args = parse(arguments, state["options"])
         args.resume, args.named_by = path, args.named_by and path
-        if state["pooling"] != args.pool:
-            raise UserError(
-                f"checkpoint {path} was trained with --pool {state['pooling']}, not {args.pool}"
-            )
+        for name in ("recipe", "pool", "opt"):
+            ours, theirs = getattr(args, name), state["options"].get(name)
+            if ours != theirs:
+                was = f"with --{name} {theirs}" if theirs else f"without --{name}"
+                raise UserError(f"checkpoint {path} was trained {was}, not --{name} {ours}")
     splits = {}
     if args.data_dir != SYNTHETIC:
         splits = folder.list_folder(args.data_dir, validate=args.validate, named_by=args.named_by)

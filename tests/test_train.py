@@ -383,7 +383,10 @@ def test_part_of_an_epoch_is_shown_as_a_part(
 
 
 def test_recorded_folders_are_whole_paths(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """So that another working folder does no harm; and a folder that is gone is explained."""
     photos, last = trained.parent / "photos", tmp_path / "last.pt"
@@ -395,6 +398,8 @@ def test_recorded_folders_are_whole_paths(
     gone = f"{tmp_path / 'gone'} does not exist; {last} was trained on it, and --data-dir names"
     assert_refused(resume, gone, capsys)
     assert main([*resume, "--data-dir", str(photos), "--max-steps", "1"]) == 0
+    monkeypatch.chdir(tmp_path)  # where no photographs are
+    assert_refused([*CPU, "--resume", str(trained), "--validate", "0"], "too few for qu", capsys)
 
 
 @pytest.mark.slow
@@ -467,7 +472,7 @@ def test_help_shows_the_defaults_of_the_recipe(
     assert "with SGD (default: True)" in shown("--recipe", "best")
     assert "instead of --mixup (default: 0.5)" in shown("--recipe", "best")
     assert "instead of --mixup (default: 0.0)" in shown("--recipe", "best", "--pool", "avg")
-    assert defaults("x", "best", None, {"pool": "avg", "cutmix": 0.3})["cutmix"] == 0
+    assert defaults("x", "best", "avg", {})["cutmix"] == 0
 
 
 def test_every_setting_is_a_flag() -> None:
@@ -503,7 +508,8 @@ def test_checkpoints_that_do_not_fit(
     names = make_photographs(tmp_path / "names", ("daisy", "tulip"))
     resume = [*CPU, "--output-dir", str(output), "--resume"]
     refusals = [
-        (["--pool", "stochastic"], f"{last} was trained with --pool max, not stochastic"),
+        (["--pool", "stochastic"], f"{last} was trained with --pool max, not --pool stochastic"),
+        (["--recipe", "paper"], f"{last} was trained without --recipe, not --recipe paper"),
         (["--data-dir", str(other)], f"{last} has 2 classes, the data 3"),
         (["--data-dir", str(names)], "has the classes daisy, rose, the data daisy, tulip"),
         (["--opt", "adam"], f"{last} was trained with --opt sgd"),

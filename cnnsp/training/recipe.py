@@ -170,13 +170,10 @@ def defaults(
         resumed: the options of the checkpoint that the run goes on from, or none.
     """
     if resumed:
-        values = {k: v for k, v in resumed.items() if k != "max_steps"}
-    else:
-        values = SHORT_RECIPE if data_dir == SYNTHETIC and recipe is None else {}
-    if recipe is not None:
-        pool = pool or values.get("pool", TrainOptions.pool)
-        values = {**values, **RECIPES[recipe], **POOL_RECIPES.get((recipe, pool), {})}
-    return dict(values)
+        return {name: value for name, value in resumed.items() if name != "max_steps"}
+    if recipe is None:
+        return dict(SHORT_RECIPE) if data_dir == SYNTHETIC else {}
+    return RECIPES[recipe] | POOL_RECIPES.get((recipe, pool or TrainOptions.pool), {})
 
 
 def learning_rate(options: TrainOptions, epoch: int, step: int, steps: int) -> float:

@@ -331,13 +331,9 @@ class Trainer:
             before = TrainOptions(**state["options"])
             progress = Progress(**state["progress"])
             progress.history = [EpochResult(**row) for row in state["progress"]["history"]]
-            if progress.history and progress.best_epoch == 0:  # of a former version
-                progress.best_epoch = max(progress.history, key=lambda r: r.test_accuracy).epoch
         except (KeyError, TypeError):
             raise UserError(f"checkpoint {path} was written by another version") from None
         options = self.options
-        if before.opt != options.opt:
-            raise UserError(f"checkpoint {path} was trained with --opt {before.opt}")
         if progress.epoch >= options.epochs:
             raise UserError(
                 f"checkpoint {path} has finished {progress.epoch} of {options.epochs} epochs; "
