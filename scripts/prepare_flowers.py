@@ -24,7 +24,7 @@ from PIL import Image
 from cnnsp import UserError
 from cnnsp.cli import ArgumentParser, exit_status, number
 from cnnsp.data.decoding import naming, read
-from cnnsp.data.folder import SPLITS, check_folder, is_junk
+from cnnsp.data.folder import SPLITS, check_folder, entries
 
 PROG = "prepare_flowers.py"
 EXAMPLES = """\
@@ -98,7 +98,7 @@ def run(arguments: Sequence[str] | None) -> None:
 
 def choose(folder: Path, chosen: dict[str, list[Photo]], most: int, seed: int) -> None:
     """Add photographs of ``folder`` to those ``chosen``, and say which were left out and why."""
-    paths = sorted(path for path in folder.iterdir() if not is_junk(path))
+    paths = entries(folder)
     for path in paths:
         if not path.is_file():
             print(f"left out {path}: a folder, or a link to nothing")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import BrokenExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from cnnsp.data import synthetic
 from cnnsp.data.augment import PAPER_VARIANTS
 from cnnsp.data.batches import ImageBank, epoch_batches
 from cnnsp.data.decoding import decode
+from cnnsp.data.folder import find_images, list_folder
 from cnnsp.data.images import ImageFiles, ImageSet, load_folder
 from cnnsp.data.synthetic import CLASSES, synthetic_flowers
 
@@ -55,6 +56,22 @@ def test_folder_is_decoded_as_torchvision_decodes_it(folder: Path) -> None:
     for position, path in enumerate(sorted((folder / "train_data").rglob("*.png"))):
         expected = v2.functional.pil_to_tensor(transform(Image.open(path).convert("RGB")))
         assert torch.equal(train.images[position], expected), path
+
+
+def test_the_order_of_classes_and_files_is_the_same_on_every_system(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows ignores case where paths are compared."""
+    for split in ("train_data", "test_data"):
+        (folder / split / "tulip").rename(folder / split / "Tulip")
+    (folder / "test_data" / "aster" / "3.png").rename(folder / "test_data" / "aster" / "B.png")
+    (folder / "test_data" / "aster" / "2.png").rename(folder / "test_data" / "aster" / "a.png")
+    monkeypatch.setattr(PurePath, "__lt__", lambda a, b: str(a).lower() < str(b).lower())
+    for split in list_folder(folder).values():
+        assert list(split) == ["Tulip", "aster"]
+    assert [path.name for path in split["aster"]] == ["0.png", "1.png", "B.png", "a.png"]
+    found, _ = find_images([folder / "test_data" / "aster"])
+    assert [source.path for source in found] == split["aster"]
 
 
 def test_a_split_above_the_budget_stays_in_its_files(folder: Path) -> None:

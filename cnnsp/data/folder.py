@@ -22,6 +22,12 @@ def is_junk(path: Path) -> bool:
     return path.name.startswith(".") or path.name.lower() in _JUNK
 
 
+def entries(folder: Path) -> list[Path]:
+    """What is in ``folder`` but junk, in alphabetical order."""
+    # By their names: paths in themselves have another order on Windows, which ignores case.
+    return sorted((p for p in folder.iterdir() if not is_junk(p)), key=lambda path: path.name)
+
+
 def check_folder(path: Path, what: str, hint: str = "") -> None:
     """Check that ``path`` is a folder; raises UserError, with ``hint`` where there is nothing."""
     if not path.exists():
@@ -40,10 +46,10 @@ def list_split(folder: Path, problems: list[str]) -> Split:
         problems.append(f"{folder} is missing: {_LAYOUT.format(folder.parent)} ({makes})")
         return {}
     files: Split = {}
-    entries = sorted(path for path in folder.iterdir() if not is_junk(path))
-    problems += [f"{path} is a link to nothing" for path in entries if not path.exists()]
-    for class_folder in filter(Path.is_dir, entries):
-        paths = sorted(path for path in class_folder.iterdir() if not is_junk(path))
+    inside = entries(folder)
+    problems += [f"{path} is a link to nothing" for path in inside if not path.exists()]
+    for class_folder in filter(Path.is_dir, inside):
+        paths = entries(class_folder)
         if not paths:
             problems.append(f"{class_folder} holds no images")
         problems += [
@@ -140,7 +146,7 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
             passed_over.append(f"{folder} links to a folder that it lies in")
             return
         try:
-            inside = sorted(path for path in folder.iterdir() if not is_junk(path))
+            inside = entries(folder)
         except OSError as error:
             raise UserError(f"cannot read folder {folder}: {error.strerror}") from None
         sources.extend(Source(path, in_folder=True) for path in inside if not path.is_dir())
