@@ -427,6 +427,17 @@ def test_a_schedule_that_jumps_says_so(
     printed = capsys.readouterr().out
     assert "(in brackets): --epochs 5 (4), 6 images an epoch (4)\n" in printed
     assert (other / "best.pt").exists()  # all of it is there
+    state = load(other / "last.pt")
+    state["progress"]["best_accuracy"] = 101.0
+    torch.save(state, other / "last.pt")
+    (photos / "test_data" / "rose" / "0.jpg").rename(photos / "test_data" / "rose" / "1.jpg")
+    shutil.copytree(photos, tmp_path / "photos2")
+    moved = ["--epochs", "6", "--data-dir", str(tmp_path / "photos2")]
+    assert main(["--device", "cpu", "--resume", str(other), *moved]) == 0
+    printed = capsys.readouterr().out
+    assert f"--data-dir {tmp_path / 'photos2'} ({photos}), --epochs 6 (5)\n" in printed
+    assert "Other test images than before, by their names: best.pt is chosen anew" in printed
+    assert load(other / "best.pt")["progress"]["epoch"] == 6
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "study"])
@@ -506,6 +517,8 @@ def test_checkpoints_that_do_not_fit(
     output = tmp_path / "out"
     last, other = str(trained / "last.pt"), make_photographs(tmp_path / "three", tuple("abc"))
     names = make_photographs(tmp_path / "names", ("daisy", "tulip"))
+    renamed = make_photographs(tmp_path / "renamed")
+    (renamed / "train_data" / "rose" / "0.jpg").rename(renamed / "train_data" / "rose" / "7.jpg")
     resume = [*CPU, "--output-dir", str(output), "--resume"]
     refusals = [
         (["--pool", "stochastic"], f"{last} was trained with --pool max, not --pool stochastic"),
@@ -513,6 +526,7 @@ def test_checkpoints_that_do_not_fit(
         (["--data-dir", str(other)], f"{last} has 2 classes, the data 3"),
         (["--data-dir", str(names)], "has the classes daisy, rose, the data daisy, tulip"),
         (["--opt", "adam"], f"{last} was trained with --opt sgd"),
+        (["--data-dir", str(renamed)], "within an epoch: it goes on only with the same images"),
         (["-b", "2"], "the same images, --augment paper, --batch-size 4 and --seed 0"),
     ]
     for flags, message in refusals:

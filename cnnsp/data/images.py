@@ -8,6 +8,7 @@ paths and of the batches under way.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -173,6 +174,12 @@ class ImageFiles:
 
 
 Images = ImageSet | ImageFiles
+
+
+def digest(images: Images) -> str:
+    """Of which images these are, and in which order: by their classes and the files' names."""
+    named = ascii((images.classes, images.labels.tolist(), images.names))
+    return hashlib.sha256(named.encode()).hexdigest()
 
 
 def _wait(futures: Iterable[Future[None]]) -> None:

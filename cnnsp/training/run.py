@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import files
 from ..cli import patience
 from ..data.batches import ImageBank, epoch_batches
+from ..data.images import digest
 from ..errors import UserError
 from ..results import board as boards
 from ..results import pictures
@@ -77,6 +78,7 @@ class Trainer:
         self.learner = Learner(options, len(self.classes), self.device, self.team)
         self.progress = Progress()
         self.steps = math.ceil(len(train) / options.batch_size)  # of an epoch
+        self._digests = [digest(bank.images) for bank in (train, test)]
         self._losses: list[tuple[Tensor, int]] = []  # of steps since they were added up
         self._warm = False
         self._saved_at = time.monotonic()
@@ -310,6 +312,7 @@ class Trainer:
             "options": asdict(self.options),
             "progress": asdict(self.progress),
             "items": len(self.train),
+            "digests": self._digests,
             **self.learner.state(),
         }
         # In this order, for a run that is killed in between does the epoch again.
@@ -340,9 +343,10 @@ class Trainer:
                 "a larger --epochs goes on"
             )
         # Within an epoch, the number of steps says which images are left only if these agree.
+        digests = state.get("digests", self._digests)  # older checkpoints have none
         here = (options.augment, options.batch_size, options.seed, len(self.train))
         there = (before.augment, before.batch_size, before.seed, state["items"])
-        if progress.step > 0 and here != there:
+        if progress.step > 0 and (here != there or digests[0] != self._digests[0]):
             raise UserError(
                 f"checkpoint {path} stopped within an epoch: it goes on only with the same images, "
                 f"--augment {before.augment}, --batch-size {before.batch_size} and "
@@ -355,6 +359,9 @@ class Trainer:
             raise UserError(f"checkpoint {path} does not fit: {reason}") from None
         self.progress = progress
         self._tell_changes(before, state["items"])
+        if digests[1] != self._digests[1]:
+            progress.best_accuracy = -1.0
+            print("Other test images than before, by their names: best.pt is chosen anew.")
         # For a run that goes on in another folder, so that all of it is there.
         best = Path(path).with_name("best.pt")
         if self.team.leads and best.is_file() and not (self.output / best.name).exists():
@@ -366,7 +373,7 @@ class Trainer:
         changed = [
             f"--{name.replace('_', '-')} {value} ({old[name]})"
             for name, value in new.items()
-            if name not in ("data_dir", "recipe", "max_steps") and value != old[name]
+            if name != "max_steps" and value != old[name]
         ]
         if items != len(self.train):
             changed.append(f"{len(self.train)} images an epoch ({items})")
