@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import UserError, lacks_memory
 from .training.interruption import Interrupted
 
 
@@ -106,6 +106,13 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
         status, message = 130, "interrupted"
     except BrokenPipeError:  # as `| head` leaves it
         status, message = 141, ""
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        status, message = (
+            2,
+            "error: out of memory: close what else takes it, or a smaller --batch-size",
+        )
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise

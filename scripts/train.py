@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cnnsp import UserError, files
 from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, is_launched, number
 from cnnsp.data import folder
+from cnnsp.errors import lacks_memory
 from cnnsp.training import checkpoint
 from cnnsp.training.interruption import Interrupted
 from cnnsp.training.recipe import CUDA_GRAPHS, SYNTHETIC, TrainOptions, add_options, defaults
@@ -246,7 +247,11 @@ def train(
             )
             try:
                 trainer.run()
-            except torch.OutOfMemoryError:
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error):
+                    raise
+                if not isinstance(error, torch.OutOfMemoryError):  # but the host's
+                    card_bytes = None
                 held = bank.images.device_bytes + test_bank.images.device_bytes
                 others = {"num_classes": len(bank.images.classes), "image_bank_bytes": held}
                 advice = memory.advice(card_bytes, options, processes=team.size, **others)

@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -260,6 +261,22 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before_i
     state = load(output / "last.pt")
     assert state["progress"]["total_steps"] == 5
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_out_of_memory_is_one_line(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    allocate,
+) -> None:
+    """Whoever asks for it: PyTorch or NumPy."""
+    monkeypatch.setattr(Learner, "step", lambda *_, **__: allocate(2**59))
+    assert main(recipe(photos, tmp_path / "run", 1)) == 2
+    error = capsys.readouterr().err
+    assert "error: out of memory: --accumulate computes" in error
+    assert error.count("\n") == 1
 
 
 def test_weights_that_are_not_finite_are_not_saved(
