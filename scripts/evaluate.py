@@ -42,9 +42,12 @@ def make_parser() -> ArgumentParser:
 def run(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
     path = checkpoint.find(args.checkpoint)
+    split: folder.Split = {}
     if args.data_dir not in (None, SYNTHETIC):
-        folder.list_folder(args.data_dir, splits=[args.split])
+        split = folder.list_folder(args.data_dir, splits=[args.split])[args.split]
     with importing(PROG):
+        import tabulate  # noqa: F401  for the table
+
         from cnnsp.data import synthetic
         from cnnsp.data.batches import ImageBank
         from cnnsp.data.images import load_split
@@ -57,22 +60,21 @@ def run(arguments: Sequence[str] | None) -> None:
     network = load_network(path, device)
     state = network.state
     data_dir = args.data_dir or state["options"]["data_dir"]
-    if data_dir == SYNTHETIC:
-        split = args.split.removesuffix("_data")
-        number = synthetic.PER_CLASS[split]
-        images = synthetic.synthetic_flowers(number, split=split, workers=args.workers)
+    if data_dir != SYNTHETIC and not split:
+        split = folder.list_folder(data_dir, splits=[args.split], named_by=path)[args.split]
+    checkpoint.check_classes(state, path, tuple(split) or synthetic.CLASSES)
+    if split:
+        images = load_split(split, args.workers)
     else:
-        named_by = path if args.data_dir is None else None
-        splits = folder.list_folder(data_dir, splits=[args.split], named_by=named_by)
-        checkpoint.check_classes(state, path, tuple(splits[args.split]))
-        images = load_split(splits[args.split], args.workers)
-    checkpoint.check_classes(state, path, images.classes)
+        name = args.split.removesuffix("_data")
+        number = synthetic.PER_CLASS[name]
+        images = synthetic.synthetic_flowers(number, split=name, workers=args.workers)
 
     bank = ImageBank(
         images, device=device, channels_last=device.type == "cpu", workers=args.workers
     )
     result = evaluate(network.model, bank, args.batch_size)
-    title = printable(f"CNN_SP, {network.pooling} pooling, {data_dir}/{args.split}")
+    title = printable(f"CNN_SP, {network.pooling} pooling, {path.name}, {data_dir}/{args.split}")
     if args.json:
         summary = {
             "checkpoint": str(path),
@@ -98,7 +100,7 @@ def run(arguments: Sequence[str] | None) -> None:
             sep="\n",
         )
     # At the end, for the folder of another's run may be read-only.
-    picture = (args.output_dir or path.parent) / f"confusion-{args.split}.png"
+    picture = (args.output_dir or path.parent) / f"confusion-{path.stem}-{args.split}.png"
     files.make_folder(picture.parent)
     pictures.write(pictures.confusion(result, images.classes, title), picture)
     if not args.json:

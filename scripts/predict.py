@@ -45,6 +45,7 @@ def run(arguments: Sequence[str] | None) -> None:
     path = checkpoint.find(args.checkpoint)
     sources, passed_over = find_images(args.images)
     with importing(PROG):
+        import tabulate  # noqa: F401  for the table
         import torch
         from tqdm import tqdm
 

@@ -298,7 +298,7 @@ def test_evaluate_script(
     assert told["accuracy"] == pytest.approx(100 * told["correct"] / 5)
     sensitivities = [100 * pairs[0, 0] / 2, 100 * pairs[1, 1] / 3]
     assert told["sensitivities"] == pytest.approx(dict(zip(CLASSES, sensitivities, strict=True)))
-    with Image.open(tmp_path / "new" / "confusion-test_data.png") as picture:
+    with Image.open(tmp_path / "new" / "confusion-best-test_data.png") as picture:
         assert picture.format == "PNG"
 
     # The folder that the checkpoint names, and the picture beside it.
@@ -307,15 +307,15 @@ def test_evaluate_script(
     printed = capsys.readouterr().out
     assert f"accuracy {told['correct']}/5 ({told['accuracy']:.2f} %)" in printed
     assert f"{sensitivities[1]:.2f} %" in printed
-    assert (path.parent / "confusion-test_data.png").is_file()
+    assert (path.parent / "confusion-best-test_data.png").is_file()
     assert run(evaluate, path, "--split", "train_data", "--json") == 0
     assert json.loads(capsys.readouterr().out)["total"] == 2
     # What cannot be written costs the picture alone.
-    (tmp_path / "confusion-test_data.png").mkdir()
+    (tmp_path / "confusion-best-test_data.png").mkdir()
     assert run(evaluate, path, "--output-dir", tmp_path) == 2
     shown = capsys.readouterr()
     assert f"accuracy {told['correct']}/5" in shown.out
-    assert f"cannot write {tmp_path / 'confusion-test_data.png'}" in shown.err
+    assert f"cannot write {tmp_path / 'confusion-best-test_data.png'}" in shown.err
 
 
 def test_evaluation_needs_no_other_photographs(
@@ -327,7 +327,7 @@ def test_evaluation_needs_no_other_photographs(
     path = make_checkpoint("max")
     path.rename(path.with_name("last.pt"))
     assert run(evaluate, path.parent, "--data-dir", alone) == 0
-    assert f"Picture: {path.parent / 'confusion-test_data.png'}" in capsys.readouterr().out
+    assert f"Picture: {path.parent / 'confusion-last-test_data.png'}" in capsys.readouterr().out
     (alone / "train_data" / CLASSES[0]).mkdir(parents=True)
     (alone / "train_data" / CLASSES[0] / "0.png").write_bytes(b"damaged")
     assert run(evaluate, path.parent, "--data-dir", alone) == 0
@@ -372,7 +372,7 @@ def test_evaluate_refuses_other_classes(
     path = make_checkpoint("max", classes=["daisy", "tulip"])
     assert run(evaluate, path, "--data-dir", photos) == 2
     assert "has the classes daisy, tulip, the data daisy, rose & co" in capsys.readouterr().err
-    assert not (path.parent / "confusion-test_data.png").exists()
+    assert not (path.parent / "confusion-best-test_data.png").exists()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -428,6 +428,19 @@ def test_export_that_differs_is_refused(
     assert error.count("\n") == 1
     assert before.read_bytes() == b"of before"
     assert list(tmp_path.iterdir()) == [before]
+
+
+def test_a_table_without_its_package(
+    stochastic: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    for script, *paths in ((evaluate, stochastic), (predict, stochastic, photos)):
+        assert run(script, *paths) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""  # not at the end of the work
+        assert "tabulate" in shown.err
+        assert shown.err.endswith("pip install -e '.[train]'\n")
+        assert shown.err.count("\n") == 1
 
 
 def test_export_without_its_packages(

@@ -31,12 +31,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..cli import ArgumentParser, align, exit_status, number
+from ..cli import ArgumentParser, align, exit_status, importing, number
 from ..errors import UserError
 from ..network import CNN_SP, IMAGE_SIZE, POOLINGS
 from .devices import autocast
 from .recipe import TrainOptions, add_options
-from .step import make_optimizer
 
 PROG = "python -m cnnsp.training.memory"
 LIBRARY_WORKSPACE = 128 * 2**20
@@ -188,6 +187,8 @@ class _Step:
     def __init__(
         self, device: str, batch_size: int, options: TrainOptions, num_classes: int
     ) -> None:
+        from .step import make_optimizer
+
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         shape = (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
         self.amp_dtype = getattr(torch, options.amp_dtype) if options.amp_dtype else None
@@ -280,6 +281,10 @@ def make_parser() -> ArgumentParser:
 
 def run(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
+    with importing(PROG):
+        import tabulate  # noqa: F401  for the table
+
+        from . import step  # noqa: F401
     pools = [args.pool] if args.pool else POOLINGS
     precision = {"amp_dtype": args.amp_dtype if args.amp else None, "channels_last": args.amp}
     recipes = [TrainOptions(pool=pool, opt=args.opt, **precision) for pool in pools]

@@ -112,7 +112,7 @@ class TrainOptions:
     repeats: Count = 61
     crop_scale: Annotated[float, {"least": 0, "most": 1, "exclusive": True}] = 0.6
     epochs: Count = 30
-    batch_size: Annotated[int, {"least": 1, "short": "-b"}] = 256
+    batch_size: Annotated[int, {"least": 1, "most": 10**9, "short": "-b"}] = 256
     opt: Annotated[str, {"choices": OPTIMIZERS}] = "sgd"
     lr: Annotated[float, {"least": 0, "exclusive": True}] = 0.01
     momentum: Amount = 0.9
