@@ -131,6 +131,4 @@ def _lock(folder: Path) -> int | None:
             return None  # a file system without locks
         return descriptor
     except (FileExistsError, BlockingIOError):
-        raise UserError(
-            f"another run is writing to {folder}: choose another --output-dir"
-        ) from None
+        raise UserError(f"another run is writing to {folder}: choose another folder") from None

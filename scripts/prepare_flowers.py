@@ -16,15 +16,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from PIL import Image
-
-from cnnsp import UserError
-from cnnsp.cli import ArgumentParser, exit_status, number
-from cnnsp.data.decoding import naming, read
+from cnnsp import UserError, files
+from cnnsp.cli import ArgumentParser, exit_status, importing, number
 from cnnsp.data.folder import SPLITS, check_folder, entries
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PROG = "prepare_flowers.py"
 EXAMPLES = """\
@@ -48,6 +47,11 @@ class Photo(NamedTuple):
     @classmethod
     def of(cls, path: Path) -> Photo:
         """Decode ``path`` whole and hash it; raises UserError."""
+        import numpy as np
+        from PIL import Image
+
+        from cnnsp.data.decoding import naming, read
+
         with naming(path):
             small = read(path).resize((16, 16), Image.Resampling.BOX)
         look = np.asarray(small, dtype=np.float64).ravel()
@@ -75,21 +79,25 @@ def make_parser() -> ArgumentParser:
 def run(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
     output: Path = args.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or entries(output)):
         raise UserError(f"{output} exists and is not empty; remove it or choose another --output")
+    folders = class_folders(args.source, args.classes)
+    with importing(PROG):
+        import cnnsp.data.decoding  # noqa: F401
     chosen: dict[str, list[Photo]] = {}
-    for folder in class_folders(args.source, args.classes):
-        chosen[folder.name] = []
-        choose(folder, chosen, args.train + args.test, args.seed)
-        if (found := len(chosen[folder.name])) < args.train + args.test:
-            raise UserError(
-                f"{folder} has {found} usable photographs; {args.train} for training and "
-                f"{args.test} for testing make {args.train + args.test}"
-            )
-    try:
-        write(chosen, output, args.train)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
+    with files.claimed(output):
+        for folder in folders:
+            chosen[folder.name] = []
+            choose(folder, chosen, args.train + args.test, args.seed)
+            if (found := len(chosen[folder.name])) < args.train + args.test:
+                raise UserError(
+                    f"{folder} has {found} usable photographs; {args.train} for training and "
+                    f"{args.test} for testing make {args.train + args.test}"
+                )
+        try:
+            write(chosen, output, args.train)
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror}") from None
     print(
         f"wrote {output}: {args.train} training and {args.test} test images of "
         f"{', '.join(args.classes)}"
@@ -139,18 +147,16 @@ def class_folders(source: Path, classes: Sequence[str]) -> list[Path]:
 
 def write(chosen: dict[str, list[Photo]], output: Path, train: int) -> None:
     """Copy the photographs of each class, the first ``train`` to train on; all or none of them."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, so that the rename at the end stays on one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        whole = Path(temporary) / "data"
+    # Within the output, which may be a link or another file system, so that a rename is enough.
+    with tempfile.TemporaryDirectory(prefix=".", dir=output) as temporary:
         for name, photos in chosen.items():
             for split, some in zip(SPLITS, (photos[:train], photos[train:]), strict=True):
-                (whole / split / name).mkdir(parents=True)
+                whole = Path(temporary, split, name)
+                whole.mkdir(parents=True)
                 for photo in some:
-                    shutil.copyfile(photo.path, whole / split / name / photo.path.name)
-        if output.exists():
-            output.rmdir()
-        os.replace(whole, output)
+                    shutil.copyfile(photo.path, whole / photo.path.name)
+        for split in SPLITS:
+            os.replace(Path(temporary, split), output / split)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnnsp.data.folder import SPLITS
+
 from .scripts import load_script
 
 main = load_script("prepare_flowers").main
@@ -35,6 +37,8 @@ def names(folder: Path) -> set[str]:
 
 
 def test_splits_by_seed(kaggle: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "lost+found").mkdir(parents=True)  # as on one that is new
+    (tmp_path / "b").symlink_to("disk")
     for output, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         arguments = [str(kaggle), "--output", str(tmp_path / output), "--seed", seed, *SIZES]
         assert main(arguments) == 0
@@ -45,7 +49,8 @@ def test_splits_by_seed(kaggle: Path, tmp_path: Path) -> None:
         assert (len(train), len(test)) == (2, 3)
         for path in (*train, *test):
             assert path.read_bytes() == (kaggle / "flowers" / name / path.name).read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "archive", "b", "c"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "archive", "b", "c", "disk"]
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {*SPLITS, "lost+found"}
 
 
 def test_leaves_out_duplicates_and_unreadable_files(

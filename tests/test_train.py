@@ -440,7 +440,9 @@ def test_a_schedule_that_jumps_says_so(
     assert load(other / "best.pt")["progress"]["epoch"] == 6
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "study"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "predict", "export", "study", "prepare_flowers"]
+)
 def test_help_and_wrong_paths_need_no_pytorch(name: str, tmp_path: Path) -> None:
     """Which takes seconds to import."""
     missing = {
@@ -449,6 +451,7 @@ def test_help_and_wrong_paths_need_no_pytorch(name: str, tmp_path: Path) -> None
         "evaluate": ["none.pt"],
         "predict": ["none.pt", "none.jpg"],
         "export": ["none.pt"],
+        "prepare_flowers": ["none"],
     }[name]
     code = (
         "import sys, runpy\n"
