@@ -11,7 +11,7 @@ from cnnsp.cli import ArgumentParser, exit_status, importing
 from cnnsp.training import checkpoint
 
 PROG = "export.py"
-FORMATS = {"torch_export": ".pt2", "onnx": ".onnx"}
+FORMATS = {"torch_export": ("export_program", ".pt2"), "onnx": ("export_onnx", ".onnx")}
 
 
 def make_parser() -> ArgumentParser:
@@ -27,14 +27,14 @@ def run(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
     source = checkpoint.find(args.checkpoint)
     with importing(PROG):
-        from cnnsp.results.export import export_onnx, export_program
+        from cnnsp.results import export
         from cnnsp.results.inference import load_network
 
     network = load_network(source)
-    exports = {"torch_export": export_program, "onnx": export_onnx}
     for name in [args.format] if args.format else FORMATS:
-        path = (args.output_dir or source.parent) / (source.stem + FORMATS[name])
-        difference = exports[name](network, path)
+        function, suffix = FORMATS[name]
+        path = (args.output_dir or source.parent) / (source.stem + suffix)
+        difference = getattr(export, function)(network, path)
         print(f"{path}: log-probabilities differ from the checkpoint's by {difference:.1e} at most")
 
 
