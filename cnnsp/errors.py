@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from unicodedata import normalize
 
 _NO_MEMORY = re.compile("out of memory|DefaultCPUAllocator")
 
 
 class UserError(Exception):
     """Something the user can put right. Its text is one line and names the culprit."""
+
+
+def distinctly(names: Collection[str]) -> Callable[[str], str]:
+    """How to show them: of two in one look, an é or an e and its accent, escapes tell which."""
+    return repr if len({normalize("NFC", name) for name in names}) == len(names) else ascii
 
 
 def lacks_memory(error: Exception) -> bool:

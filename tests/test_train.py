@@ -231,6 +231,14 @@ BAD_PHOTOS: list[Any] = [
         "{photos}/test_data/tulip is a link to nothing",
         id="class-linked-to-nothing",
     ),
+    pytest.param(
+        lambda p: [
+            (p / split / "rose").rename(p / split / name)
+            for split, name in (("train_data", "ros\u00e9"), ("test_data", "rose\u0301"))
+        ],
+        r"'ros\xe9' is only in train_data, 'rose\u0301' is only in test_data",
+        id="classes-look-alike",
+    ),
     pytest.param(_cut, "cannot decode {photos}/train_data/rose/1.jpg", id="truncated"),
 ]
 
@@ -467,6 +475,8 @@ def test_help_and_wrong_paths_need_no_pytorch(name: str, tmp_path: Path) -> None
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ascii)
         assert done.returncode == status, done.stderr
         assert text in done.stdout + done.stderr
+        assert "default: [" not in done.stdout
+        assert "default: (" not in done.stdout
         assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -527,7 +537,7 @@ def test_checkpoints_that_do_not_fit(
         (["--pool", "stochastic"], f"{last} was trained with --pool max, not --pool stochastic"),
         (["--recipe", "paper"], f"{last} was trained without --recipe, not --recipe paper"),
         (["--data-dir", str(other)], f"{last} has 2 classes, the data 3"),
-        (["--data-dir", str(names)], "has the classes daisy, rose, the data daisy, tulip"),
+        (["--data-dir", str(names)], "has the classes 'daisy', 'rose', the data 'daisy', 'tulip'"),
         (["--opt", "adam"], f"{last} was trained with --opt sgd"),
         (["--data-dir", str(renamed)], "within an epoch: it goes on only with the same images"),
         (["-b", "2"], "the same images, --augment paper, --batch-size 4 and --seed 0"),

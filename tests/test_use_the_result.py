@@ -325,6 +325,8 @@ def test_evaluation_needs_no_other_photographs(
     alone = tmp_path / "alone"
     shutil.copytree(photos / "test_data", alone / "test_data")
     path = make_checkpoint("max")
+    assert run(evaluate, path.parent, "--data-dir", alone) == 2
+    assert f"holds no last.pt, but {path}: name that" in capsys.readouterr().err
     path.rename(path.with_name("last.pt"))
     assert run(evaluate, path.parent, "--data-dir", alone) == 0
     assert f"Picture: {path.parent / 'confusion-last-test_data.png'}" in capsys.readouterr().out
@@ -371,7 +373,9 @@ def test_evaluate_refuses_other_classes(
 ) -> None:
     path = make_checkpoint("max", classes=["daisy", "tulip"])
     assert run(evaluate, path, "--data-dir", photos) == 2
-    assert "has the classes daisy, tulip, the data daisy, rose & co" in capsys.readouterr().err
+    assert (
+        "has the classes 'daisy', 'tulip', the data 'daisy', 'rose & co'" in capsys.readouterr().err
+    )
     assert not (path.parent / "confusion-best-test_data.png").exists()
 
 

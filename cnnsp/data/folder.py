@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import UserError, raise_all
+from ..errors import UserError, distinctly, raise_all
 
 SPLITS = ("train_data", "test_data")
 # What operating systems and network drives leave in folders. Hidden files are ignored too.
@@ -97,8 +97,9 @@ def list_folder(
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     raise_all(problems)
     classes = [set(split) for split in found.values()]
+    show = distinctly(set().union(*classes))
     if differ := [
-        f"{name!r} is only in {split}"
+        f"{show(name)} is only in {split}"
         for split, mine in zip(splits, classes, strict=True)
         for name in sorted(mine - classes[0].intersection(*classes))
     ]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..errors import UserError
+from ..errors import UserError, distinctly
 
 FORMAT = 2
 _KEYS = {"model", "average", "pooling", "classes", "options", "progress", "items"}
@@ -36,7 +36,8 @@ def find(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     if not (path / "last.pt").is_file():
-        raise UserError(f"folder {path} holds no last.pt, so it is no run with a checkpoint")
+        other = f", but {path / 'best.pt'}: name that" if (path / "best.pt").is_file() else ""
+        raise UserError(f"folder {path} holds no last.pt{other or ': it is no run that saved'}")
     return path / "last.pt"
 
 
@@ -73,6 +74,6 @@ def check_classes(state: dict[str, Any], path: str | Path, classes: tuple[str, .
     if len(theirs) != len(classes):
         raise UserError(f"checkpoint {path} has {len(theirs)} classes, the data {len(classes)}")
     if theirs != classes:
-        raise UserError(
-            f"checkpoint {path} has the classes {', '.join(theirs)}, the data {', '.join(classes)}"
-        )
+        show = distinctly({*theirs, *classes})
+        names, others = (", ".join(map(show, group)) for group in (theirs, classes))
+        raise UserError(f"checkpoint {path} has the classes {names}, the data {others}")
