@@ -6,6 +6,7 @@ The number of kills is 2, or that of the environment variable ``CNNSP_KILLS``.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import random
 import shutil
@@ -177,6 +178,9 @@ def test_a_signal_acts_while_the_run_waits(
     assert f"SIGTERM: stopped in epoch 1 after step {done}" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["--device", "cpu", "--resume", str(tmp_path / "run")]) == 0
+    (row,) = load(tmp_path / "run" / "last.pt")["progress"]["history"]
+    assert math.isnan(row["images_per_second"]) == (where == "evaluation")
+    assert (" images/s, " in capsys.readouterr().out) != (where == "evaluation")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")

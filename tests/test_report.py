@@ -157,7 +157,11 @@ def test_board_shows_an_epoch(tmp_path: Path) -> None:
     board = boards.Board(tmp_path)
     board.train_loss(0.25, 7)
     board.epoch(make_history(1)[0], 7, memory_mib=512.0)
-    board.evaluation(evaluation, bank, ("a", "b"), 7)
+    confusion = pictures.confusion(evaluation, ("a", "b"), "title")
+    pictures.write(confusion, tmp_path / "confusion.png")
+    before = pictures.pixels(confusion)
+    board.evaluation(confusion, evaluation, bank, ("a", "b"), 7)
+    assert np.shares_memory(before, pictures.pixels(confusion))  # it is drawn once for both
     options = {"lr": 0.01, "pool": "max", "amp": None, "fast": True, "seeds": (1, 2)}
     board.hyper_parameters(options, {"best_accuracy": 71.0})
     board.close()
@@ -204,7 +208,8 @@ def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
         ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), ("a",))
     )
     board = boards.Board(tmp_path)
-    board.evaluation(Evaluation.of(torch.zeros(1, 1), bank.labels), bank, ("a",), 1)
+    evaluation = Evaluation.of(torch.zeros(1, 1), bank.labels)
+    board.evaluation(pictures.confusion(evaluation, ("a",), "title"), evaluation, bank, ("a",), 1)
     board.close()
     assert events(tmp_path).Tags()["images"] == ["test/confusion"]
 

@@ -97,16 +97,21 @@ class Board:
         self._writer.add_scalar("test/loss", result.test_loss, step)
         self._writer.add_scalar("test/accuracy", result.test_accuracy, step)
         self._writer.add_scalar("lr", result.lr, step)
-        self._writer.add_scalar("images_per_second", result.images_per_second, step)
+        if result.images_per_second > 0:  # NaN where none were trained
+            self._writer.add_scalar("images_per_second", result.images_per_second, step)
         if memory_mib is not None:
             self._writer.add_scalar("memory_mib", memory_mib, step)
         self._writer.flush()
 
     def evaluation(
-        self, evaluation: Evaluation, test: ImageBank, classes: Sequence[str], step: int
+        self,
+        confusion: Figure,
+        evaluation: Evaluation,
+        test: ImageBank,
+        classes: Sequence[str],
+        step: int,
     ) -> None:
         """Show the confusion matrix, and the up to 16 test images that were most wrong."""
-        confusion = pictures.confusion(evaluation, classes, "Test images")
         self._figure("test/confusion", confusion, step)
         worst = evaluation.most_wrong(16)
         if len(worst):

@@ -20,7 +20,7 @@ class EpochResult:
     test_loss: float  # mean over the test images
     test_accuracy: float  # in per cent
     lr: float  # learning rate
-    images_per_second: float  # of training
+    images_per_second: float  # of training; NaN where an evaluation alone was left
     seconds: float  # training and evaluation
 
 

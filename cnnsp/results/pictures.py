@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import Tensor
 from wcwidth import wcswidth
 
@@ -48,16 +49,17 @@ _FONTS = (
 def write(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG file; raises UserError."""
     image = io.BytesIO()
-    with _fonts(figure):
-        figure.savefig(image, format="png")
+    Image.fromarray(pixels(figure)).save(image, "png")
     files.write(path, image.getvalue())
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """The figure as uint8 ``[H, W, 3]``."""
-    canvas = FigureCanvasAgg(figure)
-    with _fonts(figure):
-        canvas.draw()
+    """The figure as uint8 ``[H, W, 3]``; it is drawn once, which is long for many classes."""
+    canvas = figure.canvas
+    if figure.stale or not isinstance(canvas, FigureCanvasAgg):
+        canvas = FigureCanvasAgg(figure)
+        with _fonts(figure):
+            canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
@@ -163,7 +165,8 @@ def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Fig
     for (row, column), count in np.ndenumerate(counts.numpy()):
         if count or len(classes) <= 6:  # noughts would hide the mistakes among many classes
             color = "white" if shares[row, column] > 0.5 else "black"
-            axis.text(column, row, str(count), ha="center", va="center", fontsize=size, color=color)
+            text = axis.text(column, row, str(count), ha="center", va="center", fontsize=size)
+            text.set(color=color, in_layout=False)  # it is in its cell
     turn = cell < longest + 0.1
     style: Any = {"rotation": 45, "ha": "right"} if turn else {"ha": "center"}
     axis.set_xticks(places, classes, rotation_mode="anchor", parse_math=False, **style)

@@ -53,7 +53,9 @@ class Progress:
 
 # The signal of a pipe that nobody reads, which Windows does not have.
 _PIPE = 13
-_DRAWING_INTERVAL = 10.0  # seconds; drawing takes one, in which a GPU may train an epoch
+# Seconds, and how many times as long as drawing takes: a second, in which a GPU may train an epoch,
+# or many seconds where there are hundreds of classes.
+_DRAWING_INTERVAL, _DRAWING_SHARE = 10.0, 20
 _COMPILING = "the first step compiles its kernels: up to a minute, once on a machine …"
 
 
@@ -82,7 +84,7 @@ class Trainer:
         self._losses: list[tuple[Tensor, int]] = []  # of steps since they were added up
         self._warm = False
         self._saved_at = time.monotonic()
-        self._drawn_at = -math.inf
+        self._draw_at = -math.inf
 
     def run(self) -> Progress:
         """Train to the last epoch, or for ``max_steps``; returns where that ended.
@@ -115,7 +117,8 @@ class Trainer:
         progress = self.progress
         start, before = time.perf_counter(), progress.images
         lr = self._train_steps(board)
-        images_per_second = (progress.images - before) / (time.perf_counter() - start)
+        # None were trained where an interrupted run had done the last step already.
+        images_per_second = (progress.images - before) / (time.perf_counter() - start) or math.nan
         test = self._at_once(self.evaluate)
 
         whole = progress.step == self.steps
@@ -260,14 +263,15 @@ class Trainer:
         progress, options = self.progress, self.options
         title = f"CNN_SP, {options.pool} pooling"
         ends = progress.epoch == options.epochs or progress.total_steps == self._last
-        if ends or time.monotonic() - self._drawn_at > _DRAWING_INTERVAL:
+        if (start := time.monotonic()) > self._draw_at or ends:
             curves = pictures.curves(progress.history, title)
             _try_to_write(pictures.write, curves, self.output / "curves.png")
             when = f"{title}, epoch {result.epoch:.4g}"
             confusion = pictures.confusion(test, self.classes, when)
             _try_to_write(pictures.write, confusion, self.output / "confusion.png")
-            board.evaluation(test, self.test, self.classes, progress.total_steps)
-            self._drawn_at = time.monotonic()
+            board.evaluation(confusion, test, self.test, self.classes, progress.total_steps)
+            end = time.monotonic()
+            self._draw_at = end + max(_DRAWING_INTERVAL, _DRAWING_SHARE * (end - start))
         cuda = self.device.type == "cuda"
         memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
         board.epoch(result, progress.total_steps, memory_mib)
@@ -283,10 +287,10 @@ class Trainer:
         name = f"Epoch {math.ceil(result.epoch)}/{options.epochs}"
         if progress.step:
             name += f", only its first {progress.step} of {self.steps} steps (--max-steps)"
+        speed = f"{result.images_per_second:.0f} images/s, " if result.images_per_second > 0 else ""
         print(
             f"{name}: train loss {result.train_loss:.4f}, "
-            f"lr {result.lr:.3g}, {result.images_per_second:.0f} images/s, "
-            f"{result.seconds:.0f} s\n"
+            f"lr {result.lr:.3g}, {speed}{result.seconds:.0f} s\n"
             f"Test set: average loss {test.loss:.4f}, "
             f"accuracy {test.correct}/{test.total} ({test.accuracy:.2f}%)",
             flush=True,
