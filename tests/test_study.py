@@ -186,7 +186,11 @@ TINY = ["--augment", "random", "--repeats", "1", "-b", "4"]
 
 @pytest.mark.slow
 def test_study_writes_results_and_goes_on_where_it_stopped(
-    photos: Path, tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
+    photos: Path,
+    tmp_path: Path,
+    runner: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "study"
     ours = ["--seeds", "2", "--name", "here", "--"]
@@ -195,6 +199,7 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     # What left no checkpoint does not bind the rest to its flags.
     runner.statuses = {"paper-max-0": 2, "paper-max-1": 2}
     assert main([*given[:-1], "0"]) == 1
+    assert len(runner.commands) == 1  # what it refuses at its start, it would refuse again
     runner.commands.clear()
 
     # The second run fails, and leaves the first alone.
@@ -220,9 +225,10 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     assert "4 training and 2 test images; epochs: 1 (paper)" in page
     assert (output / "study.png").stat().st_size > 10_000
 
-    # Evaluated but not recorded: evaluated again, without training.
+    # Evaluated but not recorded: evaluated again, without training; from another working folder.
     (output / "paper-max-1" / "result.json").unlink()
-    assert main(given) == 0
+    monkeypatch.chdir(photos)
+    assert main(["--data-dir", ".", *given[2:]]) == 0
     assert len(runner.commands) == 3
     assert read(output / "runs.csv").equals(results)
 

@@ -143,8 +143,8 @@ class Study:
             theirs = files.read_json(path)
             if path.with_name("last.pt").exists() and theirs != self._recorded_flags():
                 raise UserError(
-                    f"{path.parent} was run with {shlex.join(map(str, theirs))}: "
-                    "give the same after --, or another --output-dir"
+                    f"{path.parent} was run with {shlex.join(map(str, theirs))}: give the same "
+                    "--data-dir, and the rest after --, or another --output-dir"
                 )
         for case in planned:
             folder = self.folder / str(case)
@@ -181,18 +181,23 @@ class Study:
         with Requests("the run under way is stopped and saved first") as requests:
             for number, case in enumerate(planned, start=1):
                 folder, place = self.folder / str(case), f"[{number}/{len(planned)}]"
-                _stop_if_asked(requests, f"{case}, run {number} of {len(planned)}")
+                where, status = f"{case}, run {number} of {len(planned)}", 0
+                _stop_if_asked(requests, where)
                 if (folder / "result.json").exists():
                     print(f"{place} {case} is finished", flush=True)
                     continue
                 try:
-                    status = 0 if _is_trained(folder) else self._train(case, place, requests)
-                    _stop_if_asked(requests, f"{case}, run {number} of {len(planned)}")
+                    if not _is_trained(folder):
+                        status = self._train(case, place, requests)
+                    _stop_if_asked(requests, where)
                     if status != 0:
                         raise UserError(f"exit status {status}")
                     result = evaluate_run(folder, case, self.machine)
                 except UserError as error:
                     failures.append(f"{case} ({error})")
+                    # What train.py refuses at its start, it would refuse of the others as well.
+                    if status == 2 and not (folder / "last.pt").exists():
+                        break
                     continue
                 files.write_json(folder / "result.json", result)
                 self.write()
