@@ -145,11 +145,12 @@ def load_images(
     )
     paper, variants = TrainOptions(), PAPER_VARIANTS
     if args.recipe is None:
-        variants = synthetic.VARIANTS
+        variants, made = synthetic.VARIANTS, ""
+        if args.augment == "paper":
+            made = f"{len(variants)} variants of an image, not {len(PAPER_VARIANTS)}; "
         print(
-            f"Shorter than the paper's recipe: {len(variants)} variants of an image, not "
-            f"{len(PAPER_VARIANTS)}; {args.epochs} epochs ({paper.epochs}), batches of "
-            f"{args.batch_size} ({paper.batch_size}), {args.opt} with learning rate {args.lr:g} "
+            f"Shorter than the paper's recipe: {made}{args.epochs} epochs ({paper.epochs}), "
+            f"batches of {args.batch_size} ({paper.batch_size}), {args.opt} with learning rate {args.lr:g} "
             f"({paper.opt}, {paper.lr:g}).",
             flush=True,
         )

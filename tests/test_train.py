@@ -115,6 +115,7 @@ def test_default_run(
     monkeypatch.setattr(pictures, "write", write_and_remember)
     assert main([*CPU, "--epochs", "3", "-b", "6"]) == 0
     printed = capsys.readouterr().out
+    assert "2 variants of an image, not 61; " in printed
     assert "synthetic" in printed
     assert "--data-dir FOLDER" in printed
     assert "3 epochs (30), batches of 6 (256), adam" in printed
