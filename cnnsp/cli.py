@@ -111,10 +111,7 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        status, message = (
-            2,
-            "error: out of memory: close what else takes it, or a smaller --batch-size",
-        )
+        status, message = 2, "error: out of memory; a smaller --batch-size takes less"
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise

@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from unicodedata import normalize
 
-_NO_MEMORY = re.compile("out of memory|DefaultCPUAllocator")
-
 
 class UserError(Exception):
     """Something the user can put right. Its text is one line and names the culprit."""
@@ -20,7 +18,8 @@ def distinctly(names: Collection[str]) -> Callable[[str], str]:
 
 def lacks_memory(error: Exception) -> bool:
     """Whether it says that memory is used up; of a CPU's PyTorch has no error of its own."""
-    return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
+    said = re.search("out of memory|DefaultCPUAllocator", str(error))
+    return said is not None or isinstance(error, MemoryError)
 
 
 def raise_all(reasons: Sequence[str], most: int = 20) -> None:

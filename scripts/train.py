@@ -150,8 +150,8 @@ def load_images(
             made = f"{len(variants)} variants of an image, not {len(PAPER_VARIANTS)}; "
         print(
             f"Shorter than the paper's recipe: {made}{args.epochs} epochs ({paper.epochs}), "
-            f"batches of {args.batch_size} ({paper.batch_size}), {args.opt} with learning rate {args.lr:g} "
-            f"({paper.opt}, {paper.lr:g}).",
+            f"batches of {args.batch_size} ({paper.batch_size}), {args.opt} with learning rate "
+            f"{args.lr:g} ({paper.opt}, {paper.lr:g}).",
             flush=True,
         )
     train, test = (
@@ -251,11 +251,12 @@ def train(
             except (MemoryError, RuntimeError) as error:
                 if not lacks_memory(error):
                     raise
-                if not isinstance(error, torch.OutOfMemoryError):  # but the host's
-                    card_bytes = None
+                on_card = isinstance(error, torch.OutOfMemoryError)
                 held = bank.images.device_bytes + test_bank.images.device_bytes
                 others = {"num_classes": len(bank.images.classes), "image_bank_bytes": held}
-                advice = memory.advice(card_bytes, options, processes=team.size, **others)
+                advice = memory.advice(
+                    card_bytes if on_card else None, options, processes=team.size, **others
+                )
                 raise UserError(advice) from None
             if device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(device) / 2**20

@@ -160,7 +160,7 @@ def test_board_shows_an_epoch(tmp_path: Path) -> None:
     confusion = pictures.confusion(evaluation, ("a", "b"), "title")
     pictures.write(confusion, tmp_path / "confusion.png")
     before = pictures.pixels(confusion)
-    board.evaluation(confusion, evaluation, bank, ("a", "b"), 7)
+    board.evaluation(confusion, evaluation, bank, 7)
     assert np.shares_memory(before, pictures.pixels(confusion))  # it is drawn once for both
     options = {"lr": 0.01, "pool": "max", "amp": None, "fast": True, "seeds": (1, 2)}
     board.hyper_parameters(options, {"best_accuracy": 71.0})
@@ -209,7 +209,7 @@ def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
     )
     board = boards.Board(tmp_path)
     evaluation = Evaluation.of(torch.zeros(1, 1), bank.labels)
-    board.evaluation(pictures.confusion(evaluation, ("a",), "title"), evaluation, bank, ("a",), 1)
+    board.evaluation(pictures.confusion(evaluation, ("a",), "title"), evaluation, bank, 1)
     board.close()
     assert events(tmp_path).Tags()["images"] == ["test/confusion"]
 

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -104,12 +103,7 @@ class Board:
         self._writer.flush()
 
     def evaluation(
-        self,
-        confusion: Figure,
-        evaluation: Evaluation,
-        test: ImageBank,
-        classes: Sequence[str],
-        step: int,
+        self, confusion: Figure, evaluation: Evaluation, test: ImageBank, step: int
     ) -> None:
         """Show the confusion matrix, and the up to 16 test images that were most wrong."""
         self._figure("test/confusion", confusion, step)
@@ -121,7 +115,7 @@ class Board:
                 _visible(images.cpu()),
                 evaluation.labels[worst],
                 evaluation.log_probs[worst],
-                classes,
+                test.images.classes,
                 [names[number] for number in worst.tolist()] if names else (),
             )
             self._figure("test/most_wrong", figure, step)

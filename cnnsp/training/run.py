@@ -53,9 +53,7 @@ class Progress:
 
 # The signal of a pipe that nobody reads, which Windows does not have.
 _PIPE = 13
-# Seconds, and how many times as long as drawing takes: a second, in which a GPU may train an epoch,
-# or many seconds where there are hundreds of classes.
-_DRAWING_INTERVAL, _DRAWING_SHARE = 10.0, 20
+_DRAWING_INTERVAL = 10.0  # seconds; drawing takes one, in which a GPU may train an epoch
 _COMPILING = "the first step compiles its kernels: up to a minute, once on a machine …"
 
 
@@ -269,9 +267,9 @@ class Trainer:
             when = f"{title}, epoch {result.epoch:.4g}"
             confusion = pictures.confusion(test, self.classes, when)
             _try_to_write(pictures.write, confusion, self.output / "confusion.png")
-            board.evaluation(confusion, test, self.test, self.classes, progress.total_steps)
-            end = time.monotonic()
-            self._draw_at = end + max(_DRAWING_INTERVAL, _DRAWING_SHARE * (end - start))
+            board.evaluation(confusion, test, self.test, progress.total_steps)
+            end = time.monotonic()  # of hundreds of classes a drawing takes many seconds
+            self._draw_at = end + max(_DRAWING_INTERVAL, 20 * (end - start))
         cuda = self.device.type == "cuda"
         memory_mib = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
         board.epoch(result, progress.total_steps, memory_mib)
