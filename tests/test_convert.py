@@ -931,6 +931,8 @@ def test_graphs_of_fx_and_scripts():
     script = torch.jit.trace(nn.ReLU(), torch.rand(1))
     model = replace_pooling(nn.Sequential(script, nn.Conv2d(1, 1, 1), nn.ReLU(), nn.MaxPool2d(2)))
     assert fuse(model).meta["folded"] == ["3: ReLU 2, bias of 1"]
+    script = torch.jit.trace(nn.MaxPool2d(2), torch.rand(1, 1, 2, 2))
+    assert "leaves 1: MaxPool2d (no twin)" in warned(nn.Sequential(nn.MaxPool2d(2), script))
 
 
 def test_a_patched_pool_is_left_and_named():
@@ -952,6 +954,7 @@ def test_a_patched_pool_is_left_and_named():
         (nn.Sequential(nn.AvgPool2d(2)), "0"),
         (nn.ModuleList([nn.ReLU(), nn.AvgPool2d(2), nn.AvgPool2d(3)]), "1, 2"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2)), "1"),
+        (nn.Sequential(nn.LeakyReLU(), nn.MaxPool2d(2)), "1"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.ReLU()), ""),
     ],
 )
@@ -979,12 +982,24 @@ def helper(x: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(torch.max_pool1d(x.flatten(2), 2), 1)
 
 
+renamed, halved = F.max_pool2d, functools.partial(F.avg_pool2d, kernel_size=2)
+
+
+class Wrapped(nn.Sequential):
+    """Pooling functions under other names, and in a method that a decorator hides."""
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_max_pool2d(halved(renamed(super().forward(x), 2)), 1)
+
+
 @pytest.mark.parametrize(
     ("model", "left"),
     [
         (nn.Sequential(nn.MaxPool2d(2), Padded(2)), "1: Padded (a subclass"),
         (nn.Sequential(nn.MaxPool2d(2), nn.LPPool2d(2, 2)), "1: LPPool2d (no twin)"),
         (Functions(), "avg_pool2d, max_pool1d, max_pool3d in the code of Functions"),
+        (Wrapped(nn.MaxPool2d(2)), "avg_pool2d, max_pool2d in the code of Wrapped"),
         (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), ""),
     ],
 )
@@ -993,6 +1008,11 @@ def test_what_is_left_is_named(model, left):
     assert left in text
     assert bool(text) == bool(left)
     assert ";" not in text  # nothing else
+
+
+def test_adaptive_functions_are_named_with_adaptive_types():
+    text = warned(Wrapped(nn.AdaptiveMaxPool2d(2)), types=nn.AdaptiveMaxPool2d)
+    assert "leaves adaptive_max_pool2d, avg_pool2d, max_pool2d in the code of Wrapped" in text
 
 
 def test_what_the_arguments_leave_out_is_logged(caplog):

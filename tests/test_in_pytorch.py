@@ -298,6 +298,12 @@ def test_average_of_draws_is_the_expectation(device):
     sums = [9 * F.avg_pool2d(w**power, 3, 1, 1) for power in (1, 2, 3)]
     variance = sums[2] / sums[0].clamp(min=1e-9) - (sums[1] / sums[0].clamp(min=1e-9)) ** 2
     torch.testing.assert_close(average.std**2, variance, rtol=0.2, atol=0.02)
+    scaled = []
+    for scale in (2.0**-80, 1.0, 2.0**70):  # their squares are beyond fp32
+        torch.manual_seed(0)
+        scaled.append(average_draws(pool, x * scale, draws=3).std / scale)
+    assert torch.equal(scaled[0], scaled[1])
+    assert torch.equal(scaled[1], scaled[2])
 
 
 def test_average_of_probabilities(device):

@@ -89,6 +89,17 @@ def test_second_derivatives_where_sums_overflow_or_vanish(device):
         assert torch.equal(derivative, torch.zeros_like(derivative))
 
 
+def test_forward_mode_where_sums_overflow_and_the_default_dtype_is_fp16(device):
+    x = torch.full((1, 1, 2, 2), 3e38, device=device)
+    tangent = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], device=device)
+    torch.set_default_dtype(torch.float16)
+    try:
+        _, mean = func.jvp(lambda x: stochastic_pool2d(x, 2, training=False), (x,), (tangent,))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert mean.item() == 2.5
+
+
 def test_forward_mode_agrees_with_reverse_mode(training, device):
     """<v, J t> from one and <J' v, t> from the other, and the tangent is never silently zero."""
     pool = drawing_alike(2, training, device)

@@ -420,7 +420,7 @@ def _expectation_tangent(
     t = torch.where(w > 0, t, 0)
     # Sums that overflow are taken of smaller weights, as in the reference: w / S stays the same.
     overflow = _sum(reference.cells(w.detach(), window)).isinf()
-    scale = torch.where(overflow, reference.OVERFLOW_SCALE, 1.0).to(w.dtype)
+    scale = torch.where(overflow, reference.OVERFLOW_SCALE, w.new_ones(()))  # not the default dtype
     cells = [cell * scale for cell in reference.cells(w, window)]
     tangents = reference.cells(t, window)
     total = _sum(cells)

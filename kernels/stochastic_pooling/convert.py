@@ -89,10 +89,11 @@ def replace_pooling(
         UserWarning: where an average counts its padding or has its own divisor, which a draw does
             not; where negative values, which become 0, may reach a twin: each average, unless an
             `nn.Sequential` shows a ReLU or the like before it, and a max pool if one shows a
-            convolution or norm before it and no ReLU behind; where pools are left that the
-            arguments do not leave out: subclasses, patched ones, types without a twin, and pooling
-            functions in the code of a forward; where a function (a hook, too) or an attribute holds
-            on to a pool that was replaced. Pools that the arguments leave out are logged at INFO.
+            convolution, norm or activation with a sign before it and no ReLU behind; where pools
+            are left that the arguments do not leave out: subclasses, patched ones, types without a
+            twin, and pooling functions in the code of a forward; where a function (a hook, too) or
+            an attribute holds on to a pool that was replaced. Pools that the arguments leave out
+            are logged at INFO.
     """
     types = (types,) if isinstance(types, type) else tuple(types)
     for pool_type in types:
@@ -205,7 +206,8 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
     adaptive = any("Adaptive" in kind.__name__ for kind in types)
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
-        line = f"{name or 'the model'}: {kind.__name__}"
+        kind_name = getattr(module, "original_name", kind.__name__)  # of a scripted or traced one
+        line = f"{name or 'the model'}: {kind_name}"
         if kind in _TWINS and _is_patched(module):
             beyond.append(f"{line} (patched, which may pool in its own way: replace it by hand)")
         elif kind in types:
@@ -214,29 +216,37 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
             known.append(f"{line} (not in types: add nn.{kind.__name__})")
         elif isinstance(module, tuple(_TWINS)):
             beyond.append(f"{line} (a subclass, which may pool in its own way: replace it by hand)")
-        elif "Pool" in kind.__name__ and not module._modules:
+        elif "Pool" in kind_name and not module._modules:
             ours = isinstance(module, StochasticPool)
-            skipped = ours or ("AdaptiveAvgPool" in kind.__name__ and not adaptive)
+            skipped = ours or ("AdaptiveAvgPool" in kind_name and not adaptive)
             (known if skipped else beyond).append(f"{line} (no twin)")
         else:
-            functions = ", ".join(sorted(_pooling_functions(module)))
+            functions = ", ".join(sorted(_pooling_functions(module, adaptive)))
             line = f"{functions} in the code of {kind.__name__} (write stochastic_pool2d there)"
             if functions and line not in beyond:
                 beyond.append(line)
     return known, beyond
 
 
-def _pooling_functions(module: nn.Module) -> set[str]:
-    """What its methods, or the functions that they name, call max_pool2d, avg_pool1d_same, … and
-    such functions that it holds."""
-    held = [value.func if isinstance(value, partial) else value for value in vars(module).values()]
-    names: set[str] = {str(getattr(value, "__name__", "")) for value in held}
+def _pooling_functions(module: nn.Module, adaptive: bool) -> set[str]:
+    """What its methods, or the functions that they name or wrap, call max_pool2d, avg_pool1d_same,
+    … and such functions that it holds."""
+    kinds = f"({'adaptive_|' * adaptive}fractional_)?(max|avg|lp)_pool[123]d"
+    pattern = re.compile(f"{kinds}(?!_with_indices)")  # of which the plain one is made
     todo = [value for owner in (module, *type(module).__mro__) for value in vars(owner).values()]
+    names: set[str] = set()
     seen = set()
     while todo:
         value = todo.pop()
-        value = getattr(value, "__func__", value)  # of a method
+        value = value.func if isinstance(value, partial) else getattr(value, "__func__", value)
         code = getattr(value, "__code__", value)  # a constant may be the code of a function inside
+        if isinstance(value, FunctionType):
+            # `max_pool2d` is itself, whatever name a forward calls it by; a decorator's closure
+            # holds what it decorates.
+            names.add(value.__name__)
+            todo += [held for cell in value.__closure__ or () for held in gc.get_referents(cell)]
+        elif callable(value):
+            names.add(str(getattr(value, "__name__", "")))
         if not isinstance(code, CodeType) or code in seen:
             continue
         seen.add(code)
@@ -244,20 +254,17 @@ def _pooling_functions(module: nn.Module) -> set[str]:
             names.update(code.co_names)
             known = getattr(value, "__globals__", {})
             todo += [*code.co_consts, *(known[name] for name in code.co_names if name in known)]
-    pattern = re.compile("(fractional_)?(max|avg|lp)_pool[123]d")
     return {name for name in names.difference(module._modules.keys()) if pattern.match(name)}
 
 
-# After these nothing is negative; those keep the sign.
+# After these nothing is negative; after those it may be, as after `_FRESH`; the last keep the sign.
 _RECTIFIED = {nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, *_TWINS.values()}
+_SIGNED = {
+    *(nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Linear, nn.LayerNorm),
+}
 _SIGN_KEPT = {
-    nn.Identity,
-    nn.Flatten,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    *_TWINS,
+    *(nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, *_TWINS),
 }
 
 
@@ -280,7 +287,7 @@ def _may_read_negatives(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -
             if module in pools or kind in _RECTIFIED:
                 state = False
             elif kind not in _SIGN_KEPT:
-                state = True if kind in _FRESH else None
+                state = True if kind in _FRESH | _SIGNED else None
     return [
         name or "the model"
         for name, pool in chosen

@@ -85,8 +85,8 @@ def average_draws(
             meant: `torch.exp` for a network that gives their logarithms.
 
     Returns:
-        mean and standard deviation, in the output's dtype (summed in fp32 for fp16 and bf16).
-        `torch.manual_seed` reproduces them. No gradients.
+        mean and standard deviation, in the output's dtype, but summed in fp64 (in fp32 where a
+        device may lack it). `torch.manual_seed` reproduces them. No gradients.
 
     Raises:
         ValueError: for fewer than 2 draws, a model that is in training mode or has a part with
@@ -121,7 +121,9 @@ def average_draws(
                     "tensor of the model's output"
                 )
             dtype = output.dtype
-            output = output.float() if dtype in (torch.float16, torch.bfloat16) else output
+            # Squares of fp32 need more than its range; not every device has fp64.
+            wide = torch.float64 if output.device.type in ("cpu", "cuda") else torch.float32
+            output = output.to(torch.promote_types(dtype, wide))
             if count == 1:
                 # A clone: the model may give the same memory every time (a buffer, CUDA graphs).
                 mean, squares = output.clone(), torch.zeros_like(output)
