@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import logging
@@ -69,7 +70,7 @@ def windows() -> Iterator[ParameterSet]:
     plain run has those that are alike in both dimensions."""
     pairs = itertools.product(itertools.product((2, 3), (2, 3)), itertools.product((1, 2), (1, 2)))
     even = ((kernel, stride) for kernel, stride in pairs if sum(kernel + stride) % 2 == 0)
-    larger = (((1, 2), (1, 2)), ((3, 3), (3, 3)), ((8, 7), (2, 8)), ((5, 1), (1, 5)))
+    larger = (((1, 2), (1, 2)), ((3, 3), (3, 3)), ((9, 8), (2, 9)), ((5, 1), (1, 5)))
     for kernel, stride in (*even, *larger):
         slow = kernel[0] - kernel[1] != stride[0] - stride[1] or max(kernel) > 3
         marks = [pytest.mark.slow] if slow else []
@@ -105,6 +106,24 @@ def test_every_window_that_slides(kernel, stride, special, layout):
         torch.testing.assert_close(grad_bias, expected_bias, rtol=1e-4, atol=1e-4)
         served += 1
     assert served > 20
+
+
+@pytest.mark.slow
+def test_the_largest_window(layout):
+    """Its last code is 253; where the stride is even, 254 stands for a cell that it lacks."""
+    window = Window(2, 127, 1, 2, 0, 60, 1, 1, False)
+    x = torch.randn(2, 3, 4, 40).contiguous(memory_format=layout)
+    assert cpu._plan(x.shape, x.dtype, layout, window) is not None
+    assert cpu._plan(x.shape, x.dtype, layout, dataclasses.replace(window, kernel_w=128)) is None
+    tiles = dataclasses.replace(window, stride_h=2, stride_w=127)
+    assert cpu._plan(x.shape, x.dtype, layout, tiles) is None
+    results = []
+    for backend in (cpu, reference):
+        output, code = backend.sample(x, None, SEED, window)
+        grad = (code % 9 - 4.0).contiguous(memory_format=layout)
+        gradients = backend.sample_backward(grad, code, x.shape[2:], window, True)
+        results.append((output, code, *gradients))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["ordinary", "special"])
@@ -149,12 +168,7 @@ def test_windows_of_networks_need_no_reference(monkeypatch):
         monkeypatch.delattr(reference, name)
     signal, image = torch.randn(2, 3, 12), torch.randn(2, 3, 12, 13)
     for training in (True, False):
-        for pool, x in (
-            (StochasticPool1d(2), signal),
-            (StochasticPool1d(3, 2, 1), signal),
-            (StochasticPool2d(3), image),
-            (StochasticPool2d((4, 5), 1), image),
-        ):
+        for pool, x in ((StochasticPool1d(3, 2, 1), signal), (StochasticPool2d(3), image)):
             x = x.clone().requires_grad_()
             pool.train(training)(x).sum().backward()
             assert x.grad.any()

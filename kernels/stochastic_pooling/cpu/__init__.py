@@ -1,8 +1,9 @@
 """Stochastic pooling on the CPU, compiled by numba: the four functions of `reference.py`.
 
-Compiled are the windows that networks train with: up to 8 cells a side and strides of up to 8, no
-dilation, in fp16, bf16 and fp32. The reference serves the others, fp64 and volumes, and every call
-whose weights are too large, or whose sums too small for the expectation, for plain fp32.
+Compiled are windows of up to 254 cells, 64 where the stride is their size, without dilation, in
+fp16, bf16 and fp32: each takes seconds when it is first used. The reference serves the others, fp64
+and volumes, and every call whose weights are too large, or whose sums too small for the
+expectation, for plain fp32.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ try:
 
     from . import compiling
     from .floats import NUMBERS
-    from .kernels import PLAN, ROWS, backward, forward
+    from .kernels import NO_CELL, PLAN, ROWS, backward, forward
 except Exception as error:  # numba refuses versions of Python and numpy in several ways
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
-_LARGEST = 8  # side of windows, and stride: each takes seconds to compile; see NO_CELL
+_MOST_TILED = 64  # cells of tiles: adaptive pools have other ones for each size of image
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _NOTHING = torch.zeros(0, dtype=torch.float32, device="cpu")  # whatever the default is
 
@@ -78,8 +79,10 @@ class _Plan:
 @functools.lru_cache(maxsize=256)
 def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
-    slides = all(max(k, s) <= _LARGEST and d == 1 for k, s, _, d in window.sides(2))
-    served = len(shape) == 4 and 0 not in shape and dtype in NUMBERS and slides
+    tiles = (window.kernel_h, window.kernel_w) == (window.stride_h, window.stride_w)
+    most = _MOST_TILED if tiles else NO_CELL
+    slides = window.cells <= most and window.dilation_h == window.dilation_w == 1
+    served = slides and len(shape) == 4 and 0 not in shape and dtype in NUMBERS
     return _Plan(shape, layout, window) if served else None
 
 

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[Any], 
     log which."""
     function.__qualname__ = f"{function.__name__}-{hashlib.sha256(_SOURCES).hexdigest()[:16]}"
     signature = types.void(types.CPointer(types.voidptr))
-    with event.install_listener("numba:compile", _Announcement(what)):
+    with event.install_listener("numba:compile", _Announcement(what)), _large_loops():
         code = _cached(functools.partial(numba.cfunc, signature), function)
     for_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address)
     for_c.keeps = code  # type: ignore[attr-defined]
@@ -52,6 +52,22 @@ def _cached(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
         return compiler(cache=True, error_model="numpy")(function)
     except Exception:  # no folder that numba can write its cache to, or damaged files in it
         return compiler(error_model="numpy")(function)
+
+
+@contextlib.contextmanager
+def _large_loops() -> Iterator[None]:
+    """Have LLVM unroll larger loops, and ask of more pairs of places whether they overlap: else it
+    makes no vectors for windows of more than 6 x 6 cells."""
+    _set_thresholds(8192, 4096)
+    try:
+        yield
+    finally:
+        _set_thresholds(300, 128)  # LLVM's own
+
+
+def _set_thresholds(unrolled: int, pairs: int) -> None:
+    binding.set_option("", f"-unroll-threshold={unrolled}")
+    binding.set_option("", f"-vectorize-memory-check-threshold={pairs}")
 
 
 class _Announcement(event.Listener):

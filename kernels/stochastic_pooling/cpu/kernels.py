@@ -39,7 +39,8 @@ GROUP, PAIR, ROWS = 4, 2, 8
 # The bits of weights whose sums may overflow, and of inverses that may overflow soon. Bits of
 # numbers that are not negative are in the order of the numbers, those of NaN beyond.
 TOO_LARGE = int(np.float32(2.0**120).view(np.uint32))
-DEAD, NO_CELL = 255, 64  # the code of a dead window, and of a cell that a window does not have
+# The code of a dead window, and of a cell that no window has.
+DEAD, NO_CELL = 255, 254
 FETCH, STORE, PLACE = range(3)
 
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -189,10 +190,11 @@ def _gather(numbers, codes, first, grid, i0, j0, training):
     for t in range(taps_h):
         for u in range(taps_w):
             i, j = i0 + t * stride_h, j0 + u * stride_w
-            cell = (i * kernel_w + j) * training if (i < kernel_h) & (j < kernel_w) else NO_CELL
             window = first + _lanes(taps_h - 1 - t) * phase + _lanes(taps_w - 1 - u) * step
-            number = numbers[window]
-            total += number if codes[window] == np.uint8(cell + 1) else _ZERO
+            number, held = numbers[window], (i < kernel_h) & (j < kernel_w)
+            if training:
+                held = codes[window] == np.uint8(i * kernel_w + j if held else NO_CELL)
+            total += number if held else _ZERO
     return total
 
 
@@ -277,9 +279,10 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
         fetched_code = np.empty(fetched.size, np.uint8)
         staged = np.empty(plan.width * plan.step, number)
         gathered, totals = np.empty(plan.phase, np.float32), np.zeros(plan.phase, np.float32)
-        codes = np.zeros(most * plan.phase, np.uint8)  # one more than codes; 0 outside
-        grads = np.zeros(codes.size, np.float32)
-        offsets = np.zeros((1 - training) * codes.size, np.float32)
+        # Windows outside the plane drew nothing, and pass on nothing.
+        codes = np.full(training * most * plan.phase, DEAD, np.uint8)
+        grads = np.zeros(most * plan.phase, np.float32)
+        offsets = np.zeros((1 - training) * grads.size, np.float32)
         rows = (most - 1) * stride_h + max(kernel_h, stride_h)  # between windows, too
         weights = np.zeros((1 - training) * rows * stride_w * plan.phase, np.float32)
         for unit in _share(call, plan.sheets * groups):
@@ -294,17 +297,19 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
                 _weigh(weights, above, bottom, x, fetched, biases, sheet, call, plan)
             for oh in range(out_top, out_last + 1):
                 to = _lanes(oh - out_top) * phase + _lanes(taps_w - 1) * step
-                inside = 0 <= oh < plan.out_height
-                for k in range(out_lanes):  # in evaluation all the cells of a window were drawn
-                    codes[to + k] = inside
-                if not inside:
+                if not 0 <= oh < plan.out_height:
+                    for k in range(out_lanes):
+                        if training:
+                            codes[to + k] = DEAD
+                        else:
+                            grads[to + k], offsets[to + k] = _ZERO, _ZERO
                     continue
                 numbers, first = _row(FETCH, fetched, grad, sheet, oh, out_size, plan)
                 if training:
                     drew, first = _row(FETCH, fetched_code, code, sheet, oh, out_size, plan)
                     for k in range(out_lanes):
                         grads[to + k] = widen(numbers[first + k])
-                        codes[to + k] = drew[first + k] + 1
+                        codes[to + k] = drew[first + k]
                     continue
                 # By what a window's weights are multiplied, and what is taken off (reference.py).
                 corner = _lanes((oh - out_top) * stride_h * stride_w) * phase
