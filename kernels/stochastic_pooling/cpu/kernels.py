@@ -212,7 +212,8 @@ def forward(number: Any, training: bool, *sides: int) -> Any:
         output, code = carray(pointers[8], outputs, number), carray(pointers[9], outputs, np.uint8)
         size, out_lanes = (plan.out_height, plan.out_width), plan.out_width * plan.step
         line, grid = stride_w * plan.phase, (sides, _lanes(plan.step), _lanes(plan.phase))
-        weights = np.zeros(((GROUP - 1) * stride_h + kernel_h) * line, np.float32)
+        rows = (min(GROUP, plan.out_height) - 1) * stride_h + kernel_h
+        weights = np.zeros(rows * line, np.float32)
         fetched = np.empty(plan.width * plan.step, number)
         staged, staged_code = np.empty(out_lanes, number), np.empty(out_lanes, np.uint8)
         calls = (plan.out_width + PAIR - 1) // PAIR * plan.step
