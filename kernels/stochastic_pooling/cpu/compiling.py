@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,12 @@ def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[Any], 
     log which."""
     function.__qualname__ = f"{function.__name__}-{hashlib.sha256(_SOURCES).hexdigest()[:16]}"
     signature = types.void(types.CPointer(types.voidptr))
-    with event.install_listener("numba:compile", _Announcement(what)), _large_loops():
-        code = _cached(functools.partial(numba.cfunc, signature), function)
+    _set_thresholds(8192, 4096)  # else LLVM makes no vectors for more than 6 x 6 cells
+    try:
+        with event.install_listener("numba:compile", _Announcement(what)):
+            code = _cached(functools.partial(numba.cfunc, signature), function)
+    finally:
+        _set_thresholds(300, 128)  # its own
     for_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address)
     for_c.keeps = code  # type: ignore[attr-defined]
     return for_c
@@ -54,18 +58,9 @@ def _cached(compiler: Callable[..., Any], function: Callable[..., Any]) -> Any:
         return compiler(error_model="numpy")(function)
 
 
-@contextlib.contextmanager
-def _large_loops() -> Iterator[None]:
-    """Have LLVM unroll larger loops, and ask of more pairs of places whether they overlap: else it
-    makes no vectors for windows of more than 6 x 6 cells."""
-    _set_thresholds(8192, 4096)
-    try:
-        yield
-    finally:
-        _set_thresholds(300, 128)  # LLVM's own
-
-
 def _set_thresholds(unrolled: int, pairs: int) -> None:
+    """How large the loops are that LLVM unrolls, and of how many pairs of places it asks whether
+    they overlap."""
     binding.set_option("", f"-unroll-threshold={unrolled}")
     binding.set_option("", f"-vectorize-memory-check-threshold={pairs}")
 

@@ -39,8 +39,7 @@ GROUP, PAIR, ROWS = 4, 2, 8
 # The bits of weights whose sums may overflow, and of inverses that may overflow soon. Bits of
 # numbers that are not negative are in the order of the numbers, those of NaN beyond.
 TOO_LARGE = int(np.float32(2.0**120).view(np.uint32))
-# The code of a dead window, and of a cell that no window has.
-DEAD, NO_CELL = 255, 254
+DEAD, NO_CELL = 255, 254  # the code of a dead window, and of a cell that no window has
 FETCH, STORE, PLACE = range(3)
 
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -281,9 +280,8 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
         staged = np.empty(plan.width * plan.step, number)
         gathered, totals = np.empty(plan.phase, np.float32), np.zeros(plan.phase, np.float32)
         # Windows outside the plane drew nothing, and pass on nothing.
-        codes = np.full(training * most * plan.phase, DEAD, np.uint8)
-        grads = np.zeros(most * plan.phase, np.float32)
-        offsets = np.zeros((1 - training) * grads.size, np.float32)
+        codes = np.full(most * plan.phase, DEAD, np.uint8)
+        grads, offsets = np.zeros(codes.size, np.float32), np.zeros(codes.size, np.float32)
         rows = (most - 1) * stride_h + max(kernel_h, stride_h)  # between windows, too
         weights = np.zeros((1 - training) * rows * stride_w * plan.phase, np.float32)
         for unit in _share(call, plan.sheets * groups):
@@ -300,10 +298,7 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
                 to = _lanes(oh - out_top) * phase + _lanes(taps_w - 1) * step
                 if not 0 <= oh < plan.out_height:
                     for k in range(out_lanes):
-                        if training:
-                            codes[to + k] = DEAD
-                        else:
-                            grads[to + k], offsets[to + k] = _ZERO, _ZERO
+                        codes[to + k], grads[to + k], offsets[to + k] = DEAD, _ZERO, _ZERO
                     continue
                 numbers, first = _row(FETCH, fetched, grad, sheet, oh, out_size, plan)
                 if training:
