@@ -240,13 +240,10 @@ def _pooling_functions(module: nn.Module, adaptive: bool) -> set[str]:
         value = todo.pop()
         value = value.func if isinstance(value, partial) else getattr(value, "__func__", value)
         code = getattr(value, "__code__", value)  # a constant may be the code of a function inside
-        if isinstance(value, FunctionType):
-            # `max_pool2d` is itself, whatever name a forward calls it by; a decorator's closure
-            # holds what it decorates.
-            names.add(value.__name__)
-            todo += [held for cell in value.__closure__ or () for held in gc.get_referents(cell)]
-        elif callable(value):
+        if callable(value):  # by the name it was made with, whatever a forward calls it
             names.add(str(getattr(value, "__name__", "")))
+        if isinstance(value, FunctionType):  # a decorator's closure holds what it decorates
+            todo += [held for cell in value.__closure__ or () for held in gc.get_referents(cell)]
         if not isinstance(code, CodeType) or code in seen:
             continue
         seen.add(code)
