@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import os
 import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -25,34 +22,8 @@ if hasattr(signal, "SIGHUP"):
 # are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    with contextlib.suppress(ImportError):
-        from triton.language import core
-        from triton.runtime import interpreter
-
-        patch_language = interpreter._patch_lang
-
-        def patch_language_once(function: Any) -> Any:
-            """Not again for each function that a kernel calls: that was 40 % of the time."""
-            values = function.__globals__.values()
-            found = [lang for lang in (interpreter.tl, core) if any(v is lang for v in values)]
-            if any(core.is_builtin(lang.load) for lang in found):
-                return patch_language(function)
-            return SimpleNamespace(restore=lambda: None)
-
-        interpreter._patch_lang = patch_language_once
-
-        # Before Triton 3.8 it takes int() of an array of one number, which NumPy 2.4 refuses.
-        patch_tensor = interpreter._patch_lang_tensor
-
-        def patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
-            patch_tensor(tensor, *scope)
-            tensor.__index__ = lambda self: int(self.handle.data.item())
-
-        interpreter._patch_lang_tensor = patch_tensor_and_index
-
-        # Half of the rest is sums made again to look for overflows, which it then says nothing of.
-        builder = interpreter.interpreter_builder
-        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    with contextlib.suppress(ImportError):  # no Triton here
+        importlib.import_module("tests.interpreter")
 
 
 @pytest.hookimpl(optionalhook=True)
