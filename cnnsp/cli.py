@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError, lacks_memory
-from .training.interruption import Interrupted
+from .training.interruption import Interrupted, handled
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -146,15 +146,11 @@ def importing(prog: str, extra: str = "train") -> Iterator[None]:
         os.write(2, f"{prog}: interrupted\n".encode())
         os._exit(130)
 
-    alone = threading.current_thread() is not threading.main_thread()
-    before = None if alone else signal.signal(signal.SIGINT, end)
     try:
-        yield
+        with handled(end, signal.SIGINT):
+            yield
     except ModuleNotFoundError as error:
         raise UserError(f"{error}: pip install -e '.[{extra}]'") from None
-    finally:
-        if not alone:
-            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

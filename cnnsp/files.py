@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .training.interruption import ENDS, end, handled
 
 if sys.platform != "win32":
     import fcntl
@@ -77,7 +78,7 @@ def make_folder(path: Path) -> None:
 def claimed(folder: Path, *, rename: bool = False) -> Iterator[Path]:
     """A folder that no other process writes to: made, or locked if it is there.
 
-    Where nothing was written to it, it is gone afterwards.
+    Where nothing was written to it, it is gone afterwards, also when SIGTERM ends the work.
 
     Args:
         folder: its name.
@@ -107,7 +108,8 @@ def claimed(folder: Path, *, rename: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"output folder {folder}: {error.strerror}") from None
     try:
-        yield folder
+        with handled(end, *ENDS):
+            yield folder
     finally:
         if lock is not None:
             os.close(lock)

@@ -183,6 +183,8 @@ def run(arguments: Sequence[str] | None) -> None:
     new = Path("runs", f"{args.pool}-{time.strftime('%Y%m%d-%H%M%S')}")
     # Of the processes that torchrun starts, the first one writes.
     leads = not is_launched() or os.environ["RANK"] == "0"
+    with importing(PROG):  # Ctrl-C within ends at once, which would leave an empty folder
+        import cnnsp.training.run  # noqa: F401
     claim = files.claimed(output or new, rename=output is None) if leads else nullcontext(new)
     with claim as args.output_dir:
         if leads:

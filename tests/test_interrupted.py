@@ -228,6 +228,38 @@ def test_ctrl_c_during_imports_is_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "train.py: interrupted\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are otherwise there")
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_nothing_is_left_of_what_ends_before_it_writes(
+    photos: Path, tmp_path: Path, name: str, status: int
+) -> None:
+    """A signal while PyTorch is imported or a photograph is decoded."""
+    code = (
+        "import os, runpy, signal, sys\nfrom PIL import Image\n"
+        "def end(*_): os.kill(os.getpid(), signal.{})\n"
+        "class Finder: find_spec = lambda self, name, *_: name == 'torch' and end() or None\n"
+        "sys.meta_path.insert(0, Finder())\nImage.open = end\n"
+        "sys.argv = {}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    chosen = ["--train", "1", "--test", "1", "--classes", "daisy"]
+    prepare = ["prepare_flowers.py", str(photos / "train_data"), *chosen, "--output", "set"]
+    for arguments, sent, ends in (
+        (["train.py", "--data-dir", str(photos)], "SIGINT", 130),
+        (prepare, name, status),
+    ):
+        script, *rest = arguments
+        command = code.format(sent, [str(ROOT / "scripts" / script), *rest])
+        done = subprocess.run(
+            [sys.executable, "-c", command],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (ends, 1), done.stderr
+        assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a mount namespace is Linux's")
 def test_little_shared_memory_is_enough(photos: Path, tmp_path: Path) -> None:

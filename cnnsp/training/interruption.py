@@ -8,17 +8,42 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+
+# Of those that end a process, the two that are no Ctrl-C. Windows has no SIGHUP.
+ENDS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
-class Interrupted(Exception):  # noqa: N818  it is no error
+class Interrupted(BaseException):  # not to be taken for the error of a file under way
     """A run stopped because a signal asked for it, its work saved; the exit status is 128 more."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.signal = signal_number
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Within this context ``handler`` gets these signals, but for those that are ignored.
+
+    Outside the main thread, where Python allows no signal handlers, it does nothing.
+    """
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """Handles a signal by an exception, which cleans up as it passes."""
+    raise Interrupted(number, signal.Signals(number).name)
 
 
 class Asked(Exception):  # noqa: N818  nor is this
@@ -29,26 +54,20 @@ class Requests:
     """Within this context SIGINT, SIGTERM and SIGHUP set :attr:`signal`, and say they were heard.
 
     One that was ignored, as by ``nohup``, still is. A second Ctrl-C raises KeyboardInterrupt, for
-    those who cannot wait. Outside the main thread, where Python allows no signal handlers, it does
-    nothing. ``promise`` is said to come next.
+    those who cannot wait. ``promise`` is said to come next.
     """
 
     def __init__(self, promise: str) -> None:
         self.signal: int | None = None
         self._promise, self._at_once = promise, False
-        self._before: dict[signal.Signals, Any] = {}
+        self._handled = handled(self._request, signal.SIGINT, *ENDS)
 
     def __enter__(self) -> Requests:
-        if threading.current_thread() is threading.main_thread():
-            # Windows has no SIGHUP.
-            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._request)
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handled.__exit__(None, None, None)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
