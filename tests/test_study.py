@@ -320,33 +320,35 @@ def test_a_run_that_the_study_did_not_start_is_left_alone(
     assert [path.name for path in folder.iterdir()] == ["last.pt"]
 
 
-# Says that it is ready, and ends with status 7 on SIGTERM.
+# Says that it is ready, and ends with status 7 on the signal.
 CHILD = """
 import pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+signal.signal(int(sys.argv[2]), lambda *_: sys.exit(7))
 pathlib.Path(sys.argv[1]).touch()
 time.sleep(60)
 """
-# Sends SIGTERM to a process when a file is there.
+# Sends a signal to a process when a file is there.
 WAIT_AND_KILL = """
-import os, pathlib, signal, sys, time
+import os, pathlib, sys, time
 for _ in range(6000):
     if pathlib.Path(sys.argv[1]).exists():
         break
     time.sleep(0.01)
-os.kill(int(sys.argv[2]), signal.SIGTERM)
+os.kill(int(sys.argv[2]), int(sys.argv[3]))
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals that a process can catch")
-def test_sigterm_is_passed_on_to_the_run(tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_is_passed_on_to_the_run(tmp_path: Path, name: str) -> None:
+    ready, number = tmp_path / "ready", getattr(signal, name)
     killer = subprocess.Popen(
-        [sys.executable, "-c", WAIT_AND_KILL, str(ready), str(os.getpid())],
+        [sys.executable, "-c", WAIT_AND_KILL, str(ready), str(os.getpid()), str(int(number))],
     )
     with Requests("stopping") as requests, killer:
-        assert study.call([sys.executable, "-c", CHILD, str(ready)], requests) == 7
-    assert requests.signal == signal.SIGTERM
+        child = [sys.executable, "-c", CHILD, str(ready), str(int(number))]
+        assert study.call(child, requests) == 7
+    assert requests.signal == number
 
 
 def test_interrupted_study_says_how_to_go_on(

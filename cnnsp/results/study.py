@@ -263,7 +263,7 @@ def _stop_if_asked(requests: Requests, where: str) -> None:
 def call(command: Sequence[str], requests: Requests) -> int:
     """Run a command to its end and return its exit status.
 
-    Ctrl-C comes to it from the terminal; SIGTERM is passed on.
+    Ctrl-C comes to it from the terminal; other signals are passed on.
     """
     with subprocess.Popen(command) as process:
         passed_on = False
@@ -271,6 +271,7 @@ def call(command: Sequence[str], requests: Requests) -> int:
             try:
                 return process.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
-                if requests.signal == signal.SIGTERM and not passed_on:
-                    process.terminate()
+                wish = requests.signal
+                if wish is not None and wish != signal.SIGINT and not passed_on:
+                    process.send_signal(wish)
                     passed_on = True
