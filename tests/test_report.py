@@ -135,6 +135,14 @@ def test_captions_name_true_and_predicted_class() -> None:
         assert np.array_equal(axis.images[0].get_array(), image.permute(1, 2, 0).numpy())
 
 
+def test_the_title_fits_above_one_image() -> None:
+    log_probs = torch.tensor([[0.03, 0.97]]).log()
+    figure = pictures.mistakes(torch.rand(1, 3, 8, 8), torch.tensor([0]), log_probs, ("ox", "yak"))
+    pictures.pixels(figure)
+    (title,) = figure.texts
+    assert title.get_window_extent().width < figure.bbox.width
+
+
 def test_drawn_files(tmp_path: Path) -> None:
     pictures.write(pictures.curves(make_history(1), "title"), tmp_path / "curves.png")
     names = ("daisy", "dandelion", "rose")

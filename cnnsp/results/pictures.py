@@ -199,7 +199,7 @@ def mistakes(
     rows = math.ceil(len(images) / columns)
     size = (2.3 * columns, (2.85 if names else 2.7) * rows + 0.4)
     figure = Figure(figsize=size, dpi=_PHOTOGRAPHS_DPI, layout="constrained")
-    figure.suptitle("Test images with the highest loss")
+    figure.suptitle("Most wrong test images")  # fits above one
     for place, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         if place >= len(images):
             axis.set_visible(False)
