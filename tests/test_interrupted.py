@@ -403,6 +403,23 @@ def test_folder_that_cannot_be_written_keeps_the_checkpoint_before(tmp_path: Pat
     assert path.read_bytes() == b"before"
 
 
+def test_a_checkpoint_that_is_being_read_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As evaluate.py reads it, on Windows, while the run writes the next one."""
+    path, replace, asked = tmp_path / "last.pt", os.replace, []
+
+    def refuse(*paths: Path) -> None:
+        asked.append(paths)
+        if len(asked) < 3:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    checkpoint.save({"format": checkpoint.FORMAT}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
 def test_checkpoint_with_one_bit_changed_is_damaged(tmp_path: Path) -> None:
     """torch.load alone takes it for whole."""
     path = tmp_path / "last.pt"
