@@ -94,7 +94,8 @@ def claimed(folder: Path, *, rename: bool = False) -> Iterator[Path]:
     Raises:
         UserError: when another process has claimed it, or it cannot be made.
     """
-    above = next(path for path in (folder, *folder.parents) if path.exists())
+    # On Windows there may be none: a drive that is not there.
+    above = next((p for p in (folder, *folder.parents) if p.exists()), Path(folder.anchor))
     if not above.is_dir():
         raise UserError(f"output folder {folder}: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):

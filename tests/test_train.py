@@ -361,6 +361,15 @@ def test_a_folder_is_made_where_a_root_cannot_be(
         assert folder.is_dir()
 
 
+def test_a_drive_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, where not even the root of a path need exist."""
+    for ask in ("exists", "is_dir"):
+        monkeypatch.setattr(Path, ask, lambda self: False)
+    run = Path.home() / "run"
+    with pytest.raises(UserError, match="is not a folder"), files.claimed(run):
+        pass
+
+
 def test_starts_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
     with ExitStack() as stack:
         claims = [
