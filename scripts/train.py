@@ -35,6 +35,12 @@ EXAMPLES = """\
 RECIPE = """\
 The defaults shown follow --recipe: without it the paper's for photographs, and a
 shorter one for synthetic flowers; best is what did best on held-out training photographs."""
+# Settings that need a value of another one.
+NEEDS = {
+    **dict.fromkeys(("repeats", "crop_scale"), ("augment", "random")),
+    **dict.fromkeys(("momentum", "nesterov"), ("opt", "sgd")),
+    "lr_step": ("schedule", "step"),
+}
 # Of the settings; the others are the recipe.
 DATA = ["data_dir", "validate"]
 MACHINE = ["amp_dtype", "channels_last", "torchcompile", "accumulate"]
@@ -83,7 +89,7 @@ def parse(
     ``named_by`` is that checkpoint where it, and not the user, names the data folder.
     """
     peek = make_parser(add_help=False)
-    peek.set_defaults(data_dir=None, pool=None)
+    peek.set_defaults(data_dir=None, pool=None, **dict.fromkeys(NEEDS))
     given, _ = peek.parse_known_args(arguments)
     data_dir = given.data_dir or ("datasets" if Path("datasets").is_dir() else SYNTHETIC)
     parser = make_parser()
@@ -95,6 +101,10 @@ def parse(
     args = parser.parse_args(arguments)
     if args.resume and not resumed:  # what is not given is not known yet
         return args
+    for name, (other, value) in NEEDS.items():
+        if getattr(given, name) and getattr(args, other) != value:
+            flag = name.replace("_", "-")
+            print(f"warning: --{flag} does nothing without --{other} {value}", file=sys.stderr)
     if args.torchcompile == "off":
         args.torchcompile = None
     if args.torchcompile in CUDA_GRAPHS and args.accumulate > 1:

@@ -305,6 +305,21 @@ def test_bad_flags(
     assert not output.exists()
 
 
+def test_flags_that_do_nothing_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of a recipe or a checkpoint are nobody's mistake."""
+    parse = load_script("train").parse
+    for flags, words in (
+        (["--repeats", "5"], "--repeats does nothing without --augment random"),
+        (["--recipe", "best", "--lr-step", "3"], "--lr-step does nothing without --schedule step"),
+        (["--opt", "adam", "--nesterov"], "--nesterov does nothing without --opt sgd"),
+        (["--opt", "adam", "--no-nesterov"], ""),
+        (["--recipe", "best", "--repeats", "5"], ""),
+        (["--recipe", "best", "--augment", "paper", "--opt", "adam"], ""),
+    ):
+        parse(["--data-dir", "photos", *flags])
+        assert capsys.readouterr().err == (words and f"warning: {words}\n")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_asked_for_and_absent(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
