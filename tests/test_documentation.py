@@ -7,6 +7,7 @@ import importlib
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -89,6 +90,18 @@ def test_the_recipe_for_a_variant_names_what_there_is():
     new = {name for name in named if "squares" in name.lower() or "square" in name.lower()}
     assert len(named - new) > 20
     assert named - new - defined == set()
+
+
+def test_the_study_says_what_its_tables_say():
+    text = " ".join((ROOT / "docs" / "study.md").read_text("utf-8").split())
+    draws = pd.read_csv(ROOT / "docs" / "study" / "draws.csv")
+    rows = draws[draws["recipe"] == "best"]
+    means = rows.pivot_table(index="pool", columns="method", values="accuracy")
+    gain = means["16 views"] - means["one pass"]
+    assert f"Views recognise {gain.min():.1f} to {gain.max():.1f} points more" in text
+    noise = pd.read_csv(ROOT / "docs" / "study" / "noise.csv")
+    own = 100 * noise[noise["recipe"] == "digits"].groupby("pool")["own"].mean()
+    assert f"its draws add {own[1]:.0f} and {own[2]:.0f} % of the signal's variance" in text
 
 
 @pytest.mark.slow
