@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
+
+from cnnsp.results import pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those of the project, not of a virtual environment or of a tool's cache inside it.
@@ -104,11 +107,18 @@ def test_the_study_says_what_its_tables_say():
     assert f"its draws add {own[1]:.0f} and {own[2]:.0f} % of the signal's variance" in text
 
 
+def test_the_study_s_labels_lie_within_their_axes():
+    figure = runpy.run_path(str(ROOT / "docs" / "study" / "report.py"))["why"]()
+    pictures.pixels(figure)
+    for axis in figure.axes:
+        for text in axis.texts:
+            assert text.get_window_extent().y1 < axis.bbox.y1
+
+
 @pytest.mark.slow
 def test_pictures_are_made(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    pictures = importlib.import_module("pictures")
-    pictures.main(tmp_path)
+    importlib.import_module("pictures").main(tmp_path)
     for name in ("pooling.png", "kernels.png"):
         committed = ROOT / "docs" / name
         assert committed.stat().st_size < 200_000

@@ -96,6 +96,7 @@ def why() -> Figure:
         dots(right, place, rows["test_accuracy"], COLOURS[str(pool)])
     for pool, colour in COLOURS.items():
         right.plot([], [], "o", color=colour, label=pool)
+    right.margins(y=0.1)  # for the means above the highest dots
     right.set_xticks([4 * n + 1 for n in range(len(sizes))], map(str, sizes))
     right.set(title="Digits, pools of stride 2: test accuracy (%)", xlabel="Training images")
     for axis in (left, right):
