@@ -192,13 +192,15 @@ def test_errors_name_their_files(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "set.zip").write_bytes(b"PK\3\4" + bytes(30))
+    for name in ("set.zip", "best.pt"):  # a checkpoint is a ZIP archive, too
+        (tmp_path / name).write_bytes(b"PK\3\4" + bytes(30))
     for name, reason in [
         ("huge.png", "cannot decode .*huge.png: .*exceeds limit"),
         ("folder.jpg", "folder.jpg is not a file"),
         ("none.jpg", "none.jpg does not exist"),
         ("empty.jpg", "empty.jpg is empty"),
         ("set.zip", "set.zip is not an image.*unpack it"),
+        ("best.pt", "best.pt is not an image$"),
     ]:
         with pytest.raises(UserError, match=reason):
             decode(tmp_path / name)

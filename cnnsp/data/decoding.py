@@ -76,7 +76,7 @@ def _open(path: Path) -> Image.Image:
         more = ""
         if path.suffix.lower() in Image.registered_extensions():
             more = ", or of a kind that Pillow does not read"
-        elif start[:4] == b"PK\3\4":
+        elif path.suffix.lower() == ".zip":
             more = "; unpack it, and name the folder"
         raise UserError(f"{path} is not an image{more}")
     name, package = _PACKAGES[start[8:]]
