@@ -150,7 +150,8 @@ def importing(prog: str, extra: str = "train") -> Iterator[None]:
         with handled(end, signal.SIGINT):
             yield
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}: pip install -e '.[{extra}]'") from None
+        # In double quotes, which every shell takes off, that of Windows too.
+        raise UserError(f'{error}: pip install -e ".[{extra}]"') from None
 
 
 @contextlib.contextmanager

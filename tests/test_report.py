@@ -366,9 +366,9 @@ def test_threads_that_cannot_write_say_nothing(capsys) -> None:
 
 
 def test_packages_that_are_missing_are_named() -> None:
-    with pytest.raises(UserError, match=r"'no_such_package': pip install -e '\.\[train\]'"):  # noqa: SIM117
-        with importing("train.py"):
-            importlib.import_module("no_such_package")
+    text = """'no_such_package': pip install -e "\\.\\[train\\]"$"""
+    with pytest.raises(UserError, match=text), importing("train.py"):
+        importlib.import_module("no_such_package")
 
 
 def test_a_notebook_s_backend_is_left_alone() -> None:

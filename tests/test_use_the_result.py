@@ -443,7 +443,7 @@ def test_a_table_without_its_package(
         shown = capsys.readouterr()
         assert shown.out == ""  # not at the end of the work
         assert "tabulate" in shown.err
-        assert shown.err.endswith("pip install -e '.[train]'\n")
+        assert shown.err.endswith('pip install -e ".[train]"\n')
         assert shown.err.count("\n") == 1
 
 
