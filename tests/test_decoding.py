@@ -269,6 +269,21 @@ def test_an_archive_in_place_of_its_folder(tmp_path: Path) -> None:
         check_folder(archive, "data folder")
 
 
+def test_patterns_that_the_shell_leaves_are_matched(tmp_path: Path) -> None:
+    """As those of Windows do; a file of that very name comes first."""
+    for name in ("b.jpg", "a.jpg", "a[b].jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    for pattern, names in (
+        ("?.jpg", ["a.jpg", "b.jpg"]),
+        ("a[b].jpg", ["a[b].jpg"]),
+        ("*.png", ["*.png"]),
+    ):
+        sources, _ = find_images([str(tmp_path / pattern)])
+        assert [(source.path.name, source.in_folder) for source in sources] == [
+            (name, False) for name in names
+        ]
+
+
 needs_links = pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,7 +129,7 @@ class Source(NamedTuple):
 
 
 def find_images(paths: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
-    """The files named, and all in the folders named, in alphabetical order, without junk.
+    """The files named, or matched, and all in the folders, in alphabetical order, without junk.
 
     Links are followed, but not into a folder that holds them.
 
@@ -155,9 +156,11 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
             if path.is_dir():
                 walk(path, (*above, real))
 
-    for path in map(Path, paths):
-        if path.is_dir():
-            walk(path)
-        else:
-            sources.append(Source(path, in_folder=False))
+    for name in map(str, paths):
+        # Windows' shells leave *.jpg to programs.
+        for path in map(Path, ([] if Path(name).exists() else sorted(glob(name))) or [name]):
+            if path.is_dir():
+                walk(path)
+            else:
+                sources.append(Source(path, in_folder=False))
     return sources, passed_over
