@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cnnsp import CNN_SP
@@ -23,7 +24,7 @@ from cnnsp.data.batches import ImageBank
 from cnnsp.data.images import load_folder
 from cnnsp.results import study
 from cnnsp.results.study import cases
-from cnnsp.results.study_report import differences, draw, origins, read, table
+from cnnsp.results.study_report import differences, draw, lines, origins, read, table
 from cnnsp.training.interruption import Requests
 
 from .scripts import load_script
@@ -123,6 +124,13 @@ def test_rows_that_mix_machines_are_marked(tmp_path: Path) -> None:
             "- one, torch 2.14.1, 2 threads: paper stochastic (seed 0); paper max (seed 0)"
         )
         assert second.endswith(": paper stochastic (seed 1)")
+
+
+def test_losses_of_one_epoch_are_points(tmp_path: Path) -> None:
+    axis = Figure().subplots()
+    epochs = runs(("max", 0, 80.0), ("max", 1, 80.0), folder=tmp_path).assign(epoch=1)
+    lines(axis, epochs, "test_loss")
+    assert axis.lines[-1].get_marker() == "o"
 
 
 def test_figure_shows_accuracies_and_losses(tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ def lines(axis: Axes, epochs: pd.DataFrame, column: str) -> None:
         for _, run in of_pool.groupby("seed"):
             axis.plot(run["epoch"], run[column], color=colour, alpha=0.3, linewidth=0.8)
         mean = of_pool.groupby("epoch")[column].mean()
-        axis.plot(mean.index, mean, color=colour, linewidth=2, label=pool)
+        marker = "o" if len(mean) == 1 else None  # one epoch is no line
+        axis.plot(mean.index, mean, color=colour, marker=marker, linewidth=2, label=pool)
     axis.set_xlabel("Epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
