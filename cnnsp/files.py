@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .training.interruption import ENDS, end, handled
+from .interruption import ENDS, end, handled
 
 if sys.platform != "win32":
     import fcntl

@@ -17,8 +17,8 @@ from cnnsp import UserError, files
 from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, is_launched, number
 from cnnsp.data import folder
 from cnnsp.errors import lacks_memory
+from cnnsp.interruption import Interrupted
 from cnnsp.training import checkpoint
-from cnnsp.training.interruption import Interrupted
 from cnnsp.training.recipe import CUDA_GRAPHS, SYNTHETIC, TrainOptions, add_options, defaults
 
 if TYPE_CHECKING:

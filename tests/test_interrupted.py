@@ -23,9 +23,9 @@ import torch
 
 from cnnsp.data import images
 from cnnsp.errors import UserError
+from cnnsp.interruption import Requests
 from cnnsp.results import board
 from cnnsp.training import checkpoint, run
-from cnnsp.training.interruption import Requests
 from cnnsp.training.step import Learner
 
 from .scripts import ENVIRONMENT, ROOT, load_script

@@ -22,10 +22,10 @@ from PIL import Image
 from cnnsp import CNN_SP
 from cnnsp.data.batches import ImageBank
 from cnnsp.data.images import load_folder
+from cnnsp.interruption import Requests
 from cnnsp.results import study
 from cnnsp.results.study import cases
 from cnnsp.results.study_report import differences, draw, lines, origins, read, table
-from cnnsp.training.interruption import Requests
 
 from .scripts import load_script
 from .test_train import make_photographs

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .. import IMAGE_SIZE
-from ..training.interruption import end_with_parent
+from ..interruption import end_with_parent
 from .augment import Variant
 from .drawing import CLASSES, draw
 from .images import ImageSet

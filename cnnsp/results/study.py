@@ -20,8 +20,8 @@ from .. import files
 from ..data.batches import ImageBank
 from ..data.images import load_folder
 from ..errors import UserError
+from ..interruption import Interrupted, Requests
 from ..training import checkpoint
-from ..training.interruption import Interrupted, Requests
 from ..training.recipe import TrainOptions
 from . import study_report
 from .evaluation import evaluate

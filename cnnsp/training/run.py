@@ -22,12 +22,12 @@ from ..cli import patience
 from ..data.batches import ImageBank, epoch_batches
 from ..data.images import digest
 from ..errors import UserError
+from ..interruption import Asked, Interrupted, Requests
 from ..results import board as boards
 from ..results import pictures
 from ..results.evaluation import Evaluation, evaluate
 from ..results.history import EpochResult, write_summary
 from . import checkpoint
-from .interruption import Asked, Interrupted, Requests
 from .processes import Team
 from .recipe import TrainOptions, learning_rate
 from .step import Learner
