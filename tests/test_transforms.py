@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -224,3 +225,20 @@ def test_vmap_of_the_draw_follows_its_randomness(device):
     assert torch.isin(pooled, torch.cat((x.flatten(), x.new_zeros(1)))).all()
     with pytest.raises(RuntimeError, match="randomness"):
         func.vmap(loss)(x, bias)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0)], ids=str)
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_of_no_example(randomness, in_dims, training, device):
+    """As a sampler gives it that leaves each example to chance: shapes, and no error."""
+
+    def sums(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return stochastic_pool2d(x, 3, 1, 1, bias=bias, training=training).sum((0, 2, 3))
+
+    x, bias = (
+        tensor[0] if dim is None else tensor[:0]
+        for tensor, dim in zip(batch(device), in_dims, strict=True)
+    )
+    for derivative in (func.jacrev, functools.partial(func.jacfwd, randomness="same")):
+        jacobians = func.vmap(derivative(sums, (0, 1)), in_dims, randomness=randomness)(x, bias)
+        assert [jacobian.shape for jacobian in jacobians] == [(0, 3, *SHAPES[2]), (0, 3, 3)]

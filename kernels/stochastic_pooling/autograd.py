@@ -350,7 +350,7 @@ def _pick(
         index = index.reshape(*code.shape[:2], math.prod(code.shape[2:]))
         picked = cells.gather(2, index).view(code.shape)
     if bias_tangent is not None:
-        channel = bias_tangent.view(-1, *[1] * (code.dim() - 2))
+        channel = bias_tangent.view(bias_tangent.shape[0], *[1] * (code.dim() - 2))
         picked = channel.expand(code.shape) if picked is None else picked + channel.to(picked.dtype)
     assert picked is not None
     return torch.where(code == window.dead_code, 0, picked)
@@ -416,7 +416,7 @@ def _expectation_tangent(
     w = reference.rectify(input, bias)
     t = torch.zeros_like(w) if tangent is None else tangent.to(w.dtype)
     if bias_tangent is not None:
-        t = t + bias_tangent.to(w.dtype).view(-1, *[1] * (w.dim() - 2))
+        t = t + bias_tangent.to(w.dtype).view(bias_tangent.shape[0], *[1] * (w.dim() - 2))
     t = torch.where(w > 0, t, 0)
     # Sums that overflow are taken of smaller weights, as in the reference: w / S stays the same.
     overflow = _sum(reference.cells(w.detach(), window)).isinf()

@@ -238,7 +238,7 @@ def _(info, in_dims, input, bias, seed, *window):
     """Examples become channels of one call, and so draw differently, as `vmap` wants it with
     `randomness="different"`. With "same" the one seed draws the same cells in each example."""
     dims, size = in_dims[:3], info.batch_size
-    if dims[2] is None:
+    if dims[2] is None and size:
         examples = (
             sample(_example(input, dims[0], n), _example(bias, dims[1], n), seed, *window)
             for n in range(size)
@@ -248,10 +248,11 @@ def _(info, in_dims, input, bias, seed, *window):
     output, code = sample(
         _fold(input, dims[0], size),
         _fold_bias(bias, dims[1], size),
-        seed.select(dims[2], 0),
+        seed if dims[2] is None else seed[:1].sum(),  # also of no example
         *window,
     )
-    return (_unfold(output, size), _unfold(code, size)), (1, 1)
+    shape = _shape(input, dims[0], size)
+    return (output.unflatten(1, shape), code.unflatten(1, shape)), (1, 1)
 
 
 @sample_backward.register_vmap
@@ -262,7 +263,8 @@ def _(info, in_dims, grad_output, code, *rest):
         _fold(code, in_dims[1], info.batch_size),
         *rest,
     )
-    return _unfold_gradients(grad_input, grad_bias, info.batch_size, with_bias)
+    shape = _shape(grad_output, in_dims[0], info.batch_size)
+    return _unfold_gradients(grad_input, grad_bias, shape, with_bias)
 
 
 @expectation.register_vmap
@@ -272,7 +274,7 @@ def _(info, in_dims, input, bias, *window):
         _fold_bias(bias, in_dims[1], info.batch_size),
         *window,
     )
-    return _unfold(output, info.batch_size), 1
+    return output.unflatten(1, _shape(input, in_dims[0], info.batch_size)), 1
 
 
 @expectation_backward.register_vmap
@@ -284,7 +286,8 @@ def _(info, in_dims, grad_output, input, bias, *rest):
         _fold_bias(bias, in_dims[2], info.batch_size),
         *rest,
     )
-    return _unfold_gradients(grad_input, grad_bias, info.batch_size, with_bias)
+    shape = _shape(grad_output, in_dims[0], info.batch_size)
+    return _unfold_gradients(grad_input, grad_bias, shape, with_bias)
 
 
 def _example(tensor: torch.Tensor | None, dim: int | None, number: int) -> torch.Tensor | None:
@@ -304,17 +307,17 @@ def _fold_bias(bias: torch.Tensor | None, dim: int | None, size: int) -> torch.T
     return bias.repeat(size) if dim is None else bias.movedim(dim, 0).flatten()
 
 
-def _unfold(folded: torch.Tensor, size: int) -> torch.Tensor:
-    """`(N, size, C, …)` of `(N, size * C, …)`."""
-    return folded.unflatten(1, (size, -1))
+def _shape(tensor: torch.Tensor, dim: int | None, size: int) -> tuple[int, int]:
+    """`(size, C)`: of no example no number of channels says how many each has."""
+    return size, tensor.shape[1] if dim is None else tensor.movedim(dim, 0).shape[2]
 
 
 def _unfold_gradients(
-    grad_input: torch.Tensor, grad_bias: torch.Tensor, size: int, with_bias: bool
+    grad_input: torch.Tensor, grad_bias: torch.Tensor, shape: tuple[int, int], with_bias: bool
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[int, int | None]]:
     if with_bias:
-        grad_bias = grad_bias.unflatten(0, (size, -1))
-    return (_unfold(grad_input, size), grad_bias), (1, 0 if with_bias else None)
+        grad_bias = grad_bias.unflatten(0, shape)
+    return (grad_input.unflatten(1, shape), grad_bias), (1, 0 if with_bias else None)
 
 
 def _empty_output(input: torch.Tensor, window: Window) -> torch.Tensor:

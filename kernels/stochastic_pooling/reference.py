@@ -178,7 +178,7 @@ def rectify(input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """max(input + bias, 0) in the accumulation dtype; NaN stays NaN."""
     w = input.to(accumulation_dtype(input.dtype))
     if bias is not None:
-        w = w + bias.to(w.dtype).view(-1, *[1] * (w.dim() - 2))
+        w = w + bias.to(w.dtype).view(bias.shape[0], *[1] * (w.dim() - 2))
     return w.relu()
 
 
