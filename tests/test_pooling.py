@@ -104,6 +104,12 @@ def test_bad_arguments_raise_what_max_pool2d_raises(arguments):
         (lambda x: stochastic_pool2d(x.to_sparse(), 3), NotImplementedError, "'input'.* dense"),
         (lambda x: stochastic_pool2d(x.to_mkldnn(), 3), NotImplementedError, "'input'.* dense"),
         (
+            lambda x: stochastic_pool2d(torch.nested.nested_tensor(list(x)), 3),
+            NotImplementedError,
+            "'input'.* dense.* nested",
+        ),
+        (lambda x: stochastic_pool2d(x, 3, generator=3), TypeError, "'generator'.*, not int"),
+        (
             lambda x: stochastic_pool2d(x, 3, bias=torch.ones(2).to_sparse()),
             NotImplementedError,
             "'bias'.* dense",
@@ -120,6 +126,7 @@ def test_bad_arguments_raise_what_max_pool2d_raises(arguments):
         (lambda x: [stochastic_pool2d(y, 5) for y in (x, x[..., 1:])], RuntimeError, "2x5x4"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(1, 2, 5, 5))

@@ -286,6 +286,9 @@ def _pool(
 def _draw_seed(device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
     """A fresh 64-bit seed on the device: an aten op, so `torch.manual_seed` reproduces it, nothing
     waits for the device, and a captured CUDA graph draws anew at each replay."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        kind = torch.typename(generator)
+        raise TypeError(f"argument 'generator' must be a torch.Generator, not {kind}")
     return torch.randint(
         -(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator
     )
@@ -350,9 +353,10 @@ def _check_types(input: Any, bias: Any, **flags: Any) -> None:
     for name, value in (("input", input), ("bias", bias)):
         if not isinstance(value, torch.Tensor) and not (name == "bias" and value is None):
             raise TypeError(f"argument '{name}' must be a tensor, not {type(value).__name__}")
-        if value is not None and value.layout != torch.strided:
+        if value is not None and (value.layout != torch.strided or value.is_nested):
+            layout = "nested" if value.is_nested else value.layout
             raise NotImplementedError(
-                f"argument '{name}' must be a dense tensor, but its layout is {value.layout}"
+                f"argument '{name}' must be a dense tensor, but its layout is {layout}"
             )
 
 
