@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -14,8 +15,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -366,6 +369,24 @@ def test_compiling_is_announced_once_and_needs_no_folder(monkeypatch, caplog):
         return 2 * x
 
     assert double(21) == 42
+
+
+def test_threads_that_compile_at_once_leave_each_other_the_thresholds(monkeypatch):
+    compiling = importlib.import_module("stochastic_pooling.cpu.compiling")
+    both, unrolled, thresholds = threading.Barrier(2), [], []
+
+    def compile_beside_another(*_):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+        unrolled.append(thresholds[-1])
+        return SimpleNamespace(address=0)
+
+    monkeypatch.setattr(compiling, "_set_thresholds", lambda unroll, _: thresholds.append(unroll))
+    monkeypatch.setattr(compiling, "_cached", compile_beside_another)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(compiling.compiled_for_c, (lambda _: None, lambda _: None), "ab"))
+    assert thresholds == [8192, 300] * 2
+    assert unrolled == [8192] * 2
 
 
 def test_damaged_files_in_the_cache_are_left_alone(monkeypatch):

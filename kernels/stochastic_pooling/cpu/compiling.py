@@ -18,6 +18,7 @@ from typing import Any
 import numba
 from llvmlite import binding
 from numba.core import event, types
+from numba.core.compiler_lock import global_compiler_lock
 
 _log = logging.getLogger("stochastic_pooling")
 # For numba's cache, which knows of a function's own file alone; read when they are imported.
@@ -40,12 +41,13 @@ def compiled_for_c(function: Callable[..., None], what: str) -> Callable[[Any], 
     log which."""
     function.__qualname__ = f"{function.__name__}-{hashlib.sha256(_SOURCES).hexdigest()[:16]}"
     signature = types.void(types.CPointer(types.voidptr))
-    _set_thresholds(8192, 4096)  # else LLVM makes no vectors for more than 6 x 6 cells
-    try:
-        with event.install_listener("numba:compile", _Announcement(what)):
-            code = _cached(functools.partial(numba.cfunc, signature), function)
-    finally:
-        _set_thresholds(300, 128)  # its own
+    with global_compiler_lock:  # or another thread sets them back meanwhile
+        _set_thresholds(8192, 4096)  # else LLVM makes no vectors for more than 6 x 6 cells
+        try:
+            with event.install_listener("numba:compile", _Announcement(what)):
+                code = _cached(functools.partial(numba.cfunc, signature), function)
+        finally:
+            _set_thresholds(300, 128)  # its own
     for_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address)
     for_c.keeps = code  # type: ignore[attr-defined]
     return for_c
