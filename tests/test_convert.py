@@ -993,6 +993,21 @@ class Wrapped(nn.Sequential):
         return F.adaptive_max_pool2d(halved(renamed(super().forward(x), 2)), 1)
 
 
+class Making(nn.Sequential):
+    """A pool that is made anew in each call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.MaxPool2d(2)(super().forward(x))
+
+
+class Hiding(nn.Sequential):
+    """A pool that `modules()` does not find."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__(*modules)
+        self.hidden = [nn.Sequential(nn.MaxPool2d(2))]
+
+
 @pytest.mark.parametrize(
     ("model", "left"),
     [
@@ -1000,6 +1015,8 @@ class Wrapped(nn.Sequential):
         (nn.Sequential(nn.MaxPool2d(2), nn.LPPool2d(2, 2)), "1: LPPool2d (no twin)"),
         (Functions(), "avg_pool2d, max_pool1d, max_pool3d in the code of Functions"),
         (Wrapped(nn.MaxPool2d(2)), "avg_pool2d, max_pool2d in the code of Wrapped"),
+        (Making(nn.MaxPool2d(2)), "MaxPool2d in the code of Making"),
+        (Hiding(nn.MaxPool2d(2)), "hidden of a Hiding (holds pools that are no children"),
         (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), ""),
     ],
 )

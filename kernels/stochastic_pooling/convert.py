@@ -91,9 +91,9 @@ def replace_pooling(
             `nn.Sequential` shows a ReLU or the like before it, and a max pool if one shows a
             convolution, norm or activation with a sign before it and no ReLU behind; where pools
             are left that the arguments do not leave out: subclasses, patched ones, types without a
-            twin, and pooling functions in the code of a forward; where a function (a hook, too) or
-            an attribute holds on to a pool that was replaced. Pools that the arguments leave out
-            are logged at INFO.
+            twin, pools that are no children, and functions and types of pools in the code of a
+            forward; where a function (a hook, too) or an attribute holds on to a pool that was
+            replaced. Pools that the arguments leave out are logged at INFO.
     """
     types = (types,) if isinstance(types, type) else tuple(types)
     for pool_type in types:
@@ -146,7 +146,7 @@ def replace_pooling(
         _swap(vars(parent), twins, set())
         if compiled:  # its forward is made of what it held
             parent._initialize()
-        for holder in _holders(parent, set(twins)):
+        for holder in _holders(parent, twins.__contains__):
             warnings.warn(
                 f"replace_pooling: {holder} of a {type(parent).__name__} holds on "
                 "to a pool that was replaced, and will use that: let it take the model's",
@@ -204,6 +204,11 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
     known, beyond = [], []
     # As the adaptive averages of PyTorch are left if nobody asks for them, so are those of others.
     adaptive = any("Adaptive" in kind.__name__ for kind in types)
+    children = set(model.modules())
+
+    def is_stray(held: nn.Module) -> bool:
+        return held not in children and any(type(pool) in types for pool in held.modules())
+
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
         kind_name = getattr(module, "original_name", kind.__name__)  # of a scripted or traced one
@@ -221,10 +226,15 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
             skipped = ours or ("AdaptiveAvgPool" in kind_name and not adaptive)
             (known if skipped else beyond).append(f"{line} (no twin)")
         else:
-            functions = ", ".join(sorted(_pooling_functions(module, adaptive)))
+            # A forward that names a type makes pools, or runs those that it knows in its own way.
+            code = getattr(getattr(kind, "forward", None), "__code__", None)
+            made = {pool.__name__ for pool in types}.intersection(code.co_names if code else ())
+            functions = ", ".join(sorted(made | _pooling_functions(module, adaptive)))
             line = f"{functions} in the code of {kind.__name__} (write stochastic_pool2d there)"
             if functions and line not in beyond:
                 beyond.append(line)
+            for holder in _holders(module, is_stray):
+                beyond.append(f"{holder} of a {kind.__name__} (holds pools that are no children)")
     return known, beyond
 
 
@@ -359,7 +369,7 @@ def fuse(model: nn.Module) -> nn.Module:
     fused = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     originals = set(model.modules())
     for module in fused.modules():
-        for holder in _holders(module, originals):
+        for holder in _holders(module, originals.__contains__):
             warnings.warn(
                 f"fuse: {holder} of a {type(module).__name__} holds on to a module of the original "
                 "and will use that in the copy: make it a method, or let a hook use the module "
@@ -509,16 +519,16 @@ def _is_plain_tensor(value: object) -> bool:
     return known and not torch._C._len_torch_function_stack()
 
 
-def _holders(module: nn.Module, modules: set[nn.Module]) -> dict[str, None]:
-    """What in it leads to one of `modules` past its children, where neither a swap nor a copy
-    reaches: the names of functions, hooks too, and of attributes."""
+def _holders(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, None]:
+    """What in it leads to modules that are wanted past its children, where neither a swap nor a
+    copy reaches: the names of functions, hooks too, and of attributes."""
     holders: dict[str, None] = {}
     todo: list[tuple[str, Any]] = list(vars(module).items())
     seen = set()
     while todo:
         name, held = todo.pop()
         if isinstance(held, nn.Module):
-            if held in modules:
+            if wanted(held):
                 holders[name] = None
         elif not isinstance(held, (FunctionType, *_OPENED)) or id(held) in seen:
             continue
