@@ -304,10 +304,13 @@ def gradient_sliding_kernel(
 
     nothing = tl.zeros([v.block], tl.float32)
     carried = (((nothing, nothing),) * 2,) * (v.kernel_h - v.stride_h)
-    rows = ()
-    for i in tl.static_range(v.kernel_h - v.stride_h):
-        row = prior_row * v.stride_h - v.padding_h + i
-        rows = rows + (_input_row(input, row, height, pair, width, biases, True, v),)
+    row = ((nothing,) * v.columns, (nothing,) * v.columns, (nothing,) * 2)
+    rows = (row,) * (v.kernel_h - v.stride_h)
+    if v.kernel_h > v.stride_h:  # see `_forward`
+        top = prior_row * v.stride_h - v.padding_h
+        for in_row in range(top, top + v.kernel_h - v.stride_h):
+            fresh = _input_row(input, in_row, height, pair, width, biases, True, v)
+            rows = rows[1:] + (fresh,)
     state = (rows, carried, nothing, nothing, nothing + float("inf"))
     # See `_forward`.
     zero = number >> 31

@@ -35,9 +35,10 @@ SLIDING_BLOCK = 128
 # Threads that fill a large GPU (an H100 holds 135,000 with 64 registers each): planes are cut into
 # strips until there are as many.
 FILLING_THREADS = 2**17
-# Inner rows of a sliding kernel come in unrolled groups of so many, and a strip is a multiple of
-# one. Four rows share a Philox call; after three the rows in registers are back where they began.
-_ROWS = {"sample": 4, "expectation": 6, "gather": 3, "gradient": 3}
+# Inner rows of a sliding kernel come in unrolled groups of so many, by the window's vertical
+# stride, and a strip is a multiple of one. Four rows share a Philox call; with stride 1 the rows in
+# registers are back where they began after three.
+_ROWS = {"sample": (4, 4), "expectation": (6, 4), "gather": (3, 3), "gradient": (3, 2)}
 _SLIDING = {
     "sample": sample_sliding_kernel,
     "expectation": expectation_sliding_kernel,
@@ -343,7 +344,7 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         inner = out_height - 1 if call.name == "gather" else min(inner, out_height - 1)
     # Few strips, but enough to fill a GPU; a grid's limit is 2**16 - 1.
     wanted = min(triton.cdiv(call.filling_threads, lanes), 2**15)
-    rows = _ROWS[call.name]
+    rows = _ROWS[call.name][window.stride_h - 1]
     strip_rows = rows * max(1, triton.cdiv(stop - start, rows * wanted))
     if call.name == "gradient":
         strip_rows += 1  # whose first row belongs to no group
@@ -464,8 +465,9 @@ def _compiler_options(call: Call, registers: int = 128, lanes: int = 128) -> dic
         return {}
     options = {"num_warps": lanes // target.warp_size, "enable_fp_fusion": call.name != "sample"}
     if target.backend == "cuda":
-        # What the assembler makes for sm_100 needs some more.
-        options["maxnreg"] = registers + 8 * (target.arch == 100)
+        # What the assembler makes for these needs some more.
+        more = target.arch == 100 or (target.arch == 120 and call.name == "gradient")
+        options["maxnreg"] = registers + 8 * more
     return options
 
 

@@ -502,17 +502,21 @@ def _forward(
     end_row = tl.minimum(first_row + strip_rows, out_height)
     groups = tl.maximum(tl.minimum(end_row, inner_rows) - first_row, 0) // v.rows
 
-    rows = ()
     largest = tl.zeros([v.block], tl.float32)
     smallest = tl.full([v.block], 0xFFFFFFFF, tl.uint32)
-    for i in tl.static_range(KEPT):
-        inputs, row_biases = _load_edge(
-            input, first_row * v.stride_h - v.padding_h + i, height, column, width, biases, v
-        )
-        row = _row(inputs, row_biases, v)
-        rows = rows + (row,)
-        if v.draws:
-            largest = _largest(largest, _largest(row[1][0], row[1][1]))
+    nothing = (largest,) * len(biases)
+    rows = (_row(nothing, nothing, v),) * KEPT
+    if KEPT > 0:
+        # A loop that LLVM unrolls. Without one Triton takes half as long again: one of its passes
+        # follows each load and store to all that is connected, but from a loop's result to its
+        # start without what is inside.
+        top = first_row * v.stride_h - v.padding_h
+        for in_row in range(top, top + KEPT):
+            inputs, row_biases = _load_edge(input, in_row, height, column, width, biases, v)
+            fresh = _row(inputs, row_biases, v)
+            rows = rows[1:] + (fresh,)
+            if v.draws:
+                largest = _largest(largest, _largest(fresh[1][0], fresh[1][1]))
 
     # Zero that the compiler cannot see through. With it these numbers stay in a register of each
     # lane: `one` would be a second constant to its instruction, and the indices of the unrolled
@@ -709,7 +713,6 @@ def gather_sliding_kernel(
     pairs, lanes, strip_rows, inner_rows, start_row, stop_row,
     v: tl.constexpr,
 ):  # fmt: skip
-    PRIOR: tl.constexpr = (v.kernel_h - 1) // v.stride_h
     channels = channels if v.channels == 0 else v.channels
     number, exists, image, channel, pair = _lanes(channels, pairs, lanes, v)
     partial = _partial(number, image, channel, pair, channels, pairs, lanes, v)
@@ -736,8 +739,8 @@ def gather_sliding_kernel(
     sums = ((nothing, nothing),) * v.kernel_h
     bias_sum = nothing
     ELEMENT: tl.constexpr = grad_input_ptr.dtype.element_ty
-    for prior in tl.static_range(PRIOR):
-        out_row = first_row - PRIOR + prior
+    # A loop as in `_forward`.
+    for out_row in range(first_row - (v.kernel_h - 1) // v.stride_h, first_row):
         present = (out_row >= 0) & (out_row < out_height)
         row = tl.minimum(tl.maximum(out_row, 0), out_height - 1)
         grads, codes = _load_outputs(
