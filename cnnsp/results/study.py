@@ -20,7 +20,7 @@ from .. import files
 from ..data.batches import ImageBank
 from ..data.images import load_folder
 from ..errors import UserError
-from ..interruption import Interrupted, Requests
+from ..interruption import ENDS, Interrupted, Requests
 from ..training import checkpoint
 from ..training.recipe import TrainOptions
 from . import study_report
@@ -271,7 +271,6 @@ def call(command: Sequence[str], requests: Requests) -> int:
             try:
                 return process.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
-                wish = requests.signal
-                if wish is not None and wish != signal.SIGINT and not passed_on:
-                    process.send_signal(wish)
+                if requests.signal and requests.signal in ENDS and not passed_on:
+                    process.send_signal(requests.signal)
                     passed_on = True
