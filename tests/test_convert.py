@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from stochastic_pooling.convert import fuse, replace_pooling
+from stochastic_pooling import fuse, replace_pooling
 from stochastic_pooling.modules import (
     AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,

@@ -1,6 +1,6 @@
 """Stochastic pooling (Zeiler & Fergus 2013) as fused Triton and compiled CPU kernels."""
 
-from .convert import fuse, replace_pooling
+from .convert import replace_pooling
 from .functional import (
     adaptive_stochastic_pool1d,
     adaptive_stochastic_pool2d,
@@ -9,6 +9,7 @@ from .functional import (
     stochastic_pool2d,
     stochastic_pool3d,
 )
+from .fusion import fuse
 from .modules import (
     AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
