@@ -321,11 +321,17 @@ def test_export_for_any_image_size(case, device):
     dynamic = dict.fromkeys(range(2, 2 + len(size)), torch.export.Dim.DYNAMIC)
     x = torch.randn(2, 3, *size, device=device)
     exported = torch.export.export(pool, (x,), dynamic_shapes=(dynamic,)).module()
+    drawing = copy.copy(pool)
+    drawing.sample_in_eval = drawing.return_indices = True
+    drawn = torch.export.export(drawing, (x,), dynamic_shapes=(dynamic,)).module()
     for other in (size, *others):
         # Export takes sizes of 1 for constants, the output's too, and refuses what differs.
         if min(other) > 2:
             x = torch.randn(2, 3, *other, device=device)
             torch.testing.assert_close(exported(x), pool(x))
+            output, index = drawn(x)
+            cells = x.relu().flatten(2).gather(2, index.flatten(2)).view(output.shape)
+            torch.testing.assert_close(output, cells)
 
 
 @pytest.mark.slow

@@ -1008,6 +1008,28 @@ class Hiding(nn.Sequential):
         self.hidden = [nn.Sequential(nn.MaxPool2d(2))]
 
 
+shared_pools = {"pool": nn.MaxPool2d(2)}
+
+
+class Sharing(nn.Sequential):
+    """Pools of a class and of a module, and a function as a default."""
+
+    shared = nn.MaxPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shared(shared_pools["pool"](super().forward(x)))
+
+
+class Default(nn.Sequential):
+    """A pooling function as a default, and a method that has the name of a pool elsewhere."""
+
+    def forward(self, x: torch.Tensor, down: Callable = F.max_pool2d) -> torch.Tensor:
+        return self.shared_pools(down(super().forward(x), 2))
+
+    def shared_pools(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 @pytest.mark.parametrize(
     ("model", "left"),
     [
@@ -1017,6 +1039,8 @@ class Hiding(nn.Sequential):
         (Wrapped(nn.MaxPool2d(2)), "avg_pool2d, max_pool2d in the code of Wrapped"),
         (Making(nn.MaxPool2d(2)), "MaxPool2d in the code of Making"),
         (Hiding(nn.MaxPool2d(2)), "hidden of a Hiding (holds pools that are no children"),
+        (Sharing(nn.MaxPool2d(2)), "Sharing.forward, shared of a Sharing (holds pools that are no"),
+        (Default(nn.MaxPool2d(2)), "max_pool2d in the code of Default"),
         (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), ""),
     ],
 )
@@ -1035,6 +1059,7 @@ def test_adaptive_functions_are_named_with_adaptive_types():
 def test_what_the_arguments_leave_out_is_logged(caplog):
     caplog.set_level(logging.INFO, "stochastic_pooling")
     assert warned(pools()[0::3]) == ""
-    warned(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2)), select="1")
+    pool = nn.MaxPool2d(2)
+    warned(nn.Sequential(nn.ReLU(), pool, nn.AvgPool2d(2), pool), select="1")
     left = [r.getMessage() for r in caplog.records if r.getMessage().startswith("left")]
     assert left == ["left as it is: 3: AdaptiveAvgPool2d", "left as it is: 2: AvgPool2d"]

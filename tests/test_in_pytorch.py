@@ -245,6 +245,12 @@ def test_traced_graphs_replay(pool, device):
     saved.seek(0)
     for traced in (make_fx(pool)(x), scripted, torch.jit.load(saved)):
         torch.testing.assert_close(traced(other), pool(other))
+    larger = torch.randn(3, 2, 9, 8, device=device)
+    if isinstance(pool, AdaptiveStochasticPool2d) or pool.kernel_size > 6:  # windows of that size
+        with pytest.raises(RuntimeError, match="expanded size"):
+            scripted(larger)
+    else:
+        torch.testing.assert_close(scripted(larger), pool(larger))
 
 
 # ---------------------------------------------------------------- modules

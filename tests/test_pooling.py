@@ -50,6 +50,29 @@ def test_shapes_and_formats_are_those_of_max_pool2d(case):
             assert output.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_can_be_changed_in_place(training, backend, device):
+    """As a ReLU behind a pool does; also where the reference takes over from a backend."""
+    plane = torch.rand(2, 3, 6, 6, device=device)
+    unusual = plane.index_fill(0, torch.tensor(0, device=device), torch.nan)
+    cases = [
+        (stochastic_pool2d, plane, 1),
+        (stochastic_pool2d, unusual.contiguous(memory_format=torch.channels_last), 1),
+        (stochastic_pool2d, plane[0].double(), 1),
+        (stochastic_pool2d, plane, 2),
+        (stochastic_pool1d, plane[0], 1),
+    ]
+    if backend != "numba":  # which serves planes
+        cases.append((stochastic_pool3d, plane[None], 1))
+    for pool, x, dilation in cases:
+        x = x.clone().requires_grad_()
+        output = pool(x, 2, dilation=dilation, training=training)
+        grad = torch.ones_like(output)
+        (once,) = torch.autograd.grad(output, x, 3 * grad, retain_graph=True)
+        (gradient,) = torch.autograd.grad(output.mul_(3), x, grad)
+        torch.testing.assert_close(gradient, once, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

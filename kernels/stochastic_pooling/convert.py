@@ -127,14 +127,14 @@ def replace_pooling(
             "pool takes for 0: put a ReLU before, or leave the pool out with select",
             stacklevel=2,
         )
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in _TWINS and (name, module) not in chosen:
-            _log.info("left as it is: %s: %s", name, type(module).__name__)
     twins: dict[nn.Module, nn.Module] = {}
     for name, pool in chosen:
         if pool not in twins:
             twins[pool] = _twin(name, pool, sample_in_eval)
             _log.info("%s: %s for %s", name or "the model", twins[pool], pool)
+    for name, module in model.named_modules():
+        if type(module) in _TWINS and module not in twins:
+            _log.info("left as it is: %s: %s", name, type(module).__name__)
     parent: Any
     for parent in model.modules():
         compiled = getattr(parent, "_orig_mod", None) in twins
@@ -228,8 +228,8 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
             line = f"{functions} in the code of {kind.__name__} (write stochastic_pool2d there)"
             if functions and line not in beyond:
                 beyond.append(line)
-            for holder in holders(module, is_stray):
-                beyond.append(f"{holder} of a {kind.__name__} (holds pools that are no children)")
+            if stray := ", ".join(sorted(holders(module, is_stray))):
+                beyond.append(f"{stray} of a {kind.__name__} (holds pools that are no children)")
     return known, beyond
 
 
@@ -249,6 +249,7 @@ def _pooling_functions(module: nn.Module, adaptive: bool) -> set[str]:
             names.add(str(getattr(value, "__name__", "")))
         if isinstance(value, FunctionType):  # a decorator's closure holds what it decorates
             todo += [held for cell in value.__closure__ or () for held in gc.get_referents(cell)]
+            todo += value.__defaults__ or ()
         if not isinstance(code, CodeType) or code in seen:
             continue
         seen.add(code)

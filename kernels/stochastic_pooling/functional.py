@@ -68,7 +68,8 @@ def stochastic_pool2d(
             `F.max_unpool2d` takes; only in training. A dead window's is its first in-bounds cell.
         bias: `(C,)`, added to the input first; any floating dtype. Its gradient has its dtype.
         training: draw (True) or take the expectation (False).
-        generator: on the input's device; its default generator if None.
+        generator: on the input's device; its default generator if None, which alone
+            `torch.utils.checkpoint` sets back: with another it would draw other cells in backward.
 
     Returns:
         `(N, C, OH, OW)` or `(C, OH, OW)` in the input's dtype and memory format, shapes as
@@ -212,6 +213,8 @@ def _adaptive(
         batched = input if input.dim() == dims + 2 else input.unsqueeze(0)
         output = autograd.composed_adaptive_expectation(batched, bias, outputs)
         return output if batched is input else output.squeeze(0)
+    if torch.jit.is_tracing():
+        input = _of_this_size(input, dims)
     if all(known(size % out == 0) for size, out in zip(sizes, outputs, strict=True)):
         window = _window(dims, [size // out for size, out in zip(sizes, outputs, strict=True)])
         return _pool(dims, input, window, return_indices, bias, training, generator)
@@ -234,8 +237,9 @@ def _adaptive(
     output, rest = pooled
     flat, pitch = torch.zeros_like(rest), 1
     for size, place in zip(reversed(sizes), reversed(places), strict=True):
-        flat = flat + place[rest % len(place)] * pitch
-        rest, pitch = rest // len(place), pitch * size
+        cells = place.shape[0]  # of which `len` would make a plain number of a symbol
+        flat = flat + place[rest % cells] * pitch
+        rest, pitch = rest // cells, pitch * size
     return output, flat
 
 
@@ -260,8 +264,12 @@ def _pool(
     batched = input if input.dim() == max(dims, 2) + 2 else input.unsqueeze(0)
     _check(batched, bias)
     shape = batched.shape[1:]
-    # In `torch.jit.trace` sizes are tensors, which no op takes for a window's numbers.
-    window = _fitted(window, *(map(int, shape) if torch.jit.is_tracing() else shape))
+    if torch.jit.is_tracing():  # sizes are tensors, which no op takes for a window's numbers
+        fitted = _fitted(window, *map(int, shape))
+        batched = batched if fitted == window else _of_this_size(batched, batched.dim() - 2)
+        window = fitted
+    else:
+        window = _fitted(window, *shape)
     if return_indices and not training:
         raise RuntimeError(
             "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
@@ -276,11 +284,17 @@ def _pool(
             results.append(window.flat_indices(code, *batched.shape[2:]))
     else:
         results = [autograd.expectation(batched, bias, window)]
-    if batched is not input:
+    if batched.dim() > input.dim():
         results = [result.squeeze(0) for result in results]
     if dims == 1:
         results = [result.squeeze(-2) for result in results]
     return (results[0], results[1]) if return_indices else results[0]
+
+
+def _of_this_size(input: torch.Tensor, dims: int) -> torch.Tensor:
+    """The same; in a program of `torch.jit.trace` it refuses other sizes, for which the windows
+    that stand there would be wrong."""
+    return input.expand(*[-1] * (input.dim() - dims), *map(int, input.shape[-dims:]))
 
 
 def _draw_seed(device: torch.device, generator: torch.Generator | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import gc
 import logging
@@ -250,10 +251,13 @@ _OPENED = (dict, list, tuple, set, frozenset, deque, partial, CellType, MethodTy
 
 
 def holders(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, None]:
-    """What in it leads to modules that are wanted past its children, where neither a swap nor a
-    copy reaches: the names of functions, hooks too, and of attributes."""
+    """What in it or its class leads to modules that are wanted past its children, where neither a
+    swap nor a copy reaches: the names of functions, hooks too, and of attributes."""
     found: dict[str, None] = {}
-    todo: list[tuple[str, Any]] = list(vars(module).items())
+    kinds = (kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch."))
+    todo: list[tuple[str, Any]] = []
+    for owner in (module, *kinds):
+        todo += vars(owner).items()
     seen = set()
     while todo:
         name, held = todo.pop()
@@ -264,7 +268,9 @@ def holders(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str,
             continue
         elif isinstance(held, FunctionType):
             inside = [held.__defaults__, held.__kwdefaults__, held.__closure__]
-            named = map(held.__globals__.get, held.__code__.co_names)
+            code = dis.get_instructions(held)
+            known = {step.argval for step in code if step.opname == "LOAD_GLOBAL"}
+            named = map(held.__globals__.get, known)
             inside += [thing for thing in named if not isinstance(thing, FunctionType)]
             todo += [(held.__qualname__, thing) for thing in inside]
         else:

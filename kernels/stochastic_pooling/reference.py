@@ -318,7 +318,9 @@ def _windows(padded: torch.Tensor, window: Window) -> torch.Tensor:
 def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`result` with the number of dimensions and in the memory format of `like`."""
     result = result if like.dim() == result.dim() else result.squeeze(2)
-    return result.contiguous(memory_format=memory_format(like))
+    # `data` is no view of what it was made from: what a Function returns could not be changed in
+    # place if it were one.
+    return result.contiguous(memory_format=memory_format(like)).data
 
 
 def _padded_size(size: Sequence[int], window: Window) -> tuple[int, ...]:
