@@ -163,7 +163,8 @@ def test_cutmix_and_mixup_share_the_batches() -> None:
         # CutMix leaves each number as it is in one image or the other.
         kinds.append(bool(((result == images) | (result == images[others])).all()))
     assert 15 < sum(kinds) < 45
-    assert mixed(images, TrainOptions())[1] is None
+    for mixup in (0, 1e-46, 1e-3):
+        assert mixed(images, TrainOptions(mixup=mixup))[1] is None
 
 
 def test_fused_momentum_is_whole_when_the_scaler_skips_the_first_step(

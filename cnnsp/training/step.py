@@ -176,7 +176,7 @@ def mixed(images: Tensor, options: TrainOptions) -> tuple[Tensor, Tensor | None,
         images, box = images.clone(), (..., slice(top, top + high), slice(left, left + wide))
         images[box] = images[others][box]
         return images, others, 1 - high * wide / (height * width)
-    if options.mixup > 0:
+    if options.mixup >= 0.01:  # less mixes next to nothing, and PyTorch draws it wrong
         share = float(torch.distributions.Beta(options.mixup, options.mixup).sample())
         others = torch.randperm(len(images), device=images.device)
         return torch.lerp(images[others], images, share), others, share
