@@ -105,6 +105,8 @@ def parse(
         if getattr(given, name) and getattr(args, other) != value:
             flag = name.replace("_", "-")
             print(f"warning: --{flag} does nothing without --{other} {value}", file=sys.stderr)
+    if given.amp is False and given.amp_dtype:
+        print("warning: --amp-dtype does nothing with --no-amp", file=sys.stderr)
     if args.torchcompile == "off":
         args.torchcompile = None
     if args.torchcompile in CUDA_GRAPHS and args.accumulate > 1:

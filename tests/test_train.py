@@ -313,6 +313,7 @@ def test_flags_that_do_nothing_are_named(capsys: pytest.CaptureFixture[str]) -> 
         (["--recipe", "best", "--lr-step", "3"], "--lr-step does nothing without --schedule step"),
         (["--opt", "adam", "--nesterov"], "--nesterov does nothing without --opt sgd"),
         (["--opt", "adam", "--no-nesterov"], ""),
+        (["--no-amp", "--amp-dtype", "float16"], "--amp-dtype does nothing with --no-amp"),
         (["--recipe", "best", "--repeats", "5"], ""),
         (["--recipe", "best", "--augment", "paper", "--opt", "adam"], ""),
     ):
