@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from unicodedata import normalize
 
 
@@ -14,6 +16,11 @@ class UserError(Exception):
 def distinctly(names: Collection[str]) -> Callable[[str], str]:
     """How to show them: of two in one look, an é or an e and its accent, escapes tell which."""
     return repr if len({normalize("NFC", name) for name in names}) == len(names) else ascii
+
+
+def quoted(path: Path) -> str:
+    """For a command line: where it needs quotes, in those that every shell takes off."""
+    return str(path) if shlex.quote(str(path)) == str(path) else f'"{path}"'
 
 
 def lacks_memory(error: Exception) -> bool:

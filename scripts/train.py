@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cnnsp import UserError, files
 from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, is_launched, number
 from cnnsp.data import folder
-from cnnsp.errors import lacks_memory
+from cnnsp.errors import lacks_memory, quoted
 from cnnsp.interruption import Interrupted
 from cnnsp.training import checkpoint
 from cnnsp.training.recipe import CUDA_GRAPHS, SYNTHETIC, TrainOptions, add_options, defaults
@@ -126,14 +126,14 @@ def check_output(output: Path, resumed: Path | None) -> None:
     last = output / "last.pt"
     if not last.exists() or (resumed and last.resolve() == resumed.resolve()):
         return
+    resume = f"--resume {quoted(last)}"
     if resumed is not None and output.resolve() == resumed.parent.resolve():
         raise UserError(
-            f"{output} went on after {resumed.name}: --resume {last} goes on from there; to go "
+            f"{output} went on after {resumed.name}: {resume} goes on from there; to go "
             f"back to {resumed.name}, add --output-dir with a new folder"
         )
     raise UserError(
-        f"output folder {output} holds another run; choose another, or go on with it: "
-        f"--resume {last}"
+        f"output folder {output} holds another run; choose another, or go on with it: {resume}"
     )
 
 

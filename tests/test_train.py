@@ -340,8 +340,9 @@ def test_output_folder_that_cannot_be_used(
     before = (trained / "last.pt").read_bytes()
     assert_refused([*arguments, str(trained)], "holds another run", capsys)
     assert (trained / "last.pt").read_bytes() == before
-    shutil.copytree(trained, tmp_path / "other")
-    resume = [*CPU, "--resume", str(tmp_path / "other" / "last.pt"), "--output-dir", str(trained)]
+    other = shutil.copytree(trained, tmp_path / "the other")
+    assert_refused([*arguments, str(other)], f'go on with it: --resume "{other}/last.pt"', capsys)
+    resume = [*CPU, "--resume", str(other / "last.pt"), "--output-dir", str(trained)]
     assert_refused(resume, "holds another run", capsys)
     best = [*CPU, "--resume", str(trained / "best.pt")]
     assert_refused(best, f"--resume {trained}/last.pt goes on from there; to go back", capsys)

@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import UserError, distinctly, raise_all
+from ..errors import UserError, distinctly, quoted, raise_all
 
 SPLITS = ("train_data", "test_data")
 # What operating systems and network drives leave in folders. Hidden files are ignored too.
@@ -43,7 +43,7 @@ def list_split(folder: Path, problems: list[str]) -> Split:
     if not folder.is_dir():
         makes = "scripts/prepare_flowers.py makes them"
         if folder.parent.name in SPLITS:
-            makes = f"--data-dir {folder.parent.parent} may hold them"
+            makes = f"--data-dir {quoted(folder.parent.parent)} may hold them"
         problems.append(f"{folder} is missing: {_LAYOUT.format(folder.parent)} ({makes})")
         return {}
     files: Split = {}

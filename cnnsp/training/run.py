@@ -21,7 +21,7 @@ from .. import files
 from ..cli import patience
 from ..data.batches import ImageBank, epoch_batches
 from ..data.images import digest
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..interruption import Asked, Interrupted, Requests
 from ..results import board as boards
 from ..results import pictures
@@ -244,10 +244,11 @@ class Trainer:
     def _stop(self, wish: int, why: str | None = None) -> NoReturn:
         self._check()
         self._save()
+        last = quoted(self.output / "last.pt")
         raise Interrupted(
             wish,
             f"{why or signal.Signals(wish).name}: stopped in epoch {self.progress.epoch + 1} after "
-            f"step {self.progress.step}; --resume {self.output / 'last.pt'} goes on from there",
+            f"step {self.progress.step}; --resume {last} goes on from there",
         )
 
     def evaluate(self) -> Evaluation:
