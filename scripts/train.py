@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,6 +260,10 @@ def train(
                 f"Output: {args.output_dir}",
                 flush=True,
             )
+            if team.leads:
+                others = {n: getattr(args, n) for n in ("workers", "gpu_memory_gb")}
+                settings = {**asdict(options), "device": str(device), **others}
+                files.write_json(args.output_dir / "args.json", settings)
             try:
                 trainer.run()
             except (MemoryError, RuntimeError) as error:

@@ -132,7 +132,8 @@ def test_default_run(
     last = printed.splitlines()[-1]
     assert last.startswith(f"Best test accuracy {best:.2f} % after epoch {first}, last ")
     assert last.endswith(f"all of it is in {output.relative_to(tmp_path)}")
-    assert json.loads((output / "args.json").read_text())["batch_size"] == 6
+    told = json.loads((output / "args.json").read_text())
+    assert (told["batch_size"], told["device"], told["workers"]) == (6, "cpu", 4)
     with Image.open(output / "curves.png") as curves:
         assert curves.width > 1000
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]

@@ -60,7 +60,7 @@ _COMPILING = "the first step compiles its kernels: up to a minute, once on a mac
 class Trainer:
     """Trains one CNN_SP on ``train``, evaluates it on ``test``, and writes to a folder, ``output``.
 
-    That gets checkpoints, ``args.json``, ``summary.csv``, pictures and TensorBoard's events. Of a
+    That is there, and gets checkpoints, ``summary.csv``, pictures and TensorBoard's events. Of a
     ``team`` of processes each has a trainer of its own.
     """
 
@@ -95,8 +95,6 @@ class Trainer:
         self._last = math.inf if most is None else progress.total_steps + most
         try:
             if self.team.leads:
-                self.output.mkdir(parents=True, exist_ok=True)
-                files.write_json(self.output / "args.json", asdict(self.options))
                 board = boards.Board(self.output, first_step=progress.total_steps)
             with Requests("a checkpoint is written as soon as the step is done") as self._requests:
                 while progress.epoch < self.options.epochs and progress.total_steps < self._last:
