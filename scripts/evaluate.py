@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from cnnsp import files
+from cnnsp import UserError, files
 from cnnsp.cli import ArgumentParser, align, exit_status, importing, printable
 from cnnsp.data import folder
 from cnnsp.training import checkpoint
-from cnnsp.training.recipe import SYNTHETIC
+from cnnsp.training.recipe import SYNTHETIC, add_options
 
 PROG = "evaluate.py"
 EXAMPLES = """\
@@ -30,6 +31,7 @@ def make_parser() -> ArgumentParser:
         "'synthetic'; when not given: what the network was trained on",
     )
     add("--split", choices=folder.SPLITS, default="test_data", help="images to take, as they are")
+    add_options(parser, ["validate"])
     add(
         "--output-dir",
         type=Path,
@@ -43,8 +45,9 @@ def run(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
     path = checkpoint.find(args.checkpoint)
     split: folder.Split = {}
+    find = partial(folder.list_folder, validate=args.validate, splits=[args.split])
     if args.data_dir not in (None, SYNTHETIC):
-        split = folder.list_folder(args.data_dir, splits=[args.split])[args.split]
+        split = find(args.data_dir)[args.split]
     with importing(PROG):
         import tabulate  # noqa: F401  for the table
 
@@ -60,8 +63,10 @@ def run(arguments: Sequence[str] | None) -> None:
     network = load_network(path, device)
     state = network.state
     data_dir = args.data_dir or state["options"]["data_dir"]
+    if data_dir == SYNTHETIC and args.validate is not None:
+        raise UserError("--validate needs photographs: --data-dir FOLDER")
     if data_dir != SYNTHETIC and not split:
-        split = folder.list_folder(data_dir, splits=[args.split], named_by=path)[args.split]
+        split = find(data_dir, named_by=path)[args.split]
     checkpoint.check_classes(state, path, tuple(split) or synthetic.CLASSES)
     if split:
         images = load_split(split, args.workers)
@@ -74,12 +79,13 @@ def run(arguments: Sequence[str] | None) -> None:
         images, device=device, channels_last=device.type == "cpu", workers=args.workers
     )
     result = evaluate(network.model, bank, args.batch_size)
-    title = printable(f"CNN_SP, {network.pooling} pooling, {path.name}, {data_dir}/{args.split}")
+    images_of = args.split if args.validate is None else f"{args.split}-validate-{args.validate}"
+    title = printable(f"CNN_SP, {network.pooling} pooling, {path.name}, {data_dir}/{images_of}")
     if args.json:
         summary = {
             "checkpoint": str(path),
             "data_dir": str(data_dir),
-            "split": args.split,
+            "split": images_of,
             "pooling": network.pooling,
             "loss": result.loss,
             "accuracy": result.accuracy,
@@ -100,7 +106,7 @@ def run(arguments: Sequence[str] | None) -> None:
             sep="\n",
         )
     # At the end, for the folder of another's run may be read-only.
-    picture = (args.output_dir or path.parent) / f"confusion-{path.stem}-{args.split}.png"
+    picture = (args.output_dir or path.parent) / f"confusion-{path.stem}-{images_of}.png"
     files.make_folder(picture.parent)
     pictures.write(pictures.confusion(result, images.classes, title), picture)
     if not args.json:

@@ -357,6 +357,24 @@ def test_names_of_another_encoding(
     writer.close()
 
 
+def test_evaluation_of_the_quarter_that_a_run_held_out(
+    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No other image is decoded: those here are empty."""
+    for name in CLASSES:
+        folder = tmp_path / "train_data" / name
+        folder.mkdir(parents=True)
+        for number in range(4):
+            (folder / f"{number}.png").touch()
+        shutil.copy(next((photos / "train_data" / name).glob("?.png")), folder / "1.png")
+    path = make_checkpoint("max", options={"data_dir": str(tmp_path)})
+    assert run(evaluate, path, "--validate", "1") == 0
+    assert "/2 (" in capsys.readouterr().out
+    assert (path.parent / "confusion-best-test_data-validate-1.png").is_file()
+    assert run(evaluate, path, "--validate", "1", "--data-dir", "synthetic") == 2
+    assert "--validate needs photographs" in capsys.readouterr().err
+
+
 def test_evaluation_says_where_a_folder_comes_from(
     make_checkpoint: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
