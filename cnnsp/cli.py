@@ -82,8 +82,8 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 
 
-def exit_status(prog: str, work: Callable[[], None]) -> int:
-    """Do ``work``; 0, or another status after one line on stderr.
+def exit_status(prog: str, work: Callable[..., None], *arguments: Sequence[str]) -> int:
+    """Do ``work``, as a rule with a command line; 0, or another status after one line on stderr.
 
     The status is 2 when the user has to put something right, and 128 more than the signal that
     asked for an end: 130 for Ctrl-C, 143 for SIGTERM, 141 when nobody reads the output any more.
@@ -98,7 +98,7 @@ def exit_status(prog: str, work: Callable[[], None]) -> int:
     # Of a full disk and of a reader that is gone this thread learns by itself.
     threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or before(args)
     try:
-        work()
+        work(*arguments)
         print(end="", flush=True)
     except UserError as error:
         status, message = 2, f"error: {error}"

@@ -41,7 +41,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def run(arguments: Sequence[str] | None) -> None:
+def run(arguments: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
     path = checkpoint.find(args.checkpoint)
     split: folder.Split = {}
@@ -113,10 +113,7 @@ def run(arguments: Sequence[str] | None) -> None:
         print(f"\nPicture: {picture}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with ``arguments`` (default: the command line); returns the exit status."""
-    return exit_status(PROG, lambda: run(arguments))
-
+main = partial(exit_status, PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cnnsp.cli import ArgumentParser, exit_status, importing
@@ -23,7 +24,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def run(arguments: Sequence[str] | None) -> None:
+def run(arguments: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
     source = checkpoint.find(args.checkpoint)
     with importing(PROG):
@@ -38,10 +39,7 @@ def run(arguments: Sequence[str] | None) -> None:
         print(f"{path}: log-probabilities differ from the checkpoint's by {difference:.1e} at most")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with ``arguments`` (default: the command line); returns the exit status."""
-    return exit_status(PROG, lambda: run(arguments))
-
+main = partial(exit_status, PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

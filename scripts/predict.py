@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def run(arguments: Sequence[str] | None) -> None:
+def run(arguments: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
     path = checkpoint.find(args.checkpoint)
     sources, passed_over = find_images(args.images)
@@ -110,10 +111,7 @@ def table(
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with ``arguments`` (default: the command line); returns the exit status."""
-    return exit_status(PROG, lambda: run(arguments))
-
+main = partial(exit_status, PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

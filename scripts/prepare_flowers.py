@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,7 +77,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def run(arguments: Sequence[str] | None) -> None:
+def run(arguments: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
     output: Path = args.output
     if output.exists() and (not output.is_dir() or entries(output)):
@@ -159,10 +160,7 @@ def write(chosen: dict[str, list[Photo]], output: Path, train: int) -> None:
             os.replace(Path(temporary, split), output / split)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with ``arguments`` (default: the command line); returns the exit status."""
-    return exit_status(PROG, lambda: run(arguments))
-
+main = partial(exit_status, PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def load_images(
     return train, test, variants
 
 
-def run(arguments: Sequence[str] | None) -> None:
+def run(arguments: Sequence[str] | None = None) -> None:
     args, state = parse(arguments), None
     if args.resume is not None:
         path = checkpoint.find(args.resume)
@@ -288,10 +289,7 @@ def train(
         processes.stop()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with ``arguments`` (default: the command line); returns the exit status."""
-    return exit_status(PROG, lambda: run(arguments))
-
+main = partial(exit_status, PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())

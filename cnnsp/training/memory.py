@@ -21,7 +21,7 @@ import math
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -279,7 +279,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def run(arguments: Sequence[str] | None) -> None:
+def run(arguments: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
     with importing(PROG):
         import tabulate  # noqa: F401  for the table
@@ -306,10 +306,7 @@ def _measured(batch_size: int, options: TrainOptions) -> str:
         return "out of memory"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the account with ``arguments`` (default: the command line); returns the exit status."""
-    return exit_status(PROG, lambda: run(arguments))
-
+main = partial(exit_status, PROG, run)
 
 if __name__ == "__main__":
     sys.exit(main())
