@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -27,12 +28,6 @@ class Layer(NamedTuple):
     window: tuple[int, int, int]  # size, stride, padding
     cpu_batch: int
     cuda_batch: int
-
-    @property
-    def outputs(self) -> int:
-        """Along a side."""
-        size, stride, padding = self.window
-        return (self.side + 2 * padding - size) // stride + 1
 
 
 LAYERS = (
@@ -116,7 +111,7 @@ class Pooling(NamedTuple):
             if name in ("stochastic", "reference"):
                 return stochastic_pool2d(x, *layer.window, bias=bias, training=training)
             rectified = F.relu(x if bias is None else x + bias.view(-1, 1, 1))
-            return POOLS[name.removesuffix("_compiled")](rectified, layer)
+            return POOLS[name.removesuffix("_compiled")](rectified, *layer.window)
 
         return torch.compile(pool, dynamic=False) if name.endswith("_compiled") else pool
 
@@ -160,28 +155,26 @@ class Pooling(NamedTuple):
 
     def bytes_moved(self, batch: int) -> int:
         """Those that our pool must move."""
-        layer, size = self.layer, DTYPES[self.dtype].itemsize
-        inputs = (layer.side / layer.outputs) ** 2
-        per_output = model.bytes_moved("stochastic", self.step, size, inputs)
-        return round(per_output * batch * layer.channels * layer.outputs**2)
+        layer, itemsize = self.layer, DTYPES[self.dtype].itemsize
+        size, stride, padding = layer.window
+        outputs = (layer.side + 2 * padding - size) // stride + 1  # along a side
+        inputs = (layer.side / outputs) ** 2
+        per_output = model.bytes_moved("stochastic", self.step, itemsize, inputs)
+        return round(per_output * batch * layer.channels * outputs**2)
 
 
-def gist(x: Tensor, layer: Layer) -> Tensor:
-    """Unfold, multinomial, gather: what is usually written by hand. It cannot draw from a dead
-    window, so it is given weights that are never 0."""
-    size, stride, padding = layer.window
-    planes = (x + 1e-6).reshape(-1, 1, layer.side, layer.side)
+def gist(x: Tensor, size: int, stride: int, padding: int) -> Tensor:
+    """Unfold, multinomial, gather: what is usually written by hand, of square planes. It cannot
+    draw from a dead window, so it is given weights that are never 0."""
+    planes = (x + 1e-6).reshape(-1, 1, *x.shape[2:])
     weights = F.unfold(planes, size, padding=padding, stride=stride)
+    side = math.isqrt(weights.shape[2])
     weights = weights.transpose(1, 2).reshape(-1, size**2)
     drawn = torch.multinomial(weights.detach(), 1)
-    return weights.gather(1, drawn).view(*x.shape[:2], layer.outputs, layer.outputs)
+    return weights.gather(1, drawn).view(*x.shape[:2], side, side)
 
 
-POOLS: dict[str, Callable[[Tensor, Layer], Tensor]] = {
-    "max": lambda x, layer: F.max_pool2d(x, *layer.window),
-    "avg": lambda x, layer: F.avg_pool2d(x, *layer.window),
-    "gist": gist,
-}
+POOLS = {"max": F.max_pool2d, "avg": F.avg_pool2d, "gist": gist}
 
 
 def test_operator(record) -> None:

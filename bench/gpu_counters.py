@@ -28,7 +28,6 @@ import kernel_report
 import torch
 from tabulate import tabulate
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES, WINDOWS = ["float16"], [kernel_report.CNN_SP]
 METRICS = (
     "gpu__time_duration.sum",
@@ -127,7 +126,7 @@ def main() -> None:
     if shutil.which("ncu") is None:
         print("ncu, of NVIDIA Nsight Compute, is not installed")
         sys.exit(77)  # which gpu_check.sh takes for what cannot run here
-    (report,) = RESULTS.glob("kernel_report-*.json")
+    (report,) = Path(__file__).parent.glob("results/kernel_report-*.json")
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     rows = beside_the_report(profile(), json.loads(report.read_text()), target)
     print(f"{torch.cuda.get_device_name()}, {target}; counted and modelled in {report.name}")

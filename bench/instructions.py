@@ -42,9 +42,7 @@ class Loop(NamedTuple):
     latch: int  # the instruction that branches back
 
 
-def count(
-    kernel: Any, arguments: Mapping[str, Any], averages: Mapping[str, float] | None = None
-) -> Counter[str]:
+def count(kernel: Any, arguments: Mapping[str, Any], averages: Mapping[str, float]) -> Counter[str]:
     """Executed instructions per thread, by the class of the instruction (see `classify_sass`).
 
     `arguments` are the launch's, by name: the bounds of loops are evaluated with them. `averages`
@@ -56,7 +54,6 @@ def count(
         ValueError: where nothing says how often a loop turns, or a compiler unrolled it in part;
             for a GPU that is not NVIDIA's.
     """
-    averages = averages or {}
     if "cubin" not in kernel.asm:
         raise ValueError("only NVIDIA's machine code is read")
     code = parse_sass(cuda_tool("nvdisasm", kernel.asm["cubin"], "-gi", "-c"))

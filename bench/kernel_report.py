@@ -59,7 +59,6 @@ TOLERANCE = 0.03
 class Case(NamedTuple):
     """A call of the operator that compiles to code of its own."""
 
-    call: str
     variant: str
     dtype: str
     launch: functools.partial[Any]
@@ -86,7 +85,7 @@ def cases(dtypes: list[str], windows: list[str], device: str = "cpu") -> Iterato
         }
         for call, arguments in calls.items():
             launch = functools.partial(getattr(backend, call), *arguments)
-            yield Case(call, f"{call} {shape} {layout}", dtype, launch, y.numel())
+            yield Case(f"{call} {shape} {layout}", dtype, launch, y.numel())
 
 
 # ---------------------------------------------------------------- compiling

@@ -8,15 +8,8 @@ which are counted from above.
 Sources of the constants. None was measured here, and of the documents only the forum note was at
 hand to check against:
 
-- lanes: the table "Throughput of Native Arithmetic Instructions" of the CUDA C++ programming guide
-  (results per clock and multiprocessor). Compute capability 8.6 / 9.0:
-      fp32 add, multiply, multiply-add         128 / 128
-      fp16 add, multiply, multiply-add         128 / 256   (two results an instruction)
-      fp64 add, multiply, multiply-add           2 /  64
-      32-bit integer multiply, multiply-add     64 /  64
-      integer add, compare, min, max, shift, logic: 64 everywhere
-      conversions from and to 64-bit types       2 /  16
-      reciprocal and the like, other conversions: 16 everywhere (the fast ones are the alu's)
+- lanes: the table "Throughput of Native Arithmetic Instructions" of the CUDA C++ programming guide,
+  in results per clock and multiprocessor, of which an instruction in half precision has two.
 - which pipe executes what: the Nsight Compute profiling guide, and NVIDIA's note on the pipes at
   https://forums.developer.nvidia.com/t/separate-cuda-core-pipeline-for-fp16-and-fp32/302018/7:
   there are a heavy half (fp32, IMAD) and a light half (fp32), and a half precision instruction
