@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch):
+def bench(monkeypatch):
     """Imports a module of bench/ by its name."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return importlib.import_module

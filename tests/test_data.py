@@ -59,7 +59,7 @@ def test_folder_is_decoded_as_torchvision_decodes_it(folder: Path) -> None:
 
 
 def test_the_order_of_classes_and_files_is_the_same_on_every_system(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch
 ) -> None:
     """Windows ignores case where paths are compared."""
     for split in ("train_data", "test_data"):
@@ -135,7 +135,7 @@ def test_synthetic_flowers_depend_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("error", [None, OSError, BrokenExecutor])
-def test_processes_draw_the_same_flowers(error, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_draw_the_same_flowers(error, monkeypatch) -> None:
     """And where they cannot, this process does, be it after three."""
     one = synthetic_flowers(40, size=16, workers=0)
     if error is not None:

@@ -183,7 +183,7 @@ NA = '"1","gather_sliding_kernel","(128, 1, 1)","2,000","n/a","80","99","60","70
 
 
 @pytest.fixture
-def counters(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def counters(monkeypatch) -> ModuleType:
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     module = importlib.import_module("gpu_counters")
@@ -212,9 +212,7 @@ def test_what_ncu_complains_of_is_told(counters: ModuleType) -> None:
         counters.beside_the_report("==PROF== Connected\n" + said, [], "sm_90")
 
 
-def test_profiled_launches_are_those_of_the_report(
-    counters: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_profiled_launches_are_those_of_the_report(counters: ModuleType, monkeypatch) -> None:
     """Without the GPU: what is launched, and that the profiler sees each launch once."""
     events: list[str] = []
     names = ["sample", "sample_backward", "expectation", "expectation_backward"]

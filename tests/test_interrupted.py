@@ -96,11 +96,7 @@ def test_killed_run_equals_undisturbed_run(photos: Path, whole: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_signal_saves_the_run_and_ends_it(
-    photos: Path,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    photos: Path, whole: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """Ctrl-C in the first epoch, SIGTERM and a terminal that closes in the second."""
     step, last = Learner.step, tmp_path / "last.pt"
@@ -144,11 +140,7 @@ def test_what_nohup_ignores_is_ignored() -> None:
 
 @pytest.mark.parametrize("where", ["decoding", "evaluation"])
 def test_a_signal_acts_while_the_run_waits(
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    where: str,
+    photos: Path, tmp_path: Path, monkeypatch, capsys, where: str
 ) -> None:
     """For a disk that does not answer, or in an evaluation of many images."""
     release, asked = threading.Event(), threading.Event()
@@ -186,11 +178,7 @@ def test_a_signal_acts_while_the_run_waits(
 @pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
 @pytest.mark.parametrize("what", ["pipe", "terminal"])
 def test_a_reader_that_goes_is_no_full_disk(
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    what: str,
+    photos: Path, tmp_path: Path, monkeypatch, capsys, what: str
 ) -> None:
     """As `| head` does, or a terminal that a run outlives; what was trained is kept."""
     lines, reader = 0, os.pipe()
@@ -279,7 +267,7 @@ def test_little_shared_memory_is_enough(photos: Path, tmp_path: Path) -> None:
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before_it(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    photos: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     step = Learner.step
 
@@ -301,11 +289,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before_i
 
 @pytest.mark.parametrize("allocate", [torch.empty, np.empty])
 def test_out_of_memory_is_one_line(
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    allocate,
+    photos: Path, tmp_path: Path, monkeypatch, capsys, allocate
 ) -> None:
     """Whoever asks for it: PyTorch or NumPy."""
     monkeypatch.setattr(Learner, "step", lambda *_, **__: allocate(2**59))
@@ -316,7 +300,7 @@ def test_out_of_memory_is_one_line(
 
 
 def test_weights_that_are_not_finite_are_not_saved(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    photos: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """The last step of an epoch spoils them: no loss of the epoch can show it."""
     step = Learner.step
@@ -339,7 +323,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
 def test_disk_that_is_full_keeps_the_checkpoint_before(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, capsys
 ) -> None:
     """The disk here is a limit on the size of files, which a checkpoint of 20 MB exceeds."""
     import resource
@@ -363,9 +347,7 @@ def test_disk_that_is_full_keeps_the_checkpoint_before(
     assert [path.name for path in output.glob("*last.pt*")] == ["last.pt"]
 
 
-def test_a_table_that_is_locked_does_not_end_the_run(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_that_is_locked_does_not_end_the_run(photos: Path, tmp_path: Path, capsys) -> None:
     """As on Windows by a spreadsheet that shows it."""
     output = tmp_path / "run"
     for name in ("summary.csv", "curves.png"):
@@ -379,7 +361,7 @@ def test_a_table_that_is_locked_does_not_end_the_run(
 
 @pytest.mark.slow
 def test_the_best_may_have_been_stopped_within_an_epoch(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, capsys
 ) -> None:
     """The history drops it; `best.pt`, and what is said of it, stay."""
     output = tmp_path / "run"
@@ -403,9 +385,7 @@ def test_folder_that_cannot_be_written_keeps_the_checkpoint_before(tmp_path: Pat
     assert path.read_bytes() == b"before"
 
 
-def test_a_checkpoint_that_is_being_read_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_is_being_read_is_waited_for(tmp_path: Path, monkeypatch) -> None:
     """As evaluate.py reads it, on Windows, while the run writes the next one."""
     path, replace, asked = tmp_path / "last.pt", os.replace, []
 

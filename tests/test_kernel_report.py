@@ -81,7 +81,7 @@ json.dump([found, refused], sys.stdout)
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def bench(monkeypatch) -> ModuleType:
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return importlib.import_module("kernel_report")
@@ -140,7 +140,7 @@ def test_classes(bench: ModuleType, opcode: str, unit: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
-def test_a_compiled_kernel_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_kernel_is_counted(tmp_path: Path, monkeypatch) -> None:
     """In a process of its own: this one may run Triton's interpreter."""
     (tmp_path / "tiny.py").write_text(KERNEL)
     folders = (tmp_path, ROOT / "bench", ROOT / "kernels", os.environ.get("PYTHONPATH", ""))

@@ -139,7 +139,7 @@ def test_advice_is_one_line_with_a_batch_that_fits() -> None:
     assert "not one image fits in 0.6 GB" in said(0.6, 256)
 
 
-def test_command_compares_the_pools(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_compares_the_pools(capsys) -> None:
     assert memory.main(["-b", "16", "--gpu-memory-gb", "6"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["MB", "at", "batch", "16", *POOLINGS]

@@ -53,9 +53,7 @@ def test_splits_by_seed(kaggle: Path, tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "b").iterdir()} == {*SPLITS, "lost+found"}
 
 
-def test_leaves_out_duplicates_and_unreadable_files(
-    kaggle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_leaves_out_duplicates_and_unreadable_files(kaggle: Path, tmp_path: Path, capsys) -> None:
     """Whichever file comes first; with a few seeds each of the bad ones is met."""
     daisies = kaggle / "flowers" / "daisy"
     original = daisies / "daisy0.jpg"
@@ -92,7 +90,7 @@ def test_leaves_out_duplicates_and_unreadable_files(
 def test_bad_input(
     kaggle: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys,
     arguments: list[str],
     message: str,
 ) -> None:

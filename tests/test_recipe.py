@@ -114,9 +114,7 @@ def test_the_network_of_a_run_with_averaging_is_the_average() -> None:
     assert torch.equal(other.network.fc2.weight, learner.model.fc2.weight)
 
 
-def test_mixup_takes_the_loss_of_both_images_by_their_shares(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_mixup_takes_the_loss_of_both_images_by_their_shares(monkeypatch) -> None:
     images, labels = torch.randn(4, 3, 256, 256), torch.tensor([0, 1, 2, 0])
     options = TrainOptions(pool="max", dropout=0.0, mixup=0.4)
     learner = Learner(options, 3, torch.device("cpu"), Team())
@@ -168,7 +166,7 @@ def test_cutmix_and_mixup_share_the_batches() -> None:
 
 
 def test_fused_momentum_is_whole_when_the_scaler_skips_the_first_step(
-    monkeypatch: pytest.MonkeyPatch, poisoned: None
+    monkeypatch, poisoned: None
 ) -> None:
     """The first step of fp16 often overflows; what the optimiser then keeps must be written."""
     weight = nn.Parameter(torch.zeros(3))
@@ -202,7 +200,7 @@ def test_optimizer_of_another_machine_takes_the_settings_of_this_one() -> None:
         assert torch.equal(kept["momentum_buffer"], theirs_of["momentum_buffer"])
 
 
-def test_a_compiled_network_trains_as_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_network_trains_as_an_eager_one(monkeypatch) -> None:
     """To the last bit, where the graph runs as it is, in parts of 3 and 2 images; and goes on."""
     compile, modes = torch.compile, []
 

@@ -102,9 +102,7 @@ def test_confusion_matrix_is_readable(classes: tuple[str, ...]) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("installed", [False, True])
-def test_class_names_that_matplotlibs_own_font_lacks(
-    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_class_names_that_matplotlibs_own_font_lacks(installed: bool, monkeypatch, capsys) -> None:
     """An installed font draws them; without one, a line says once why there are boxes.
 
     Chinese names, as a rule; a font that matplotlib brings along stands for theirs here.
@@ -248,9 +246,7 @@ class _Untraceable(nn.Module):
         raise RuntimeError("not with me")
 
 
-def test_graph_that_cannot_be_drawn_ends_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_graph_that_cannot_be_drawn_ends_nothing(tmp_path: Path, capsys) -> None:
     board = boards.Board(tmp_path)
     board.graph(_Untraceable(), torch.zeros(1, 3))
     board.train_loss(math.pi, 1)
@@ -261,7 +257,7 @@ def test_graph_that_cannot_be_drawn_ends_nothing(
     assert events(tmp_path).Tags()["scalars"] == ["train/loss"]
 
 
-def test_progress_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_elsewhere_than_on_a_terminal(capsys) -> None:
     with boards.EpochProgress("epoch 1/2", 5, done=2, rest=8) as progress:
         for step in range(3):
             progress.advance(8)

@@ -177,7 +177,7 @@ class Runner:
 
 
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
+def runner(monkeypatch) -> Runner:
     runner = Runner()
     monkeypatch.setattr(study, "call", runner)
     return runner
@@ -194,11 +194,7 @@ TINY = ["--augment", "random", "--repeats", "1", "-b", "4"]
 
 @pytest.mark.slow
 def test_study_writes_results_and_goes_on_where_it_stopped(
-    photos: Path,
-    tmp_path: Path,
-    runner: Runner,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    photos: Path, tmp_path: Path, runner: Runner, monkeypatch, capsys
 ) -> None:
     output = tmp_path / "study"
     ours = ["--seeds", "2", "--name", "here", "--"]
@@ -302,7 +298,7 @@ def test_result_is_that_of_the_last_checkpoint(
 def test_bad_flags(
     photos: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys,
     flags: list[str],
     message: str,
 ) -> None:
@@ -318,7 +314,7 @@ def test_bad_flags(
 
 
 def test_a_run_that_the_study_did_not_start_is_left_alone(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, capsys
 ) -> None:
     folder = tmp_path / "study" / "paper-max-0"
     folder.mkdir(parents=True)
@@ -360,10 +356,7 @@ def test_a_signal_is_passed_on_to_the_run(tmp_path: Path, name: str) -> None:
 
 
 def test_interrupted_study_says_how_to_go_on(
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    photos: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     def interrupted(command: Sequence[str], requests: Requests) -> int:
         signal.raise_signal(signal.SIGINT)

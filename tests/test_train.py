@@ -56,7 +56,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def few_flowers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def few_flowers(monkeypatch, tmp_path: Path) -> None:
     """The default run, with four training and three test images, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(synthetic, "PER_CLASS", {"train": 2, "test": 1})
@@ -101,9 +101,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 @pytest.mark.usefixtures("few_flowers")
-def test_default_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_default_run(tmp_path: Path, monkeypatch, capsys) -> None:
     """Without photographs, the script draws its own and says so."""
     titles, write = [], pictures.write
 
@@ -170,7 +168,7 @@ def test_resumed_run_equals_undisturbed_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_half_precision_in_contiguous_format_runs(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv("RANK", "3")  # of something else than torchrun
     arguments = ["--amp-dtype", "bfloat16", "--no-channels-last", "--opt", "adam", "-b", "2"]
@@ -180,10 +178,7 @@ def test_half_precision_in_contiguous_format_runs(
 
 
 def test_amp_on_a_cpu_without_bfloat16_says_so(
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    photos: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(devices, "has_bfloat16_instructions", lambda: False)
     arguments = ["--amp", "--pool", "max", "-b", "2", "--max-steps", "1"]
@@ -245,7 +240,7 @@ BAD_PHOTOS: list[Any] = [
 ]
 
 
-def assert_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused(arguments: list[str], message: str, capsys) -> None:
     """Exit status 2, and one line on stderr."""
     capsys.readouterr()
     try:
@@ -260,9 +255,7 @@ def assert_refused(arguments: list[str], message: str, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(("edit", "message"), BAD_PHOTOS)
-def test_bad_photographs(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], edit: Edit, message: str
-) -> None:
+def test_bad_photographs(photos: Path, tmp_path: Path, capsys, edit: Edit, message: str) -> None:
     edit(photos)
     output = tmp_path / "out"
     arguments = [*CPU, "--data-dir", str(photos), "--output-dir", str(output)]
@@ -296,7 +289,7 @@ def test_bad_photographs(
 def test_bad_flags(
     photos: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys,
     flags: list[str],
     message: str,
 ) -> None:
@@ -306,7 +299,7 @@ def test_bad_flags(
     assert not output.exists()
 
 
-def test_flags_that_do_nothing_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_do_nothing_are_named(capsys) -> None:
     """Those of a recipe or a checkpoint are nobody's mistake."""
     parse = load_script("train").parse
     for flags, words in (
@@ -323,16 +316,14 @@ def test_flags_that_do_nothing_are_named(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_asked_for_and_absent(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cuda_asked_for_and_absent(photos: Path, tmp_path: Path, capsys) -> None:
     arguments = ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
     assert_refused([*arguments, "--device", "cuda"], "--device cuda", capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_output_folder_that_cannot_be_used(
-    photos: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, trained: Path, tmp_path: Path, capsys
 ) -> None:
     (tmp_path / "file").write_text("")
     arguments = [*CPU, "--data-dir", str(photos), "--output-dir"]
@@ -349,9 +340,7 @@ def test_output_folder_that_cannot_be_used(
     assert_refused(best, f"--resume {trained}/last.pt goes on from there; to go back", capsys)
 
 
-def test_a_folder_belongs_to_one_run(
-    photos: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_belongs_to_one_run(photos: Path, trained: Path, tmp_path: Path, capsys) -> None:
     """Whichever way it is named: as an output, or as that of the checkpoint to go on from."""
     arguments = [*CPU, "--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
     with files.claimed(tmp_path / "out"):
@@ -363,9 +352,7 @@ def test_a_folder_belongs_to_one_run(
     assert (tmp_path / "run" / "last.pt").exists()
 
 
-def test_a_folder_is_made_where_a_root_cannot_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_made_where_a_root_cannot_be(tmp_path: Path, monkeypatch) -> None:
     """macOS and Windows do not say that it exists."""
     mkdir = Path.mkdir
 
@@ -379,7 +366,7 @@ def test_a_folder_is_made_where_a_root_cannot_be(
         assert folder.is_dir()
 
 
-def test_a_drive_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drive_that_is_not_there_is_named(monkeypatch) -> None:
     """On Windows, where not even the root of a path need exist."""
     for ask in ("exists", "is_dir"):
         monkeypatch.setattr(Path, ask, lambda self: False)
@@ -399,9 +386,7 @@ def test_starts_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == [tmp_path / "runs", claims[1], claims[1] / "last.pt"]
 
 
-def test_part_of_an_epoch_is_shown_as_a_part(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_part_of_an_epoch_is_shown_as_a_part(trained: Path, tmp_path: Path, capsys) -> None:
     """One step of 61: four images, of which an epoch takes 61 times 4. And then another one."""
     (row,) = read_summary(trained)
     assert float(row["epoch"]) == pytest.approx(1 / 61, rel=1e-4)
@@ -419,10 +404,7 @@ def test_part_of_an_epoch_is_shown_as_a_part(
 
 
 def test_recorded_folders_are_whole_paths(
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trained: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """So that another working folder does no harm; and a folder that is gone is explained."""
     photos, last = trained.parent / "photos", tmp_path / "last.pt"
@@ -439,9 +421,7 @@ def test_recorded_folders_are_whole_paths(
 
 
 @pytest.mark.slow
-def test_a_schedule_that_jumps_says_so(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_schedule_that_jumps_says_so(photos: Path, tmp_path: Path, capsys) -> None:
     flags = ["--augment", "random", "--repeats", "1", "--pool", "max", "--schedule", "cosine"]
     flags += ["--epochs", "1", "--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
     assert main([*CPU, *flags, "-b", "2"]) == 0
@@ -508,9 +488,7 @@ def test_help_and_wrong_paths_need_no_pytorch(name: str, tmp_path: Path) -> None
         assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_shows_the_defaults_of_the_recipe(
-    photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_shows_the_defaults_of_the_recipe(photos: Path, capsys) -> None:
     def shown(*flags: str) -> str:
         with pytest.raises(SystemExit):
             main([*flags, "--help"])
@@ -533,9 +511,7 @@ def test_every_setting_is_a_flag() -> None:
         assert flags[field.name] == field.default
 
 
-def test_a_set_on_disk_trains_as_one_in_memory(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_on_disk_trains_as_one_in_memory(trained: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(images, "HOST_BUDGET", 0)
     monkeypatch.chdir(trained.parent)
     assert main([*ONE_STEP, "--output-dir", str(tmp_path / "disk")]) == 0
@@ -545,16 +521,14 @@ def test_a_set_on_disk_trains_as_one_in_memory(
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
-def test_the_first_run_learns(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_run_learns(seed: int, tmp_path: Path, monkeypatch) -> None:
     """What a newcomer sees within minutes."""
     monkeypatch.chdir(tmp_path)
     assert main(["--amp", "--seed", str(seed), "--output-dir", "run"]) == 0
     assert float(read_summary(tmp_path / "run")[-1]["test_accuracy"]) >= 90
 
 
-def test_checkpoints_that_do_not_fit(
-    photos: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoints_that_do_not_fit(photos: Path, trained: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out"
     last, other = str(trained / "last.pt"), make_photographs(tmp_path / "three", tuple("abc"))
     names = make_photographs(tmp_path / "names", ("daisy", "tulip"))
@@ -580,9 +554,7 @@ def test_checkpoints_that_do_not_fit(
     assert not output.exists()
 
 
-def test_finished_run_is_not_resumed(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_run_is_not_resumed(trained: Path, tmp_path: Path, capsys) -> None:
     state = load(trained / "last.pt")
     state["progress"]["epoch"] = 2
     torch.save(state, tmp_path / "last.pt")

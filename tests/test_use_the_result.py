@@ -107,9 +107,7 @@ def run(script: ModuleType, *arguments: object) -> int:
     return status
 
 
-def test_predictions_are_those_of_the_network(
-    stochastic: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predictions_are_those_of_the_network(stochastic: Path, photos: Path, capsys) -> None:
     """Folders at any depth, junk left out, in batches, names of any kind."""
     assert run(predict, stochastic, photos / "test_data", "--json", "-b", "2") == 0
     out, error = capsys.readouterr()
@@ -126,9 +124,7 @@ def test_predictions_are_those_of_the_network(
         assert entry["class"] == CLASSES[int(np.argmax(expected))]
 
 
-def test_predictions_as_a_table(
-    stochastic: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predictions_as_a_table(stochastic: Path, photos: Path, capsys) -> None:
     folder = photos / "test_data" / CLASSES[0]
     assert run(predict, stochastic, folder) == 0
     header, *lines = capsys.readouterr().out.splitlines()
@@ -144,9 +140,7 @@ def test_predictions_as_a_table(
         assert len(line) == len(header)
 
 
-def test_files_that_are_no_images(
-    stochastic: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_are_no_images(stochastic: Path, photos: Path, tmp_path: Path, capsys) -> None:
     """In a folder they are skipped; named, they are an error once the others are printed."""
     good = tmp_path / "good.png"
     good.write_bytes((photos / "test_data" / CLASSES[0] / "0.png").read_bytes())
@@ -177,9 +171,7 @@ def test_files_that_are_no_images(
     assert "no images in" in capsys.readouterr().err
 
 
-def test_monte_carlo_is_mean_and_spread_over_draws(
-    stochastic: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_monte_carlo_is_mean_and_spread_over_draws(stochastic: Path, photos: Path, capsys) -> None:
     folder = photos / "test_data" / CLASSES[1]
     arguments = [stochastic, folder, "--json", "--mc", "3", "--seed"]
     assert run(predict, *arguments, "5") == 0
@@ -212,9 +204,7 @@ def test_monte_carlo_is_mean_and_spread_over_draws(
     assert capsys.readouterr().out.count(" ± ") == 6
 
 
-def test_monte_carlo_takes_stochastic_pools(
-    make_checkpoint: Make, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_monte_carlo_takes_stochastic_pools(make_checkpoint: Make, photos: Path, capsys) -> None:
     path = make_checkpoint("max")
     assert run(predict, path, photos, "--mc", "5") == 2
     error = capsys.readouterr().err
@@ -248,9 +238,7 @@ def test_checkpoints_that_are_no_use(make_checkpoint: Make) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_outputs_that_are_not_finite(
-    make_checkpoint: Make, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_outputs_that_are_not_finite(make_checkpoint: Make, photos: Path, capsys) -> None:
     weights = make_model("max").state_dict()
     weights["fc1.bias"] = torch.full_like(weights["fc1.bias"], 3e38)
     assert run(predict, make_checkpoint("max", model=weights), photos, "--json") == 2
@@ -280,9 +268,7 @@ def test_evaluation_counts_what_a_loop_counts() -> None:
     assert result.most_wrong(99).tolist() == worst
 
 
-def test_evaluate_script(
-    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_script(make_checkpoint: Make, photos: Path, tmp_path: Path, capsys) -> None:
     arguments = ["--data-dir", photos, "--output-dir", tmp_path / "new", "-b", "3", "--json"]
     assert run(evaluate, make_checkpoint("stochastic"), *arguments) == 0
     told = json.loads(capsys.readouterr().out)
@@ -319,7 +305,7 @@ def test_evaluate_script(
 
 
 def test_evaluation_needs_no_other_photographs(
-    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys
 ) -> None:
     """Neither does it need undamaged ones; and of a checkpoint, the run's folder is enough."""
     alone = tmp_path / "alone"
@@ -340,7 +326,7 @@ def test_evaluation_needs_no_other_photographs(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
 def test_names_of_another_encoding(
-    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys
 ) -> None:
     """As old archives have them; and with a line break."""
     folder = tmp_path / os.fsdecode(b"h\xe9rbier")
@@ -358,7 +344,7 @@ def test_names_of_another_encoding(
 
 
 def test_evaluation_of_the_quarter_that_a_run_held_out(
-    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_checkpoint: Make, photos: Path, tmp_path: Path, capsys
 ) -> None:
     """No other image is decoded: those here are empty."""
     for name in CLASSES:
@@ -375,9 +361,7 @@ def test_evaluation_of_the_quarter_that_a_run_held_out(
     assert "--validate needs photographs" in capsys.readouterr().err
 
 
-def test_evaluation_says_where_a_folder_comes_from(
-    make_checkpoint: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_says_where_a_folder_comes_from(make_checkpoint: Make, capsys) -> None:
     path = make_checkpoint("max", options={"data_dir": "photographs/of/before"})
     assert run(evaluate, path) == 2
     assert capsys.readouterr().err == (
@@ -386,9 +370,7 @@ def test_evaluation_says_where_a_folder_comes_from(
     )
 
 
-def test_evaluate_refuses_other_classes(
-    make_checkpoint: Make, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_refuses_other_classes(make_checkpoint: Make, photos: Path, capsys) -> None:
     path = make_checkpoint("max", classes=["daisy", "tulip"])
     assert run(evaluate, path, "--data-dir", photos) == 2
     assert (
@@ -399,7 +381,7 @@ def test_evaluate_refuses_other_classes(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_exported_networks_say_what_the_network_says(
-    stochastic: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stochastic: Path, photos: Path, tmp_path: Path, capsys
 ) -> None:
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -430,10 +412,7 @@ def test_exported_networks_say_what_the_network_says(
 
 
 def test_export_that_differs_is_refused(
-    stochastic: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    stochastic: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """A network with other pools got into the file; the file of before stays."""
     before = tmp_path / "best.pt2"
@@ -452,9 +431,7 @@ def test_export_that_differs_is_refused(
     assert list(tmp_path.iterdir()) == [before]
 
 
-def test_a_table_without_its_package(
-    stochastic: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_table_without_its_package(stochastic: Path, photos: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "tabulate", None)
     for script, *paths in ((evaluate, stochastic), (predict, stochastic, photos)):
         assert run(script, *paths) == 2
@@ -465,9 +442,7 @@ def test_a_table_without_its_package(
         assert shown.err.count("\n") == 1
 
 
-def test_export_without_its_packages(
-    stochastic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_without_its_packages(stochastic: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert run(export_script, stochastic, "--format", "onnx") == 2
     error = capsys.readouterr().err
