@@ -104,6 +104,8 @@ def exit_status(prog: str, work: Callable[..., None], *arguments: Sequence[str])
         status, message = 2, f"error: {error}"
     except Interrupted as interruption:
         status, message = 128 + interruption.signal, str(interruption)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except BrokenPipeError:  # as `| head` leaves it

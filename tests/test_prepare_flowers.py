@@ -97,11 +97,7 @@ def test_bad_input(
     before = names(tmp_path)
     given = ["--output", str(tmp_path / "out"), *SIZES]
     given += [argument.format(kaggle=kaggle) for argument in arguments]
-    try:
-        status = main(given)
-    except SystemExit as stop:
-        status = stop.code
-    assert status == 2
+    assert main(given) == 2
     error = capsys.readouterr().err
     assert error.startswith("prepare_flowers.py: error: ")
     assert message in error
