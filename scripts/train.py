@@ -227,7 +227,7 @@ def train(
             args.amp_dtype = devices.choose_amp_dtype(args.amp, args.amp_dtype, device)
             if args.channels_last is None:
                 args.channels_last = device.type == "cpu" or args.amp_dtype is not None
-            options = TrainOptions.of(vars(args))
+            options = TrainOptions(**{f.name: getattr(args, f.name) for f in fields(TrainOptions)})
             train_images, test_images, variants = load_images(args, splits)
             last = args.channels_last
             common: Any = {"device": device, "channels_last": last, "workers": args.workers}

@@ -13,7 +13,6 @@ from .. import POOLINGS
 from ..cli import number
 
 SYNTHETIC = "synthetic"
-OPTIMIZERS = ("sgd", "adam", "adamw")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "off")
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -113,7 +112,7 @@ class TrainOptions:
     crop_scale: Annotated[float, {"least": 0, "most": 1, "exclusive": True}] = 0.6
     epochs: Count = 30
     batch_size: Annotated[int, {"least": 1, "most": 10**9, "short": "-b"}] = 256
-    opt: Annotated[str, {"choices": OPTIMIZERS}] = "sgd"
+    opt: Annotated[str, {"choices": ("sgd", "adam", "adamw")}] = "sgd"
     lr: Annotated[float, {"least": 0, "exclusive": True}] = 0.01
     momentum: Amount = 0.9
     nesterov: bool = False
@@ -134,11 +133,6 @@ class TrainOptions:
     max_steps: Annotated[int | None, {"least": 1}] = None
     log_interval: Count = 10
     checkpoint_interval: Amount = 60.0
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> TrainOptions:
-        """From the settings among ``values``."""
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 def add_options(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
