@@ -15,7 +15,8 @@ from types import ModuleType
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from .scripts import ROOT
+
 CPU = torch.device("cpu")
 
 

@@ -19,9 +19,8 @@ from _pytest.mark.expression import Expression
 
 from cnnsp.training import memory
 
-from .scripts import load_script
+from .scripts import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs bash and GNU's timeout")
 

@@ -27,7 +27,7 @@ from cnnsp.results import study
 from cnnsp.results.study import cases
 from cnnsp.results.study_report import differences, draw, lines, origins, read, table
 
-from .scripts import load_script
+from .scripts import ROOT, load_script
 from .test_train import make_photographs
 
 main = load_script("study").main
@@ -169,7 +169,7 @@ class Runner:
     def __call__(self, command: Sequence[str], requests: Requests) -> int:
         python, script, *arguments = command
         assert python == sys.executable
-        assert Path(script).resolve() == Path(__file__).resolve().parents[1] / "scripts/train.py"
+        assert Path(script).resolve() == ROOT / "scripts/train.py"
         self.commands.append(arguments)
         folder = Path(arguments[arguments.index("--output-dir") + 1])
         status = self.statuses.get(folder.name)
