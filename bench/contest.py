@@ -10,7 +10,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -110,18 +110,15 @@ def time_in_turn(
     return {name: [seconds() for seconds in told] for name, told in runs.items()}
 
 
-def turns(seconds: float, one_run: Mapping[str, float]) -> Iterator[str]:
+def turns(seconds: float, one_run: Mapping[str, float]) -> list[str]:
     """Who runs, turn after turn: as often as the time allows, the slow less often than the fast,
     and everybody spread over the whole time."""
     counts = {
         name: max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(took, 1e-9))))
         for name, took in one_run.items()
     }
-    most = max(counts.values(), default=0)
-    for turn in range(most):
-        for name, count in counts.items():
-            if (turn + 1) * count // most > turn * count // most:
-                yield name
+    runs = [((n + 1) / count, name) for name, count in counts.items() for n in range(count)]
+    return [name for _, name in sorted(runs)]
 
 
 def peak_memory(contestant: Contestant, device: torch.device) -> int:

@@ -103,18 +103,15 @@ class _AbsentGpu:
 class Launch(NamedTuple):
     """A kernel that was compiled instead of run, and what it would have been run with."""
 
+    name: str
     kernel: Any
     arguments: dict[str, Any]
     programs: int
-    warp_size: int
-
-    @property
-    def name(self) -> str:
-        return str(self.kernel.metadata.name.strip("_"))
 
     def instructions(self) -> collections.Counter[str]:
         """Those that all threads of all programs execute, by class."""
-        threads = self.programs * self.kernel.metadata.num_warps * self.warp_size
+        metadata = self.kernel.metadata
+        threads = self.programs * metadata.num_warps * metadata.target.warp_size
         known = averages(self.name, self.arguments)
         per_thread = instructions.count(self.kernel, self.arguments, known)
         return collections.Counter({unit: threads * n for unit, n in per_thread.items()})
@@ -137,7 +134,7 @@ def compiled(launch: Callable[[], Any], target: GPUTarget) -> list[Launch]:
         arguments = {name: value for name, value in given.items() if name in self.arg_names}
         grid = kwargs["grid"]
         programs = math.prod(grid(arguments) if callable(grid) else grid)
-        kernels.append(Launch(kernel, arguments, programs, target.warp_size))
+        kernels.append(Launch(kernel.metadata.name.strip("_"), kernel, arguments, programs))
         return kernel
 
     triton.runtime.driver.set_active(_AbsentGpu(target))
