@@ -35,7 +35,6 @@ BANKS = {
     "paper": {"variants": PAPER_VARIANTS},
     "paper_contiguous": {"variants": PAPER_VARIANTS, "channels_last": False},
     "paper_without_numba": {"variants": PAPER_VARIANTS, "compiled": False},
-    "random_nearest": {"augment": RandomAugment(interpolation="nearest")},
     "random": {"augment": RandomAugment()},
     "random_without_numba": {"augment": RandomAugment(), "compiled": False},
 }

@@ -94,8 +94,7 @@ class RandomAugment:
     own size, ``RandomRotation`` about the centre (black outside), ``RandomHorizontalFlip``, then
     brightness, contrast and saturation as in ``ColorJitter``, each clamped to [0, 1], gamma and
     normalisation. Crop, rotation and flip are one affine map, so the image is interpolated once.
-    ``"nearest"`` takes the pixels of ``InterpolationMode.NEAREST_EXACT``. A crop that would be
-    higher or wider than the image is cut to it, where torchvision draws again.
+    A crop that would be higher or wider than the image is cut to it, where torchvision draws again.
 
     What item ``i`` gets in epoch ``e`` depends on ``(seed, e, i)`` alone: Philox4x32 with the key
     ``seed`` and the counter ``(i mod 2**32, i div 2**32, e, 0…2)``.
@@ -113,7 +112,6 @@ class RandomAugment:
     brightness: float = 0.2  # factors are between max(0, 1 - this) and 1 + this
     contrast: float = 0.2
     saturation: float = 0.2
-    interpolation: str = "bilinear"  # or "nearest"
     seed: int = 0  # of everything drawn, from 0 to 2**64 - 1
 
     def __post_init__(self) -> None:
@@ -127,7 +125,6 @@ class RandomAugment:
             ("brightness", 0 <= self.brightness < math.inf, "at least 0"),
             ("contrast", 0 <= self.contrast < math.inf, "at least 0"),
             ("saturation", 0 <= self.saturation < math.inf, "at least 0"),
-            ("interpolation", self.interpolation in ("bilinear", "nearest"), "bilinear or nearest"),
             ("seed", 0 <= self.seed < 2**64, "between 0 and 2**64 - 1"),
         ):
             if not right:
@@ -167,7 +164,7 @@ class RandomAugment:
         )
 
 
-def _augment(images: Tensor, numbers: Tensor, nearest: bool) -> Tensor:
+def _augment(images: Tensor, numbers: Tensor) -> Tensor:
     """Augment levels, float32 ``[B, 3, H, W]``, to numbers in [0, 1] of that shape."""
     height, width = images.shape[2:]
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
@@ -180,14 +177,10 @@ def _augment(images: Tensor, numbers: Tensor, nearest: bool) -> Tensor:
     covered = ((width + 1) / 2 - u.abs()).clamp(0, 1) * ((height + 1) / 2 - v.abs()).clamp(0, 1)
     source_x = (u * scale_x + middle_x).clamp(left, right)
     source_y = (v * scale_y + middle_y).clamp(top, bottom)
-    if nearest:
-        covered = (covered >= 0.5).float()
-        source_x, source_y = (source_x + 0.5).floor(), (source_y + 0.5).floor()
     grid = torch.stack(((source_x * 2 + 1) / width - 1, (source_y * 2 + 1) / height - 1), 3)
-    mode = "nearest" if nearest else "bilinear"
     # Clamped to the crop, no pixel comes from beyond the image but for rounding. (Apple's GPUs know
     # no other padding than black.)
-    images = F.grid_sample(images, grid, mode, padding_mode="zeros", align_corners=False)
+    images = F.grid_sample(images, grid, "bilinear", padding_mode="zeros", align_corners=False)
 
     brightness, contrast, saturation, gamma = (c[:, None] for c in colour)
 
@@ -279,17 +272,16 @@ def look_up(
         by_pixel[part] = values.view(len(level), -1, 4)[..., :3]
 
 
-def draw(pixels: Tensor, rows: Tensor, numbers: Tensor, nearest: bool, output: Tensor) -> None:
+def draw(pixels: Tensor, rows: Tensor, numbers: Tensor, output: Tensor) -> None:
     """Write randomly augmented images to ``output``, ``[B, 3, H, W]`` in either memory format.
 
     Args:
         pixels: uint8 ``[M, H*W, 3]``.
         rows: int64 ``[B]``, the image of each output.
         numbers: float32 ``[B, 16]``, see :meth:`Draw.numbers`.
-        nearest: whether to take the nearest pixel, rather than to interpolate.
     """
     _, _, height, width = output.shape
     mean, std = normalisation(output.device)
     for part in _parts(output):
         images = pixels[rows[part]].unflatten(1, (height, width)).permute(0, 3, 1, 2).float()
-        output[part] = (_augment(images, numbers[part], nearest) - mean) / std
+        output[part] = (_augment(images, numbers[part]) - mean) / std

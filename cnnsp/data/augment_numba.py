@@ -100,13 +100,13 @@ def _power(line, exponent, whole, mantissa):
 
 
 @inlined
-def _locate_row(at, part_x, part_y, factor, y, height, width, numbers, nearest):
+def _locate_row(at, part_x, part_y, factor, y, height, width, numbers):
     """Where row `y` of the warped image comes from.
 
     Pixel `x` is `factor[x]` times what lies `part_x[x]` and `part_y[x]` of the way from the image's
     byte `at[x]` to its neighbours on the right and below.
     """
-    one, half = np.float32(1), np.float32(0.5)
+    one = np.float32(1)
     a, b, c, d = numbers[0], numbers[1], numbers[2], numbers[3]
     scale_x, scale_y, middle_x, middle_y = numbers[4], numbers[5], numbers[6], numbers[7]
     left, top, right, bottom = numbers[8], numbers[9], numbers[10], numbers[11]
@@ -121,9 +121,6 @@ def _locate_row(at, part_x, part_y, factor, y, height, width, numbers, nearest):
         covered = _clamp(center_x + one - abs(u)) * _clamp(center_y + one - abs(v))
         source_x = min(max(u * scale_x + middle_x, left), right)
         source_y = min(max(v * scale_y + middle_y, top), bottom)
-        if nearest:
-            covered = np.float32(covered >= half)
-            source_x, source_y = np.floor(source_x + half), np.floor(source_y + half)
         x0, y0 = min(np.int32(source_x), last_x), min(np.int32(source_y), last_y)
         at[x] = 3 * (y0 * width + x0)
         part_x[x], part_y[x] = source_x - np.float32(x0), source_y - np.float32(y0)
@@ -145,7 +142,7 @@ def _sample_row(line, channel, at, part_x, part_y, factor, height, width):
 
 
 @compiled
-def _draw(begin, end, pixels, rows, numbers, nearest, output, pixel_step, channel_step, width):
+def _draw(begin, end, pixels, rows, numbers, output, pixel_step, channel_step, width):
     size = pixels.shape[1] // 3
     height = size // width
     planes = np.empty((3, height, width), np.float32)
@@ -157,7 +154,7 @@ def _draw(begin, end, pixels, rows, numbers, nearest, output, pixel_step, channe
         image, out = pixels[rows[n]], output[n]
         total = 0.0
         for y in range(height):
-            _locate_row(at, part_x, part_y, factor, y, height, width, numbers[n], nearest)
+            _locate_row(at, part_x, part_y, factor, y, height, width, numbers[n])
             for c in range(3):
                 _sample_row(planes[c, y], image[c:], at, part_x, part_y, factor, height, width)
             red, green, blue = planes[0, y], planes[1, y], planes[2, y]
@@ -193,7 +190,7 @@ def look_up(pixels, rows, sources, source_of, levels, level_of, output) -> None:
     _run(_look_up, output, pixels.flatten(1), rows, *tables, _flat(output).view(bits))
 
 
-def draw(pixels, rows, numbers, nearest, output) -> None:
+def draw(pixels, rows, numbers, output) -> None:
     """See :func:`cnnsp.data.augment.draw`."""
     # The compiled loop writes fp32: other dtypes are converted a few images at a time.
     part = len(output) if output.dtype == torch.float32 else 8 * torch.get_num_threads()
@@ -202,7 +199,7 @@ def draw(pixels, rows, numbers, nearest, output) -> None:
         made = output[some]
         if output.dtype != torch.float32:
             made = torch.empty_like(made, dtype=torch.float32)
-        _run(_draw, made, pixels.flatten(1), rows[some], numbers[some], nearest, _flat(made))
+        _run(_draw, made, pixels.flatten(1), rows[some], numbers[some], _flat(made))
         if output.dtype != torch.float32:
             output[some] = made
 

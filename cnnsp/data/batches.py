@@ -134,8 +134,7 @@ class ImageBank:
         else:
             drawn = self.augment.draw(items, epoch, *self.images.size)
             numbers = send(drawn.numbers(*self.images.size), self.device)
-            nearest = self.augment.interpolation == "nearest"
-            self._loops.draw(pixels, rows, numbers, nearest, output)
+            self._loops.draw(pixels, rows, numbers, output)
 
 
 def epoch_batches(
