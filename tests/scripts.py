@@ -25,6 +25,12 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+def run_code(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """In a process that uses both packages."""
+    given = {"env": ENVIRONMENT, "capture_output": True, "text": True, **options}
+    return subprocess.run([sys.executable, "-c", code, *arguments], **given)
+
+
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process in which Triton compiles; this one may interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import signal
-import subprocess
-import sys
 from concurrent.futures import BrokenExecutor
 from pathlib import Path, PurePath
 
@@ -25,7 +23,7 @@ from cnnsp.data.folder import find_images, list_folder
 from cnnsp.data.images import ImageFiles, ImageSet, load_folder
 from cnnsp.data.synthetic import CLASSES, synthetic_flowers
 
-from .scripts import ENVIRONMENT
+from .scripts import run_code
 
 
 @pytest.fixture
@@ -163,9 +161,7 @@ def test_the_processes_that_draw_end_with_this_one() -> None:
         synthetic.tqdm, synthetic.os.cpu_count = die, lambda: 2
         synthetic.synthetic_flowers(40, size=16)
     """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    assert run_code(code, timeout=60).returncode == -signal.SIGKILL
 
 
 def test_synthetic_flowers_are_not_told_apart_by_colour() -> None:

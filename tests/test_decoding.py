@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from cnnsp.data.decoding import decode
 from cnnsp.data.folder import check_folder, find_images, list_folder
 from cnnsp.data.images import load_folder
 
-from .scripts import ENVIRONMENT
+from .scripts import run_code
 
 RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
 GREY = np.repeat((RAMP * 255).round().astype(np.uint8)[..., None], 3, 2)
@@ -178,8 +177,7 @@ def test_warnings_name_their_files(tmp_path: Path) -> None:
             decode(Path(sys.argv[1]))
         warnings.warn("of other code")
     """
-    command = [sys.executable, "-c", code, *paths]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    done = run_code(code, *paths, check=True)
     lines = [line.split(": ") for line in done.stderr.splitlines() if "6144 pixels" in line]
     assert sorted(path for _, path, _ in lines) == sorted([*paths, paths[0]])
     assert all(start == "warning" for start, *_ in lines)

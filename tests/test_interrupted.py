@@ -28,7 +28,7 @@ from cnnsp.results import board
 from cnnsp.training import checkpoint, run
 from cnnsp.training.step import Learner
 
-from .scripts import ENVIRONMENT, ROOT, load_script
+from .scripts import ENVIRONMENT, ROOT, load_script, run_code
 from .test_train import assert_equal, load, make_photographs
 
 TRAIN = str(ROOT / "scripts/train.py")
@@ -211,8 +211,7 @@ def test_ctrl_c_during_imports_is_one_line() -> None:
         "    try: os.kill(os.getpid(), signal.SIGINT); print('went on')\n"
         "    except BaseException: print('a library caught it')"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    done = run_code(code)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "train.py: interrupted\n")
 
 
@@ -237,13 +236,7 @@ def test_nothing_is_left_of_what_ends_before_it_writes(
     ):
         script, *rest = arguments
         command = code.format(sent, [str(ROOT / "scripts" / script), *rest])
-        done = subprocess.run(
-            [sys.executable, "-c", command],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-        )
+        done = run_code(command, cwd=tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (ends, 1), done.stderr
         assert not list(tmp_path.iterdir())
 

@@ -32,7 +32,7 @@ from cnnsp.results import pictures
 from cnnsp.results.evaluation import Evaluation
 from cnnsp.results.history import EpochResult
 
-from .scripts import ENVIRONMENT
+from .scripts import ENVIRONMENT, run_code
 
 
 def random_evaluation(classes: int, images: int) -> Evaluation:
@@ -372,7 +372,7 @@ def test_a_notebook_s_backend_is_left_alone() -> None:
     code = "from cnnsp.cli import exit_status\n"
     code += "exit(exit_status('x', lambda: __import__('matplotlib')))"
     environment = {**ENVIRONMENT, "MPLBACKEND": "module://no_such_notebook.backend"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    run_code(code, env=environment, check=True)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")

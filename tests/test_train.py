@@ -6,8 +6,6 @@ import csv
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +26,7 @@ from cnnsp.results.history import EpochResult
 from cnnsp.training import devices
 from cnnsp.training.recipe import SHORT_RECIPE, TrainOptions, defaults
 
-from .scripts import ENVIRONMENT, ROOT, load_script
+from .scripts import ENVIRONMENT, ROOT, load_script, run_code
 
 script = load_script("train")
 main = script.main
@@ -473,10 +471,9 @@ def test_help_and_wrong_paths_need_no_pytorch(name: str, tmp_path: Path) -> None
     script = str(ROOT / "scripts" / f"{name}.py")
     for arguments, status, text in ((["--help"], 0, "examples:"), (missing, 2, "does not exist")):
         run = f"import sys; sys.argv = {[script, *arguments]!r}\n{code}"
-        command = [sys.executable, "-c", run]
         # An output that lacks characters, as a code page of Windows does.
         ascii = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ascii)
+        done = run_code(run, cwd=tmp_path, env=ascii)
         assert done.returncode == status, done.stderr
         assert text in done.stdout + done.stderr
         assert "default: [" not in done.stdout
