@@ -231,27 +231,19 @@ def train(
             train_images, test_images, variants = load_images(args, splits)
             last = args.channels_last
             common: Any = {"device": device, "channels_last": last, "workers": args.workers}
-            random = None
+            random, made = None, f"in {len(variants)} variants"
             if args.augment == "random":
                 scale = (args.crop_scale, 1.0)
                 random = RandomAugment(repeats=args.repeats, scale=scale, seed=args.seed)
-                variants = AS_IS
-            bank = ImageBank(
-                train_images,
-                variants,
-                augment=random,
-                dtype=getattr(torch, args.amp_dtype or "float32"),
-                **common,
-            )
+                variants, made = AS_IS, f"drawn {args.repeats} times an epoch"
+            dtype = getattr(torch, args.amp_dtype or "float32")
+            bank = ImageBank(train_images, variants, augment=random, dtype=dtype, **common)
             budget = GPU_BUDGET - bank.images.device_bytes
             test_bank = ImageBank(test_images, budget_bytes=budget, **common)
             trainer = Trainer(options, bank, test_bank, args.output_dir, team)
             if state is not None:
                 checkpoint.check_classes(state, args.resume, bank.images.classes)
                 trainer.restore(state, args.resume)
-            made = f"in {bank.repeats} variants"
-            if args.augment == "random":
-                made = f"drawn {args.repeats} times an epoch"
             print(
                 f"CNN_SP with {args.pool} pooling on {device}, {args.amp_dtype or 'float32'}, "
                 f"{'channels_last' if args.channels_last else 'contiguous'}"

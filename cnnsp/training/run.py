@@ -84,8 +84,8 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._draw_at = -math.inf
 
-    def run(self) -> Progress:
-        """Train to the last epoch, or for ``max_steps``; returns where that ended.
+    def run(self) -> None:
+        """Train to the last epoch, or for ``max_steps``.
 
         Raises:
             UserError: when the output folder cannot be written, or the loss is not finite.
@@ -106,7 +106,6 @@ class Trainer:
         finally:
             if board is not None:
                 board.close()
-        return progress
 
     def _epoch(self, board: boards.Board | None) -> None:
         """Train one epoch, or what is left of it, evaluate, and write everything."""
