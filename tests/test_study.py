@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -327,25 +327,20 @@ signal.signal(int(sys.argv[2]), lambda *_: sys.exit(7))
 pathlib.Path(sys.argv[1]).touch()
 time.sleep(60)
 """
-# Sends a signal to a process when a file is there.
-WAIT_AND_KILL = """
-import os, pathlib, sys, time
-for _ in range(6000):
-    if pathlib.Path(sys.argv[1]).exists():
-        break
-    time.sleep(0.01)
-os.kill(int(sys.argv[2]), int(sys.argv[3]))
-"""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals that a process can catch")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_is_passed_on_to_the_run(tmp_path: Path, name: str) -> None:
     ready, number = tmp_path / "ready", getattr(signal, name)
-    killer = subprocess.Popen(
-        [sys.executable, "-c", WAIT_AND_KILL, str(ready), str(os.getpid()), str(int(number))],
-    )
-    with Requests("stopping") as requests, killer:
+
+    def kill() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    with Requests("stopping") as requests:
+        threading.Thread(target=kill, daemon=True).start()
         child = [sys.executable, "-c", CHILD, str(ready), str(int(number))]
         assert study.call(child, requests) == 7
     assert requests.signal == number
