@@ -86,7 +86,8 @@ class TrainOptions:
         lr_step: epochs after which the learning rate is divided by 10, again and again
         warmup_epochs: epochs over which the learning rate rises at the start
         label_smoothing: share of the target that is spread over all classes
-        mixup: mix each image with another, by a share from Beta(MIXUP, MIXUP)
+        mixup: mix each image with another, by a share from Beta(MIXUP, MIXUP);
+            below 0.01 none are
         cutmix: with this probability paste a rectangle of another image into each of a batch,
             instead of --mixup
         ema: evaluate a moving average of the weights, with this decay
