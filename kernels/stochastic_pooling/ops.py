@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -147,8 +148,8 @@ def sample(
 
 
 @sample.register_fake
-def _(input, bias, seed, kernel_size, stride, padding, dilation, ceil_mode):
-    window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
+def _(input, bias, seed, *arguments):
+    window = Window.of(*arguments)
     output = _empty_output(input, window)
     return output, torch.empty_like(output, dtype=window.code_dtype)
 
@@ -172,20 +173,8 @@ def sample_backward(
 
 
 @sample_backward.register_fake
-def _(
-    grad_output,
-    code,
-    size,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    ceil_mode,
-    with_bias,
-):
-    grad_input = grad_output.new_empty(*grad_output.shape[:2], *size)
-    grad_input = grad_input.contiguous(memory_format=memory_format(code))
-    return grad_input, _empty_grad_bias(grad_output, with_bias)
+def _(grad_output, code, size, *rest):
+    return _empty_gradients(grad_output, size, code, *rest)
 
 
 @_op("stochastic_pooling::expectation")
@@ -204,8 +193,8 @@ def expectation(
 
 
 @expectation.register_fake
-def _(input, bias, kernel_size, stride, padding, dilation, ceil_mode):
-    return _empty_output(input, Window.of(kernel_size, stride, padding, dilation, ceil_mode))
+def _(input, bias, *arguments):
+    return _empty_output(input, Window.of(*arguments))
 
 
 @_op("stochastic_pooling::expectation_backward")
@@ -227,10 +216,8 @@ def expectation_backward(
 
 
 @expectation_backward.register_fake
-def _(grad_output, input, bias, kernel_size, stride, padding, dilation, ceil_mode, with_bias):
-    grad_input = grad_output.new_empty(input.shape)
-    grad_input = grad_input.contiguous(memory_format=memory_format(input))
-    return grad_input, _empty_grad_bias(grad_output, with_bias)
+def _(grad_output, input, bias, *rest):
+    return _empty_gradients(grad_output, input.shape[2:], input, *rest)
 
 
 @sample.register_vmap
@@ -325,6 +312,11 @@ def _empty_output(input: torch.Tensor, window: Window) -> torch.Tensor:
     return output.contiguous(memory_format=memory_format(input))
 
 
-def _empty_grad_bias(grad_output: torch.Tensor, with_bias: bool) -> torch.Tensor:
+def _empty_gradients(
+    grad_output: torch.Tensor, size: Sequence[int], like: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, with_bias = rest
+    grad_input = grad_output.new_empty(*grad_output.shape[:2], *size)
     dtype = reference.accumulation_dtype(grad_output.dtype)
-    return grad_output.new_empty(grad_output.shape[1] if with_bias else 0, dtype=dtype)
+    grad_bias = grad_output.new_empty(grad_output.shape[1] if with_bias else 0, dtype=dtype)
+    return grad_input.contiguous(memory_format=memory_format(like)), grad_bias
