@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import fx, nn
+from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -237,7 +237,6 @@ def test_compiled_model_samples_where_asked_to(device):
 
 
 TRACERS = {
-    "torch.fx": lambda model, x: fx.symbolic_trace(model).eval(),
     "make_fx": lambda model, x: make_fx(model)(x).eval(),
     "torch.jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
     "torch.export": lambda model, x: torch.export.export(model, (x,)).module(),

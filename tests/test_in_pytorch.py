@@ -202,6 +202,43 @@ def test_subclasses_stay_subclasses(device):
         assert type(stochastic_pool2d(x, 2, training=training)) is Tagged
 
 
+class Bias(nn.Module):
+    """A bias that its pool adds, and a pool that gives two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 3, 3)
+        self.pool = StochasticPool2d(2)
+        self.drawing = AdaptiveStochasticPool2d(2, return_indices=True, sample_in_eval=True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.pool(F.conv2d(x, self.convolution.weight), bias=self.convolution.bias)
+        output, indices = self.drawing(y)
+        return y, output + indices
+
+
+def test_modules_are_nodes_for_fx_that_follow_the_mode(device):
+    """As quantization wants it: traced and trained, then evaluated."""
+    model = Bias().to(device)
+    x = torch.rand(2, 2, 8, 8, device=device)
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == [
+        "pool",
+        "drawing",
+    ]
+    for training in (False, True):
+        model.train(training)
+        graph.train(training)
+        results = []
+        for network in (graph, model):
+            torch.manual_seed(5)
+            results.append(network(x))
+        assert all(map(torch.equal, *results))
+        assert torch.equal(graph(x)[0], graph(x)[0]) != training
+    alone = torch.fx.symbolic_trace(model.pool)
+    assert alone(x).shape == (2, 2, 4, 4)
+
+
 def test_functions_are_one_node_for_fx_and_can_be_intercepted(device):
     def pools(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         x = stochastic_pool2d(x, 3, 1, 1, bias=bias, training=False)

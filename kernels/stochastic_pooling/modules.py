@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .functional import (
     Pooled,
@@ -45,6 +45,20 @@ class StochasticPool(nn.Module):
 
     return_indices: bool
     sample_in_eval: bool
+    _pool: ClassVar[Callable[..., Pooled]]
+
+    def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> Pooled:
+        if isinstance(input, fx.Proxy) and getattr(input.tracer, "root", self) is not self:
+            # A node, as `torch.nn` has them: a graph that holds what a pool does would draw, or
+            # not, in the mode that it was traced in for good.
+            keywords = {} if bias is None else {"bias": bias}
+            path = input.tracer.path_of_module(self)
+            return input.tracer.create_proxy("call_module", path, (input,), keywords)
+        draws = self.draws
+        return self._pooled(input, return_indices=self.return_indices, bias=bias, training=draws)
+
+    def _pooled(self, input: torch.Tensor, **others: Any) -> Pooled:
+        raise NotImplementedError
 
     @property
     def draws(self) -> bool:
@@ -60,8 +74,6 @@ class StochasticPool(nn.Module):
 
 class _WindowPool(StochasticPool):
     """A pool with the arguments of `nn.MaxPool2d`."""
-
-    _pool: ClassVar[Callable[..., Pooled]]
 
     def __init__(
         self,
@@ -83,18 +95,9 @@ class _WindowPool(StochasticPool):
         self.return_indices = return_indices
         self.sample_in_eval = sample_in_eval
 
-    def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> Pooled:
-        return type(self)._pool(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            ceil_mode=self.ceil_mode,
-            return_indices=self.return_indices,
-            bias=bias,
-            training=self.draws,
-        )
+    def _pooled(self, input: torch.Tensor, **others: Any) -> Pooled:
+        window = self.kernel_size, self.stride, self.padding, self.dilation
+        return type(self)._pool(input, *window, ceil_mode=self.ceil_mode, **others)
 
     def extra_repr(self) -> str:
         text = (
@@ -135,8 +138,6 @@ class StochasticPool3d(_WindowPool):
 class _AdaptivePool(StochasticPool):
     """A pool with the arguments of `nn.AdaptiveMaxPool2d`."""
 
-    _pool: ClassVar[Callable[..., Pooled]]
-
     def __init__(
         self,
         output_size: int | Sequence[int | None] | None,
@@ -149,14 +150,8 @@ class _AdaptivePool(StochasticPool):
         self.return_indices = return_indices
         self.sample_in_eval = sample_in_eval
 
-    def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> Pooled:
-        return type(self)._pool(
-            input,
-            self.output_size,
-            return_indices=self.return_indices,
-            bias=bias,
-            training=self.draws,
-        )
+    def _pooled(self, input: torch.Tensor, **others: Any) -> Pooled:
+        return type(self)._pool(input, self.output_size, **others)
 
     def extra_repr(self) -> str:
         text = f"output_size={self.output_size}"
