@@ -83,7 +83,9 @@ class CNN_SP(nn.Module):  # noqa: N801  the paper's name
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):
             x = self._block(x, conv)
         x = self.dropout(F.relu(self.fc1(torch.flatten(x, 1))))
-        return F.log_softmax(self.fc2(x), dim=1)
+        # On a CPU autocast would take the logarithm in 16 bits, of which a third of an untrained
+        # network's are alike.
+        return F.log_softmax(self.fc2(x).to(self.conv1.weight.dtype), dim=1)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, pooling={self.pooling!r}"

@@ -45,6 +45,15 @@ def test_shapes_and_parameters(pooling: str) -> None:
     torch.testing.assert_close(output.exp().sum(1), torch.ones(2))
 
 
+def test_log_probabilities_under_autocast_are_in_fp32() -> None:
+    model = CNN_SP(pooling="avg").eval()
+    images = torch.randn(2, 3, 256, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images)
+    torch.testing.assert_close(output.exp().sum(1), torch.ones(2))
+    assert model.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_weights_of_the_replication_load_strictly(pooling: str) -> None:
     theirs, ours = Replication(), CNN_SP(3, pooling)

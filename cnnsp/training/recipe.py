@@ -96,7 +96,7 @@ class TrainOptions:
         amp_dtype: type for mixed precision
         channels_last: memory format; when not given: on for CPUs, and for CUDA with mixed precision
         torchcompile: compile the network: default, reduce-overhead, max-autotune or off;
-            reduce-overhead uses CUDA graphs
+            reduce-overhead and max-autotune use CUDA graphs
         accumulate: compute a batch in so many parts, one after the other: less memory for the same
             recipe
         max_steps: stop after so many steps, and evaluate

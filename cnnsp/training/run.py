@@ -54,7 +54,7 @@ class Progress:
 # The signal of a pipe that nobody reads, which Windows does not have.
 _PIPE = 13
 _DRAWING_INTERVAL = 10.0  # seconds; drawing takes one, in which a GPU may train an epoch
-_COMPILING = "the first step compiles its kernels: up to a minute, once on a machine …"
+_COMPILING = "the first step takes longest; to compile kernels, up to a minute, once on a machine …"
 
 
 class Trainer:
