@@ -144,10 +144,10 @@ def load_images(
     """Training images, those to evaluate on, and the paper's variants of a training image."""
     from cnnsp.data import synthetic
     from cnnsp.data.augment import PAPER_VARIANTS
-    from cnnsp.data.images import load_split
+    from cnnsp.data.images import load_splits
 
     if args.data_dir != SYNTHETIC:
-        train, test = (load_split(split, args.workers) for split in splits.values())
+        train, test = load_splits(splits, args.workers)
         return train, test, PAPER_VARIANTS
     print(
         "Training on synthetic flowers, which the program draws itself: the accuracy says nothing "
@@ -193,6 +193,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         splits = folder.list_folder(args.data_dir, validate=args.validate, named_by=args.named_by)
         args.data_dir = str(Path(args.data_dir).resolve())
     output = args.output_dir or (args.resume and args.resume.parent)
+    for split in folder.SPLITS:
+        photos = Path(args.data_dir, split).resolve()
+        if output is not None and output.resolve().is_relative_to(photos):
+            raise UserError(f"output folder {output} lies among the photographs; choose another")
     new = Path("runs", f"{args.pool}-{time.strftime('%Y%m%d-%H%M%S')}")
     # Of the processes that torchrun starts, the first one writes.
     leads = not is_launched() or os.environ["RANK"] == "0"

@@ -217,6 +217,8 @@ def make_set(folder: Path) -> Path:
 def test_all_bad_files_are_named_at_once(tmp_path: Path, budget: int | None) -> None:
     folder = make_set(tmp_path)
     bad = [folder / "train_data" / "a" / "1.png", folder / "train_data" / "b" / "2.png"]
+    if budget is None:  # else they are decoded when they are used
+        bad.append(folder / "test_data" / "a" / "0.png")
     for path in bad:
         path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UserError) as caught:  # noqa: PT012  where it is raised is one of the two

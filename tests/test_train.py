@@ -323,6 +323,9 @@ def test_output_folder_that_cannot_be_used(
     arguments = [*CPU, "--data-dir", str(photos), "--output-dir"]
     inside = str(tmp_path / "file" / "run")
     assert_refused([*arguments, inside], f"{tmp_path}/file is not a folder", capsys)
+    among = photos / "train_data" / "run"
+    assert_refused([*arguments, str(among)], f"{among} lies among the photographs", capsys)
+    assert not among.exists()
     before = (trained / "last.pt").read_bytes()
     assert_refused([*arguments, str(trained)], "holds another run", capsys)
     assert (trained / "last.pt").read_bytes() == before

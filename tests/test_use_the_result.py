@@ -163,6 +163,9 @@ def test_files_that_are_no_images(stochastic: Path, photos: Path, tmp_path: Path
     missing = f"{tmp_path / 'none.png'} does not exist"
     assert error == f"predict.py: error: {notes} is not an image; {missing}\n"
 
+    assert run(predict, stochastic, "https://example.com/a.jpg") == 2
+    assert "https://example.com/a.jpg is no file: download it" in capsys.readouterr().err
+
     (tmp_path / "loop").symlink_to(tmp_path)
     assert run(predict, stochastic, tmp_path, "--json") == 0
     assert f"skipped: {tmp_path / 'loop'} links to a folder" in capsys.readouterr().err

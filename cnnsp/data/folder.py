@@ -137,7 +137,7 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
         the files, and why folders were passed over.
 
     Raises:
-        UserError: when a folder cannot be read.
+        UserError: when a folder cannot be read, or for an address of the web.
     """
     sources: list[Source] = []
     passed_over = []
@@ -157,6 +157,8 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
                 walk(path, (*above, real))
 
     for name in map(str, paths):
+        if "://" in name:
+            raise UserError(f"{name} is no file: download it, and name that")
         # Windows' shells leave *.jpg to programs.
         for path in map(Path, ([] if Path(name).exists() else sorted(glob(name))) or [name]):
             if path.is_dir():

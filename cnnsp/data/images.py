@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,10 +221,20 @@ def load_split(
     return files if files.decoded_bytes > budget else files.load(workers)
 
 
+def load_splits(splits: Mapping[str, Split], workers: int, **options: Any) -> list[Images]:
+    """The images of several; raises UserError, naming the files of all that cannot be decoded."""
+    loaded, problems = [], []
+    for split in splits.values():
+        try:
+            loaded.append(load_split(split, workers, **options))
+        except UserError as error:
+            problems.append(str(error))
+    raise_all(problems)
+    return loaded
+
+
 def load_folder(
     data_dir: str | Path, *, validate: int | None = None, workers: int = 2, **options: Any
-) -> tuple[Images, Images]:
-    """Training and test images; see :func:`list_folder` and :func:`load_split`."""
-    splits = list_folder(data_dir, validate=validate)
-    train, test = (load_split(split, workers, **options) for split in splits.values())
-    return train, test
+) -> list[Images]:
+    """Training and test images; see :func:`list_folder` and :func:`load_splits`."""
+    return load_splits(list_folder(data_dir, validate=validate), workers, **options)
