@@ -1021,10 +1021,12 @@ class Sharing(nn.Sequential):
 
 
 class Default(nn.Sequential):
-    """A pooling function as a default, and a method that has the name of a pool elsewhere."""
+    """Pooling functions as defaults, and a method that has the name of a pool elsewhere."""
 
-    def forward(self, x: torch.Tensor, down: Callable = F.max_pool2d) -> torch.Tensor:
-        return self.shared_pools(down(super().forward(x), 2))
+    def forward(
+        self, x: torch.Tensor, down: Callable = F.max_pool2d, *, again: Callable = F.avg_pool2d
+    ) -> torch.Tensor:
+        return self.shared_pools(again(down(super().forward(x), 2), 2))
 
     def shared_pools(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -1040,7 +1042,7 @@ class Default(nn.Sequential):
         (Making(nn.MaxPool2d(2)), "MaxPool2d in the code of Making"),
         (Hiding(nn.MaxPool2d(2)), "hidden of a Hiding (holds pools that are no children"),
         (Sharing(nn.MaxPool2d(2)), "Sharing.forward, shared of a Sharing (holds pools that are no"),
-        (Default(nn.MaxPool2d(2)), "max_pool2d in the code of Default"),
+        (Default(nn.MaxPool2d(2)), "leaves avg_pool2d, max_pool2d in the code of Default"),
         (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), ""),
     ],
 )

@@ -248,8 +248,8 @@ def _pooling_functions(module: nn.Module, adaptive: bool) -> set[str]:
         if callable(value):  # by the name it was made with, whatever a forward calls it
             names.add(str(getattr(value, "__name__", "")))
         if isinstance(value, FunctionType):  # a decorator's closure holds what it decorates
-            todo += [held for cell in value.__closure__ or () for held in gc.get_referents(cell)]
-            todo += value.__defaults__ or ()
+            todo += gc.get_referents(*(value.__closure__ or ()))
+            todo += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         if not isinstance(code, CodeType) or code in seen:
             continue
         seen.add(code)

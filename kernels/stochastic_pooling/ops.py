@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -174,7 +173,7 @@ def sample_backward(
 
 @sample_backward.register_fake
 def _(grad_output, code, size, *rest):
-    return _empty_gradients(grad_output, size, code, *rest)
+    return _empty_gradients(grad_output, size, code, with_bias=rest[-1])
 
 
 @_op("stochastic_pooling::expectation")
@@ -217,7 +216,7 @@ def expectation_backward(
 
 @expectation_backward.register_fake
 def _(grad_output, input, bias, *rest):
-    return _empty_gradients(grad_output, input.shape[2:], input, *rest)
+    return _empty_gradients(grad_output, input.shape[2:], input, with_bias=rest[-1])
 
 
 @sample.register_vmap
@@ -313,9 +312,8 @@ def _empty_output(input: torch.Tensor, window: Window) -> torch.Tensor:
 
 
 def _empty_gradients(
-    grad_output: torch.Tensor, size: Sequence[int], like: torch.Tensor, *rest: Any
+    grad_output: torch.Tensor, size: Sequence[int], like: torch.Tensor, with_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    *_, with_bias = rest
     grad_input = grad_output.new_empty(*grad_output.shape[:2], *size)
     dtype = reference.accumulation_dtype(grad_output.dtype)
     grad_bias = grad_output.new_empty(grad_output.shape[1] if with_bias else 0, dtype=dtype)
