@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import Function
 
@@ -35,11 +36,8 @@ class StochasticSample(Function):
 
     @staticmethod
     def forward(
-        input: torch.Tensor,
-        bias: torch.Tensor | None,
-        seed: torch.Tensor,
-        window: Window,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        input: Tensor, bias: Tensor | None, seed: Tensor, window: Window
+    ) -> tuple[Tensor, Tensor]:
         return ops.sample(input, bias, seed, *window.arguments(input.dim() - 2))
 
     @staticmethod
@@ -56,7 +54,7 @@ class StochasticSample(Function):
         ctx.backend = None  # that of an eager call
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple:
+    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple:
         if grad_output is None:
             return None, None, None, None
         (code,) = ctx.saved_tensors
@@ -76,9 +74,7 @@ class StochasticSample(Function):
         return grad_input, grad_bias.to(ctx.bias_dtype) if with_bias else None, None, None
 
     @staticmethod
-    def jvp(
-        ctx: Any, tangent: torch.Tensor | None, bias_tangent: torch.Tensor | None, *_: None
-    ) -> tuple:
+    def jvp(ctx: Any, tangent: Tensor | None, bias_tangent: Tensor | None, *_: None) -> tuple:
         (code,) = ctx.saved_tensors
         return _pick(tangent, bias_tangent, code, ctx.size, ctx.window).to(ctx.dtype), None
 
@@ -90,12 +86,8 @@ class StochasticSampleBackward(Function):
 
     @staticmethod
     def forward(
-        grad_output: torch.Tensor,
-        code: torch.Tensor,
-        window: Window,
-        with_bias: bool,
-        *size: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        grad_output: Tensor, code: Tensor, window: Window, with_bias: bool, *size: int
+    ) -> tuple[Tensor, Tensor]:
         return ops.sample_backward(grad_output, code, size, *window.arguments(len(size)), with_bias)
 
     @staticmethod
@@ -107,9 +99,7 @@ class StochasticSampleBackward(Function):
         ctx.dtype = grad_output.dtype
 
     @staticmethod
-    def backward(
-        ctx: Any, tangent: torch.Tensor | None, bias_tangent: torch.Tensor | None
-    ) -> tuple:
+    def backward(ctx: Any, tangent: Tensor | None, bias_tangent: Tensor | None) -> tuple:
         (code,) = ctx.saved_tensors
         window, with_bias, *size = ctx.arguments
         bias_tangent = bias_tangent if with_bias else None
@@ -119,7 +109,7 @@ class StochasticSampleBackward(Function):
         return grad, None, *[None] * len(ctx.arguments)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> tuple:
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple:
         (code,) = ctx.saved_tensors
         return StochasticSampleBackward.apply(tangent, code, *ctx.arguments)
 
@@ -130,11 +120,11 @@ class StochasticExpectation(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
+    def forward(input: Tensor, bias: Tensor | None, window: Window) -> Tensor:
         return ops.expectation(input, bias, *window.arguments(input.dim() - 2))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         input, bias, ctx.window = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, bias)
@@ -142,7 +132,7 @@ class StochasticExpectation(Function):
         ctx.backend = None
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple:
         if grad_output is None:
             return None, None, None
         input, bias = ctx.saved_tensors
@@ -155,9 +145,7 @@ class StochasticExpectation(Function):
         return grad_input, grad_bias.to(bias.dtype) if with_bias else None, None
 
     @staticmethod
-    def jvp(
-        ctx: Any, tangent: torch.Tensor | None, bias_tangent: torch.Tensor | None, _: None
-    ) -> torch.Tensor:
+    def jvp(ctx: Any, tangent: Tensor | None, bias_tangent: Tensor | None, _: None) -> Tensor:
         input, bias = ctx.saved_tensors
         return _expectation_tangent(input, bias, tangent, bias_tangent, ctx.window)
 
@@ -169,12 +157,8 @@ class StochasticExpectationBackward(Function):
 
     @staticmethod
     def forward(
-        grad_output: torch.Tensor,
-        input: torch.Tensor,
-        bias: torch.Tensor | None,
-        window: Window,
-        with_bias: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        grad_output: Tensor, input: Tensor, bias: Tensor | None, window: Window, with_bias: bool
+    ) -> tuple[Tensor, Tensor]:
         return ops.expectation_backward(
             grad_output, input, bias, *window.arguments(input.dim() - 2), with_bias
         )
@@ -187,9 +171,7 @@ class StochasticExpectationBackward(Function):
         ctx.save_for_forward(grad_output, input, bias)
 
     @staticmethod
-    def backward(
-        ctx: Any, tangent: torch.Tensor | None, bias_tangent: torch.Tensor | None
-    ) -> tuple:
+    def backward(ctx: Any, tangent: Tensor | None, bias_tangent: Tensor | None) -> tuple:
         grad_output, input, bias = ctx.saved_tensors
         bias_tangent = bias_tangent if ctx.with_bias else None
         if tangent is None and bias_tangent is None:
@@ -205,9 +187,9 @@ class StochasticExpectationBackward(Function):
     @staticmethod
     def jvp(
         ctx: Any,
-        grad_tangent: torch.Tensor | None,
-        tangent: torch.Tensor | None,
-        bias_tangent: torch.Tensor | None,
+        grad_tangent: Tensor | None,
+        tangent: Tensor | None,
+        bias_tangent: Tensor | None,
         *_: None,
     ) -> tuple:
         grad_output, input, bias = ctx.saved_tensors
@@ -230,8 +212,8 @@ class StochasticExpectationBackward(Function):
 
 
 def sample(
-    input: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, window: Window
-) -> tuple[torch.Tensor, torch.Tensor]:
+    input: Tensor, bias: Tensor | None, seed: Tensor, window: Window
+) -> tuple[Tensor, Tensor]:
     """`ops.sample`, differentiable by whatever transform runs it."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         if not _transforming():
@@ -246,7 +228,7 @@ def sample(
     return _pick(w, None, code, input.shape[2:], window).to(input.dtype), code
 
 
-def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
+def expectation(input: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """`ops.expectation`, differentiable by whatever transform runs it."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         if not _transforming() and not torch.onnx.is_in_onnx_export():
@@ -277,7 +259,7 @@ class _EagerSample(StochasticSample):
     setup_context = Function.setup_context
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         ops.note_draw()
         backend = ops.backend_for(inputs[0].device, inputs[0].dim() == 5)
         output = backend.sample(*inputs)
@@ -292,7 +274,7 @@ class _EagerExpectation(StochasticExpectation):
     setup_context = Function.setup_context
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         backend = ops.backend_for(inputs[0].device, inputs[0].dim() == 5)
         output = backend.expectation(*inputs)
         StochasticExpectation.setup_context(ctx, inputs, output)
@@ -300,7 +282,7 @@ class _EagerExpectation(StochasticExpectation):
         return output
 
 
-def _eager(ctx: Any, *tensors: torch.Tensor | None) -> bool:
+def _eager(ctx: Any, *tensors: Tensor | None) -> bool:
     """Whether backward calls the backend that forward called."""
     unseen = ctx.backend is None or torch.compiler.is_compiling() or torch.is_grad_enabled()
     return not (unseen or ops.wants_ops(*tensors))
@@ -314,17 +296,17 @@ def _setup_sample(ctx: Any, inputs: tuple, output: tuple) -> None:
     StochasticSample.setup_context(ctx, (input, bias, seed, Window.of(*window)), output)
 
 
-def _sample_backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple:
+def _sample_backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple:
     gradients = StochasticSample.backward(ctx, grad_output, None)
     return *gradients[:2], None, None, None, None, None, None
 
 
-def _setup_expectation(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+def _setup_expectation(ctx: Any, inputs: tuple, output: Tensor) -> None:
     input, bias, *window = inputs
     StochasticExpectation.setup_context(ctx, (input, bias, Window.of(*window)), output)
 
 
-def _expectation_backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple:
+def _expectation_backward(ctx: Any, grad_output: Tensor | None) -> tuple:
     grad_input, grad_bias, _ = StochasticExpectation.backward(ctx, grad_output)
     return grad_input, grad_bias, None, None, None, None, None
 
@@ -334,12 +316,12 @@ ops.expectation.register_autograd(_expectation_backward, setup_context=_setup_ex
 
 
 def _pick(
-    tangent: torch.Tensor | None,
-    bias_tangent: torch.Tensor | None,
-    code: torch.Tensor,
+    tangent: Tensor | None,
+    bias_tangent: Tensor | None,
+    code: Tensor,
     size: Sequence[int],
     window: Window,
-) -> torch.Tensor:
+) -> Tensor:
     """What lies in the drawn cells, `(N, C, OH, OW)`; 0 for a dead window."""
     picked = None
     if tangent is not None:
@@ -356,9 +338,7 @@ def _pick(
     return torch.where(code == window.dead_code, 0, picked)
 
 
-def _composed_expectation(
-    input: torch.Tensor, bias: torch.Tensor | None, window: Window
-) -> torch.Tensor:
+def _composed_expectation(input: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """The expectation in operators that every transform knows, and ONNX has.
 
     Squares of weights above 1e19 overflow in fp32.
@@ -376,8 +356,8 @@ def _composed_expectation(
 
 
 def composed_adaptive_expectation(
-    input: torch.Tensor, bias: torch.Tensor | None, outputs: Sequence[int]
-) -> torch.Tensor:
+    input: Tensor, bias: Tensor | None, outputs: Sequence[int]
+) -> Tensor:
     """`_composed_expectation` of adaptive windows, for ONNX: right at every size, though the
     windows' sizes follow it."""
     w = reference.rectify(input, bias)
@@ -397,18 +377,18 @@ def composed_adaptive_expectation(
     return _quotient(squares, total).to(input.dtype)
 
 
-def _quotient(squares: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+def _quotient(squares: Tensor, total: Tensor) -> Tensor:
     live = total > 0
     return torch.where(live, squares / torch.where(live, total, 1), total)
 
 
 def _expectation_tangent(
-    input: torch.Tensor,
-    bias: torch.Tensor | None,
-    tangent: torch.Tensor | None,
-    bias_tangent: torch.Tensor | None,
+    input: Tensor,
+    bias: Tensor | None,
+    tangent: Tensor | None,
+    bias_tangent: Tensor | None,
     window: Window,
-) -> torch.Tensor:
+) -> Tensor:
     """2 sum (w / S) t - (y / S) sum t, over the live cells with their tangents t.
 
     Not a number in a window with a NaN or an infinite cell.
@@ -434,22 +414,22 @@ def _expectation_tangent(
 
 
 def _second_derivative(
-    grad_output: torch.Tensor,
-    input: torch.Tensor,
-    bias: torch.Tensor | None,
-    tangent: torch.Tensor | None,
-    bias_tangent: torch.Tensor | None,
+    grad_output: Tensor,
+    input: Tensor,
+    bias: Tensor | None,
+    tangent: Tensor | None,
+    bias_tangent: Tensor | None,
     window: Window,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """The gradient of <grad_output, tangent of the expectation> by input and bias."""
     inputs = (input,) if bias is None else (input, bias)
 
-    def along(input: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def along(input: Tensor, bias: Tensor | None = None) -> Tensor:
         return _expectation_tangent(input, bias, tangent, bias_tangent, window)
 
     gradients = torch.func.vjp(along, *inputs)[1](grad_output)
     return gradients if bias is not None else (*gradients, None)
 
 
-def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)

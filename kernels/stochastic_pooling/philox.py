@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 ROUNDS = 7
 
@@ -33,10 +34,10 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def philox4x32(key: tuple[torch.Tensor, torch.Tensor], counter: Words, rounds: int) -> Words:
+def philox4x32(key: tuple[Tensor, Tensor], counter: Words, rounds: int) -> Words:
     """Four random words for each counter.
 
     Args:
@@ -54,7 +55,7 @@ def philox4x32(key: tuple[torch.Tensor, torch.Tensor], counter: Words, rounds: i
     return c0, c1, c2, c3
 
 
-def uniforms(seed: torch.Tensor, shape: Sequence[int], first: int = 0) -> torch.Tensor:
+def uniforms(seed: Tensor, shape: Sequence[int], first: int = 0) -> Tensor:
     """The number in [0, 1) that each output of a pool draws.
 
     Args:
@@ -73,9 +74,7 @@ def uniforms(seed: torch.Tensor, shape: Sequence[int], first: int = 0) -> torch.
     group = torch.arange((height + 3) // 4, device=device)[:, None]
     pair = torch.arange((width + 1) // 2, device=device)
     words = philox4x32(
-        (seed & _MASK, (seed >> 32) & _MASK),
-        (pair, group, plane & _MASK, plane >> 32),
-        ROUNDS,
+        (seed & _MASK, (seed >> 32) & _MASK), (pair, group, plane & _MASK, plane >> 32), ROUNDS
     )
     # (planes, groups, 4, pairs) -> (planes, rows, pairs) -> (planes, rows, pairs, 2)
     rows = torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1, 2)[:, :height]
@@ -83,7 +82,7 @@ def uniforms(seed: torch.Tensor, shape: Sequence[int], first: int = 0) -> torch.
     return (halves.to(torch.float32) * 2.0**-16).reshape(tuple(shape))
 
 
-def _multiply(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """High and low word of a 32 x 32 bit product; int64 wraps, which leaves the bits right."""
     product = word * multiplier
     return (product >> 32) & _MASK, product & _MASK

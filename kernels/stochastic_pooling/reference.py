@@ -37,11 +37,12 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .philox import uniforms
 from .window import Window, larger, memory_format
 
-Tensors: TypeAlias = tuple[torch.Tensor, ...]
+Tensors: TypeAlias = tuple[Tensor, ...]
 
 OVERFLOW_SCALE = 2.0**-32
 # A window whose sum is smaller has no gradient in evaluation: 1 / S would overflow in fp32.
@@ -52,8 +53,8 @@ CACHED_ELEMENTS = 2**19
 
 
 def sample(
-    input: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor, window: Window
-) -> tuple[torch.Tensor, torch.Tensor]:
+    input: Tensor, bias: Tensor | None, seed: Tensor, window: Window
+) -> tuple[Tensor, Tensor]:
     """Draw one cell of every window.
 
     Args:
@@ -66,7 +67,7 @@ def sample(
         input's memory format.
     """
 
-    def draw(first_plane: int, planes: torch.Tensor, biases: torch.Tensor | None) -> Tensors:
+    def draw(first_plane: int, planes: Tensor, biases: Tensor | None) -> Tensors:
         weights = _Weights(planes, biases, window)
         u = uniforms(seed, weights.sum.shape, first_plane).to(weights.sum.dtype)
         threshold = u * weights.sum
@@ -92,12 +93,8 @@ def sample(
 
 
 def sample_backward(
-    grad_output: torch.Tensor,
-    code: torch.Tensor,
-    size: Sequence[int],
-    window: Window,
-    with_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_output: Tensor, code: Tensor, size: Sequence[int], window: Window, with_bias: bool
+) -> tuple[Tensor, Tensor]:
     """Send each output's gradient to the cell that was drawn.
 
     Args:
@@ -111,7 +108,7 @@ def sample_backward(
         `code`, and grad_bias `(C,)` in the accumulation dtype (empty without `with_bias`).
     """
 
-    def send(_: int, grad: torch.Tensor, code: torch.Tensor) -> Tensors:
+    def send(_: int, grad: Tensor, code: Tensor) -> Tensors:
         grad = grad.to(accumulation_dtype(grad_output.dtype))
         grad = torch.where(code == window.dead_code, 0, grad).flatten(1)
         cells = window.flat_indices(code, *size).flatten(1)
@@ -124,10 +121,10 @@ def sample_backward(
     return _laid_out(grad_input, code), sums.sum(0) if with_bias else sums.new_empty(0)
 
 
-def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
+def expectation(input: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """The expectation of the draw in every window; shapes and types as in `sample`."""
 
-    def mean(_: int, planes: torch.Tensor, biases: torch.Tensor | None) -> Tensors:
+    def mean(_: int, planes: Tensor, biases: Tensor | None) -> Tensors:
         return (_Weights(planes, biases, window).expectation().to(input.dtype),)
 
     (output,) = _by_planes(mean, window, input.shape[2:], input, bias)
@@ -135,21 +132,15 @@ def expectation(input: torch.Tensor, bias: torch.Tensor | None, window: Window) 
 
 
 def expectation_backward(
-    grad_output: torch.Tensor,
-    input: torch.Tensor,
-    bias: torch.Tensor | None,
-    window: Window,
-    with_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_output: Tensor, input: Tensor, bias: Tensor | None, window: Window, with_bias: bool
+) -> tuple[Tensor, Tensor]:
     """The gradient of `expectation`: a cell gets (2 w - y) / S from each window that it lies in.
 
     In a window with infinite cells it is the limit: 1 / k for each of its k infinite cells, -1 / k
     for every other live one. Shapes and types as in `sample_backward`.
     """
 
-    def send(
-        _: int, grad: torch.Tensor, planes: torch.Tensor, biases: torch.Tensor | None
-    ) -> Tensors:
+    def send(_: int, grad: Tensor, planes: Tensor, biases: Tensor | None) -> Tensors:
         weights = _Weights(planes, biases, window)
         grad = grad.to(weights.sum.dtype).view(weights.sum.shape)
         # grad_w = 2 w * sum(slope) - sum(offset), over the windows that hold the cell.
@@ -174,7 +165,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rectify(input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def rectify(input: Tensor, bias: Tensor | None) -> Tensor:
     """max(input + bias, 0) in the accumulation dtype; NaN stays NaN."""
     w = input.to(accumulation_dtype(input.dtype))
     if bias is not None:
@@ -194,7 +185,7 @@ class _Weights:
         unusual: whether some S may be NaN, or overflow so that other weights stand in.
     """
 
-    def __init__(self, planes: torch.Tensor, biases: torch.Tensor | None, window: Window):
+    def __init__(self, planes: Tensor, biases: Tensor | None, window: Window):
         self.window = window
         volumes = planes if planes.dim() == 4 else planes.unsqueeze(1)
         self.w = rectify(volumes[None], biases)[0]
@@ -216,12 +207,12 @@ class _Weights:
             self.scale = torch.where(overflow & ~infinities, OVERFLOW_SCALE, self.scale)
             self._add()
 
-    def columns(self) -> Iterator[torch.Tensor]:
+    def columns(self) -> Iterator[Tensor]:
         """The v of each column of the window, `(KD * KH, planes, OD, OH, OW)`."""
         for column in _windows(self.padded, self.window).unbind(2):
             yield self._stand_in(column.flatten(0, 1))
 
-    def cells(self, code: torch.Tensor) -> torch.Tensor:
+    def cells(self, code: Tensor) -> Tensor:
         """The weight of the cell `code` of every window."""
         size = self.padded.shape[1:]
         places = torch.arange(math.prod(size), device=code.device).view(1, *size)
@@ -229,7 +220,7 @@ class _Weights:
         index = places[:, 0, 0, 0, 0][code.to(torch.int64)] + places[0]
         return self.padded.flatten(1).gather(1, index.flatten(1)).view(code.shape)
 
-    def _stand_in(self, w: torch.Tensor) -> torch.Tensor:
+    def _stand_in(self, w: Tensor) -> Tensor:
         if not self.unusual:
             return w
         return torch.where(self.infinite, w.isinf().to(w.dtype), w * self.scale)
@@ -241,15 +232,15 @@ class _Weights:
         *before, self.sum = itertools.accumulate(rows, torch.add)
         self.before_row = torch.stack((torch.zeros_like(self.sum), *before))
 
-    def scaled_expectation(self) -> torch.Tensor:
+    def scaled_expectation(self) -> Tensor:
         """sum v * v / S, 0 for a dead window."""
         divisor = torch.where(self.sum == 0, 1, self.sum)
         rows = torch.zeros_like(self.before_row)
-        for v in map(torch.Tensor.contiguous, self.columns()):
+        for v in map(Tensor.contiguous, self.columns()):
             rows.addcmul_(v, v / divisor)
         return functools.reduce(torch.add, rows)
 
-    def expectation(self) -> torch.Tensor:
+    def expectation(self) -> Tensor:
         expectation = self.scaled_expectation()
         if not self.unusual:
             return expectation
@@ -258,7 +249,7 @@ class _Weights:
         return torch.where(self.infinite, torch.inf, (expectation / self.scale).clamp(max=largest))
 
 
-def cells(planes: torch.Tensor, window: Window) -> list[torch.Tensor]:
+def cells(planes: Tensor, window: Window) -> list[Tensor]:
     """For each cell of the window, in row-major order, its value in every window.
 
     Args:
@@ -283,11 +274,8 @@ def cells(planes: torch.Tensor, window: Window) -> list[torch.Tensor]:
 
 
 def _by_planes(
-    do: Callable[..., Tensors],
-    window: Window,
-    size: Sequence[int],
-    *tensors: torch.Tensor | None,
-) -> list[torch.Tensor]:
+    do: Callable[..., Tensors], window: Window, size: Sequence[int], *tensors: Tensor | None
+) -> list[Tensor]:
     """What `do` makes of `(N, C, ...)` and `(C,)` tensors, some planes at a time: it is given the
     number of the first, and of each tensor `(planes, ...)`."""
     assert tensors[0] is not None
@@ -308,14 +296,14 @@ def _by_planes(
     return [result.view(batch, channels, *result.shape[1:]) for result in results]
 
 
-def _windows(padded: torch.Tensor, window: Window) -> torch.Tensor:
+def _windows(padded: Tensor, window: Window) -> Tensor:
     """A view of the cells of every window, `(KD, KH, KW, planes, OD, OH, OW)`."""
     for dim, (kernel, stride, _, dilation) in enumerate(window.sides(3), 1):
         padded = padded.unfold(dim, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
     return padded.movedim((4, 5, 6), (0, 1, 2))
 
 
-def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _laid_out(result: Tensor, like: Tensor) -> Tensor:
     """`result` with the number of dimensions and in the memory format of `like`."""
     result = result if like.dim() == result.dim() else result.squeeze(2)
     # `data` is no view of what it was made from: what a Function returns could not be changed in
@@ -333,7 +321,7 @@ def _padded_size(size: Sequence[int], window: Window) -> tuple[int, ...]:
     )
 
 
-def _pad(volumes: torch.Tensor, window: Window) -> torch.Tensor:
+def _pad(volumes: Tensor, window: Window) -> Tensor:
     """The volumes with zeros around them, so large as `_padded_size`."""
     size = volumes.shape[-3:]
     margins: list[int] = []
@@ -344,7 +332,7 @@ def _pad(volumes: torch.Tensor, window: Window) -> torch.Tensor:
     return F.pad(volumes, margins)
 
 
-def _spread(values: torch.Tensor, size: Sequence[int], window: Window) -> torch.Tensor:
+def _spread(values: Tensor, size: Sequence[int], window: Window) -> Tensor:
     """For each cell of `(planes, D, H, W)` the sum of the values of the windows that hold it."""
     padded_size = _padded_size(size, window)
     for dim, (kernel, stride, padding, dilation) in enumerate(window.sides(3)):
