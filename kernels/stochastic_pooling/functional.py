@@ -11,7 +11,7 @@ import torch
 from torch.overrides import wrap_torch_function
 
 from . import autograd
-from .window import Window, known, larger
+from .window import Ints, Window, known, larger
 
 Pooled: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -421,14 +421,25 @@ def _window(
 
 
 @_remembered
-def _checked(*arguments: Any) -> Window:
-    """`Window.of` what is right."""
-    dims = len(arguments[0])
-    if dims > 1 and any(known(n >= 2**31) for numbers in arguments[:4] for n in numbers):
+def _checked(
+    kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
+) -> Window:
+    """`Window.of` what is right; raises what `F.max_pool2d` and `F.max_pool3d` would."""
+    every = (*kernel_size, *stride, *padding, *dilation)
+    if len(kernel_size) > 1 and any(known(number >= 2**31) for number in every):
         raise RuntimeError("value cannot be converted to type int without overflow")
-    window = Window.of(*arguments)
-    window.check()
-    return window
+    positive = {"kernel size": kernel_size, "stride": stride, "dilation": dilation}
+    for name, numbers in positive.items():
+        if min(numbers) <= 0:
+            raise RuntimeError(f"{name} should be greater than zero, but got {numbers}")
+    if min(padding) < 0:
+        raise RuntimeError(f"pad must be non-negative, but got {padding}")
+    if any(pad > size // 2 for pad, size in zip(padding, kernel_size, strict=True)):
+        raise RuntimeError(
+            "pad should be smaller than or equal to half of kernel size, but got "
+            f"pad = {padding}, kernel size = {kernel_size}"
+        )
+    return Window.of(kernel_size, stride, padding, dilation, ceil_mode)
 
 
 def _numbers(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:

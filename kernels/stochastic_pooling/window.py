@@ -59,40 +59,6 @@ class Window:
             ceil_mode, kernel_d, stride_d, padding_d, dilation_d,
         )  # fmt: skip
 
-    def check(self) -> None:
-        """Raise what `F.max_pool2d` and `F.max_pool3d` would."""
-        if min(self.kernel_d, self.kernel_h, self.kernel_w) <= 0:
-            raise RuntimeError(
-                "kernel size should be greater than zero, but got "
-                f"kT: {self.kernel_d} kH: {self.kernel_h} kW: {self.kernel_w}"
-            )
-        if min(self.stride_d, self.stride_h, self.stride_w) <= 0:
-            raise RuntimeError(
-                "stride should be greater than zero, but got "
-                f"dT: {self.stride_d} dH: {self.stride_h} dW: {self.stride_w}"
-            )
-        if min(self.dilation_d, self.dilation_h, self.dilation_w) <= 0:
-            raise RuntimeError(
-                "dilation should be greater than zero, but got "
-                f"dilationT: {self.dilation_d} dilationH: {self.dilation_h} "
-                f"dilationW: {self.dilation_w}"
-            )
-        if min(self.padding_d, self.padding_h, self.padding_w) < 0:
-            raise RuntimeError(
-                "pad must be non-negative, but got "
-                f"padT: {self.padding_d} padH: {self.padding_h} padW: {self.padding_w}"
-            )
-        if (
-            self.padding_d > self.kernel_d // 2
-            or self.padding_h > self.kernel_h // 2
-            or self.padding_w > self.kernel_w // 2
-        ):
-            raise RuntimeError(
-                "pad should be smaller than or equal to half of kernel size, but got "
-                f"padT = {self.padding_d}, padH = {self.padding_h}, padW = {self.padding_w}, "
-                f"kT = {self.kernel_d}, kH = {self.kernel_h}, kW = {self.kernel_w}"
-            )
-
     def arguments(self, dims: int) -> tuple[Ints, Ints, Ints, Ints, bool]:
         """What `of` takes, with `dims` (2 or 3) numbers for each argument."""
         kernel_size, stride, padding, dilation = zip(*self.sides(dims), strict=True)
