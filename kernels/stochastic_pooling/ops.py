@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -233,7 +234,7 @@ def _(info, in_dims, input, bias, seed, *window):
         return (output, code), (0, 0)
     output, code = sample(
         _fold(input, dims[0], size),
-        _fold_bias(bias, dims[1], size),
+        _fold(bias, dims[1], size),
         seed if dims[2] is None else seed[:1].sum(),  # also of no example
         *window,
     )
@@ -243,21 +244,14 @@ def _(info, in_dims, input, bias, seed, *window):
 
 @sample_backward.register_vmap
 def _(info, in_dims, grad_output, code, *rest):
-    *_, with_bias = rest
-    grad_input, grad_bias = sample_backward(
-        _fold(grad_output, in_dims[0], info.batch_size),
-        _fold(code, in_dims[1], info.batch_size),
-        *rest,
-    )
-    shape = _shape(grad_output, in_dims[0], info.batch_size)
-    return _unfold_gradients(grad_input, grad_bias, shape, with_bias)
+    return _map_backward(sample_backward, info, in_dims, (grad_output, code), rest)
 
 
 @expectation.register_vmap
 def _(info, in_dims, input, bias, *window):
     output = expectation(
         _fold(input, in_dims[0], info.batch_size),
-        _fold_bias(bias, in_dims[1], info.batch_size),
+        _fold(bias, in_dims[1], info.batch_size),
         *window,
     )
     return output.unflatten(1, _shape(input, in_dims[0], info.batch_size)), 1
@@ -265,45 +259,37 @@ def _(info, in_dims, input, bias, *window):
 
 @expectation_backward.register_vmap
 def _(info, in_dims, grad_output, input, bias, *rest):
-    *_, with_bias = rest
-    grad_input, grad_bias = expectation_backward(
-        _fold(grad_output, in_dims[0], info.batch_size),
-        _fold(input, in_dims[1], info.batch_size),
-        _fold_bias(bias, in_dims[2], info.batch_size),
-        *rest,
-    )
-    shape = _shape(grad_output, in_dims[0], info.batch_size)
-    return _unfold_gradients(grad_input, grad_bias, shape, with_bias)
+    return _map_backward(expectation_backward, info, in_dims, (grad_output, input, bias), rest)
+
+
+def _map_backward(op: Any, info: Any, in_dims: tuple, tensors: tuple, rest: tuple) -> tuple:
+    """An op for gradients, on examples as channels; `rest` are its arguments after the tensors."""
+    size, with_bias = info.batch_size, rest[-1]
+    folded = [_fold(*of, size) for of in zip(tensors, in_dims, strict=False)]
+    grad_input, grad_bias = op(*folded, *rest)
+    shape = _shape(tensors[0], in_dims[0], size)
+    if with_bias:
+        grad_bias = grad_bias.unflatten(0, shape)
+    return (grad_input.unflatten(1, shape), grad_bias), (1, 0 if with_bias else None)
 
 
 def _example(tensor: torch.Tensor | None, dim: int | None, number: int) -> torch.Tensor | None:
     return tensor if tensor is None or dim is None else tensor.select(dim, number)
 
 
-def _fold(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    """The examples of a `vmap` as channels: `(N, size * C, …)`."""
-    if dim is None:
-        return tensor.repeat(1, size, *[1] * (tensor.dim() - 2))
-    return tensor.movedim(dim, 1).flatten(1, 2)
-
-
-def _fold_bias(bias: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
-    if bias is None:
+def _fold(tensor: Any, dim: int | None, size: int) -> Any:
+    """The examples of a `vmap` as channels: `(N, size * C, …)`; those of a bias, `(size * C,)`."""
+    if tensor is None:
         return None
-    return bias.repeat(size) if dim is None else bias.movedim(dim, 0).flatten()
+    channel = int(tensor.dim() - (dim is not None) > 1)
+    if dim is None:
+        return tensor.repeat(*[1] * channel, size, *[1] * (tensor.dim() - channel - 1))
+    return tensor.movedim(dim, channel).flatten(channel, channel + 1)
 
 
 def _shape(tensor: torch.Tensor, dim: int | None, size: int) -> tuple[int, int]:
     """`(size, C)`: of no example no number of channels says how many each has."""
     return size, tensor.shape[1] if dim is None else tensor.movedim(dim, 0).shape[2]
-
-
-def _unfold_gradients(
-    grad_input: torch.Tensor, grad_bias: torch.Tensor, shape: tuple[int, int], with_bias: bool
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[int, int | None]]:
-    if with_bias:
-        grad_bias = grad_bias.unflatten(0, shape)
-    return (grad_input.unflatten(1, shape), grad_bias), (1, 0 if with_bias else None)
 
 
 def _empty_output(input: torch.Tensor, window: Window) -> torch.Tensor:
