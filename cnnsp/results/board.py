@@ -168,17 +168,9 @@ class EpochProgress:
 
     def report(self, loss: float) -> None:
         seconds, done = time.perf_counter() - self._start, self._step - self._first
-        left = duration(seconds / done * (self._rest - done))
+        left = tqdm.format_interval(max(0.0, seconds / done * (self._rest - done)))
         text = f"loss {loss:.4f}  {self._images / seconds:.0f} images/s  {left} left"
         if self._bar.disable:
             print(f"{self._name}  step {self._step}/{self._steps}  {text}", flush=True)
         else:
             self._bar.set_postfix_str(text)
-
-
-def duration(seconds: float) -> str:
-    """For people: 45 s, 12 min or 3 h 05 min."""
-    minutes = round(max(0.0, seconds) / 60)
-    if minutes < 2:
-        return f"{max(0.0, seconds):.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
