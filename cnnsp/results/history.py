@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from .. import files
@@ -26,9 +24,6 @@ class EpochResult:
 
 def write_summary(history: Sequence[EpochResult], path: Path) -> None:
     """Write the history as CSV with a header line."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(EpochResult)], lineterminator="\n")
-    writer.writeheader()
-    for row in map(asdict, history):
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    files.write(path, text.getvalue().encode())
+    lines = [[field.name for field in fields(EpochResult)]]
+    lines += [[f"{number:.6g}" for number in astuple(row)] for row in history]
+    files.write(path, "".join(",".join(line) + "\n" for line in lines).encode())
