@@ -29,15 +29,7 @@ from .history import EpochResult
 from .inference import load_network
 
 # Flags of train.py that the study itself gives.
-OWN_FLAGS = (
-    "--recipe",
-    "--pool",
-    "--seed",
-    "--data-dir",
-    "--output-dir",
-    "--device",
-    "--resume",
-)
+OWN_FLAGS = ("--recipe", "--pool", "--seed", "--data-dir", "--output-dir", "--device", "--resume")
 _BATCH = 64
 
 
@@ -110,32 +102,18 @@ def machine_name(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of train.py in one folder.
+    """The runs of train.py in one folder."""
 
-    Attributes:
-        script: path of train.py.
-        folder: of the study; each run has a folder in it.
-        data_dir: folder of the photographs.
-        flags: other flags of train.py, the same for all runs.
-        device: ``--device`` of train.py, or None to leave the choice to it.
-        machine: name of what the runs are made on, for the results.
-        started_with: the command that started the study, for ``study.md``.
-    """
-
-    script: Path
-    folder: Path
-    data_dir: Path
-    flags: Sequence[str]
-    device: str | None
-    machine: str
-    started_with: str
+    script: Path  # train.py
+    folder: Path  # of the study; each run has a folder in it
+    data_dir: Path  # of the photographs
+    flags: Sequence[str]  # other flags of train.py, the same for all runs
+    device: str | None  # of train.py; None leaves the choice to it
+    machine: str  # name of what the runs are made on, for the results
+    started_with: str  # the command that started the study, for study.md
 
     def check(self, planned: Iterable[Case]) -> None:
-        """Check that the runs that the folder holds were started with the same flags.
-
-        Raises:
-            UserError: when one was not.
-        """
+        """Check that the runs in the folder were started with the same flags; raises UserError."""
         for flag in self.flags:
             if flag.split("=")[0] in OWN_FLAGS:
                 raise UserError(f"{flag} is a flag that the study gives itself; leave it out")
@@ -168,10 +146,7 @@ class Study:
         return command
 
     def run(self, planned: Sequence[Case]) -> list[str]:
-        """Run what is not finished; returns what failed, and how.
-
-        Args:
-            planned: the runs, in their order.
+        """Run what is not finished, in this order; returns what failed, and how.
 
         Raises:
             UserError: when the study cannot be written.

@@ -21,15 +21,10 @@ _NO_DRAW = (
 
 
 class Average(NamedTuple):
-    """Mean and spread over the draws.
-
-    Attributes:
-        mean: of the outputs, of their shape.
-        std: their standard deviation (of a sample: the squares over draws - 1).
-    """
+    """Mean and spread over the draws, of the output's shape."""
 
     mean: torch.Tensor
-    std: torch.Tensor
+    std: torch.Tensor  # of a sample: the squares over draws - 1
 
 
 @contextlib.contextmanager
