@@ -53,7 +53,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
         from cnnsp.data import synthetic
         from cnnsp.data.batches import ImageBank
-        from cnnsp.data.images import load_split
+        from cnnsp.data.images import load_splits
         from cnnsp.results import pictures
         from cnnsp.results.evaluation import confusion_rows, evaluate
         from cnnsp.results.inference import load_network
@@ -69,7 +69,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         split = find(data_dir, named_by=path)[args.split]
     checkpoint.check_classes(state, path, tuple(split) or synthetic.CLASSES)
     if split:
-        images = load_split(split, args.workers)
+        (images,) = load_splits({args.split: split}, args.workers)
     else:
         name = args.split.removesuffix("_data")
         number = synthetic.PER_CLASS[name]

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
 from cnnsp import UserError
-from cnnsp.data import synthetic
+from cnnsp.data import images, synthetic
 from cnnsp.data.augment import PAPER_VARIANTS
 from cnnsp.data.batches import ImageBank, epoch_batches
 from cnnsp.data.decoding import decode
@@ -72,9 +72,10 @@ def test_the_order_of_classes_and_files_is_the_same_on_every_system(
     assert [source.path for source in found] == split["aster"]
 
 
-def test_a_split_above_the_budget_stays_in_its_files(folder: Path) -> None:
+def test_a_split_above_the_budget_stays_in_its_files(folder: Path, monkeypatch) -> None:
     (folder / "test_data" / "aster" / "0.png").unlink()
-    train, test = load_folder(folder, size=32, budget_bytes=7 * 32 * 32 * 3)
+    monkeypatch.setattr(images, "HOST_BUDGET", 7 * 32 * 32 * 3)
+    train, test = load_folder(folder, size=32)
     assert isinstance(train, ImageFiles)
     assert isinstance(test, ImageSet)
     assert len(train) == 8
@@ -82,9 +83,10 @@ def test_a_split_above_the_budget_stays_in_its_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_in_files_make_the_batches_of_those_in_memory(folder: Path, workers: int) -> None:
+def test_files_make_the_batches_of_those_in_memory(folder: Path, workers: int, monkeypatch) -> None:
     in_memory, _ = load_folder(folder, size=32)
-    in_files, _ = load_folder(folder, size=32, budget_bytes=0)
+    monkeypatch.setattr(images, "HOST_BUDGET", 0)
+    in_files, _ = load_folder(folder, size=32)
     expected = ImageBank(in_memory, PAPER_VARIANTS[:3])
     bank = ImageBank(in_files, PAPER_VARIANTS[:3], workers=workers)
     assert len(bank) == len(expected) == 24
@@ -95,18 +97,19 @@ def test_images_in_files_make_the_batches_of_those_in_memory(folder: Path, worke
     made = list(bank.batches(iter(order)))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(made) == len(order)
-    for items, (same_items, images, labels) in zip(order, made, strict=True):
+    for items, (same_items, *batch) in zip(order, made, strict=True):
         assert torch.equal(same_items, items)
-        for got in ((images, labels), bank.batch(items)):
+        for got in (batch, bank.batch(items)):
             assert torch.equal(got[0], expected.batch(items)[0])
             assert torch.equal(got[1], expected.batch(items)[1])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_file_is_named_in_one_line(folder: Path, workers: int) -> None:
+def test_a_damaged_file_is_named_in_one_line(folder: Path, workers: int, monkeypatch) -> None:
     damaged = folder / "train_data" / "tulip" / "2.png"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    train, _ = load_folder(folder, size=32, budget_bytes=0)
+    monkeypatch.setattr(images, "HOST_BUDGET", 0)
+    train, _ = load_folder(folder, size=32)
     with pytest.raises(UserError, match=r"^cannot decode .*2\.png: [^\n]*$"):
         list(ImageBank(train, workers=workers).batches(torch.arange(8).split(4)))
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from cnnsp import UserError
+from cnnsp.data import images
 from cnnsp.data.decoding import decode
 from cnnsp.data.folder import check_folder, find_images, list_folder
 from cnnsp.data.images import load_folder
@@ -213,16 +214,17 @@ def make_set(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("budget", [None, 0], ids=["memory", "files"])
-def test_all_bad_files_are_named_at_once(tmp_path: Path, budget: int | None) -> None:
+@pytest.mark.parametrize("budget", [images.HOST_BUDGET, 0], ids=["memory", "files"])
+def test_all_bad_files_are_named_at_once(tmp_path: Path, budget: int, monkeypatch) -> None:
+    monkeypatch.setattr(images, "HOST_BUDGET", budget)
     folder = make_set(tmp_path)
     bad = [folder / "train_data" / "a" / "1.png", folder / "train_data" / "b" / "2.png"]
-    if budget is None:  # else they are decoded when they are used
+    if budget > 0:  # else they are decoded when they are used
         bad.append(folder / "test_data" / "a" / "0.png")
     for path in bad:
         path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UserError) as caught:  # noqa: PT012  where it is raised is one of the two
-        train, _ = load_folder(folder, budget_bytes=budget)
+        train, _ = load_folder(folder)
         list(train.batches([train.labels.new_tensor(range(6))], train.labels.device, 2))
     assert all(str(path) in str(caught.value) for path in bad)
     assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -205,28 +205,21 @@ def _whole(pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return send(pixels, device), torch.arange(len(pixels), device=device)
 
 
-def load_split(
-    split: Split, workers: int, size: int = IMAGE_SIZE, budget_bytes: int | None = None
-) -> Images:
-    """The images of a split in memory, or in their files where they would exceed the budget.
+def load_splits(splits: Mapping[str, Split], workers: int, size: int = IMAGE_SIZE) -> list[Images]:
+    """The images of each split in memory, or in their files where they would exceed the budget.
 
     Raises:
         UserError: naming all files that cannot be decoded; of those left in their files, this
             shows only when they are used.
     """
-    paths = tuple(path for group in split.values() for path in group)
-    labels = [label for label, group in enumerate(split.values()) for _ in group]
-    files = ImageFiles(paths, torch.tensor(labels), tuple(split), size)
-    budget = HOST_BUDGET if budget_bytes is None else budget_bytes
-    return files if files.decoded_bytes > budget else files.load(workers)
-
-
-def load_splits(splits: Mapping[str, Split], workers: int, **options: Any) -> list[Images]:
-    """The images of several; raises UserError, naming the files of all that cannot be decoded."""
-    loaded, problems = [], []
+    loaded: list[Images] = []
+    problems = []
     for split in splits.values():
+        paths = tuple(path for group in split.values() for path in group)
+        labels = [label for label, group in enumerate(split.values()) for _ in group]
+        files = ImageFiles(paths, torch.tensor(labels), tuple(split), size)
         try:
-            loaded.append(load_split(split, workers, **options))
+            loaded.append(files if files.decoded_bytes > HOST_BUDGET else files.load(workers))
         except UserError as error:
             problems.append(str(error))
     raise_all(problems)
@@ -234,7 +227,7 @@ def load_splits(splits: Mapping[str, Split], workers: int, **options: Any) -> li
 
 
 def load_folder(
-    data_dir: str | Path, *, validate: int | None = None, workers: int = 2, **options: Any
+    data_dir: str | Path, *, validate: int | None = None, workers: int = 2, size: int = IMAGE_SIZE
 ) -> list[Images]:
     """Training and test images; see :func:`list_folder` and :func:`load_splits`."""
-    return load_splits(list_folder(data_dir, validate=validate), workers, **options)
+    return load_splits(list_folder(data_dir, validate=validate), workers, size)
