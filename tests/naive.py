@@ -78,12 +78,7 @@ def drawn_seed(generator: torch.Generator) -> int:
     """The seed that a pool given `generator` draws; it advances the generator just as the pool."""
     return int(
         torch.randint(
-            -(2**63),
-            2**63 - 1,
-            (),
-            dtype=torch.int64,
-            device=generator.device,
-            generator=generator,
+            -(2**63), 2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator
         )
     )
 

@@ -77,10 +77,7 @@ def test_sample_draws_the_reference_cells(kernels, case, dtype, layout, device):
     interpreted = "gpu" in kernels.__name__ and device.type == "cpu"
     exact = not (interpreted and dtype == torch.bfloat16)
     torch.testing.assert_close(
-        output,
-        expected,
-        equal_nan=True,
-        **({"rtol": 0, "atol": 0} if exact else TOLERANCE[dtype]),
+        output, expected, equal_nan=True, **({"rtol": 0, "atol": 0} if exact else TOLERANCE[dtype])
     )
 
 

@@ -88,11 +88,7 @@ def test_leaves_out_duplicates_and_unreadable_files(kaggle: Path, tmp_path: Path
     ],
 )
 def test_bad_input(
-    kaggle: Path,
-    tmp_path: Path,
-    capsys,
-    arguments: list[str],
-    message: str,
+    kaggle: Path, tmp_path: Path, capsys, arguments: list[str], message: str
 ) -> None:
     before = names(tmp_path)
     given = ["--output", str(tmp_path / "out"), *SIZES]

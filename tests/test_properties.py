@@ -39,12 +39,7 @@ backends = pytest.mark.parametrize(
 EXAMPLES = {"torch": 80, "numba": 40, "triton": 5}
 # One rounding in the input's precision of a result in the accumulation's, and for 16 bits a cut-off
 # in Triton's interpreter where others round.
-RTOL = {
-    torch.float16: 2**-10,
-    torch.bfloat16: 2**-7,
-    torch.float32: 1e-5,
-    torch.float64: 1e-12,
-}
+RTOL = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 1e-5, torch.float64: 1e-12}
 # The windows that networks use, which have code of their own in some backends, in half of examples.
 COMMON = [
     Arguments((3, 3), (1, 1), (1, 1)),

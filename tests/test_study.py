@@ -295,13 +295,7 @@ def test_result_is_that_of_the_last_checkpoint(
         (["--data-dir", "tests"], "tests/train_data is missing"),
     ],
 )
-def test_bad_flags(
-    photos: Path,
-    tmp_path: Path,
-    capsys,
-    flags: list[str],
-    message: str,
-) -> None:
+def test_bad_flags(photos: Path, tmp_path: Path, capsys, flags: list[str], message: str) -> None:
     assert main(arguments(photos, tmp_path / "study", *flags)) == 2
     error = capsys.readouterr().err
     assert message in error

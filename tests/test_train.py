@@ -280,13 +280,7 @@ def test_bad_photographs(photos: Path, tmp_path: Path, capsys, edit: Edit, messa
         (["--gpu-memory-gb", "6", "--device", "cpu"], "--gpu-memory-gb needs a GPU"),
     ],
 )
-def test_bad_flags(
-    photos: Path,
-    tmp_path: Path,
-    capsys,
-    flags: list[str],
-    message: str,
-) -> None:
+def test_bad_flags(photos: Path, tmp_path: Path, capsys, flags: list[str], message: str) -> None:
     output = tmp_path / "out"
     arguments = ["--data-dir", str(photos), "--output-dir", str(output), *flags]
     assert_refused(arguments, message, capsys)

@@ -250,9 +250,7 @@ def _(info, in_dims, grad_output, code, *rest):
 @expectation.register_vmap
 def _(info, in_dims, input, bias, *window):
     output = expectation(
-        _fold(input, in_dims[0], info.batch_size),
-        _fold(bias, in_dims[1], info.batch_size),
-        *window,
+        _fold(input, in_dims[0], info.batch_size), _fold(bias, in_dims[1], info.batch_size), *window
     )
     return output.unflatten(1, _shape(input, in_dims[0], info.batch_size)), 1
 
