@@ -191,13 +191,7 @@ def _adaptive(
 ) -> Pooled:
     """The adaptive pool over the last `dims` dimensions."""
     name = f"adaptive_stochastic_pool{dims}d"
-    _check_types(input, bias, return_indices=return_indices, training=training)
-    if input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
-        raise RuntimeError(
-            f"{name}(): Expected {dims + 1}D or {dims + 2}D tensor with optional 0 dim batch size "
-            f"for input, but got:{list(input.shape)}"
-        )
-    _check_dtype(input)
+    _check(dims, input, bias, return_indices=return_indices, training=training)
     sizes = input.shape[-dims:]
     wanted = output_size if isinstance(output_size, Sequence) else [output_size] * dims
     if len(wanted) != dims:
@@ -253,16 +247,10 @@ def _pool(
     generator: torch.Generator | None,
 ) -> Pooled:
     """The pool over the last `dims` dimensions."""
-    _check_types(input, bias, return_indices=return_indices, training=training)
-    if input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
-        raise RuntimeError(
-            f"Expected {dims + 1}D or {dims + 2}D (batch mode) tensor with optional 0 dim batch "
-            f"size for input, but got:{list(input.shape)}"
-        )
+    _check(dims, input, bias, return_indices=return_indices, training=training)
     if dims == 1:  # a plane of one row
         input = input.unsqueeze(-2)
     batched = input if input.dim() == max(dims, 2) + 2 else input.unsqueeze(0)
-    _check(batched, bias)
     shape = batched.shape[1:]
     if torch.jit.is_tracing():  # sizes are tensors, which no op takes for a window's numbers
         fitted = _fitted(window, *map(int, shape))
@@ -275,7 +263,6 @@ def _pool(
             "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
             "training=True (a module: sample_in_eval=True) or return_indices=False"
         )
-    results: list[torch.Tensor] = []
     if training:
         seed = _draw_seed(input.device, generator)
         output, code = autograd.sample(batched, bias, seed, window)
@@ -362,7 +349,8 @@ def _check_flags(**flags: Any) -> None:
             raise TypeError(f"argument '{name}' must be bool, not {torch.typename(flag)}")
 
 
-def _check_types(input: Any, bias: Any, **flags: Any) -> None:
+def _check(dims: int, input: Any, bias: Any, **flags: Any) -> None:
+    """Raise where a pool over the last `dims` dimensions takes no such input, bias or flag."""
     _check_flags(**flags)
     for name, value in (("input", input), ("bias", bias)):
         if not isinstance(value, torch.Tensor) and not (name == "bias" and value is None):
@@ -372,21 +360,19 @@ def _check_types(input: Any, bias: Any, **flags: Any) -> None:
             raise NotImplementedError(
                 f"argument '{name}' must be a dense tensor, but its layout is {layout}"
             )
-
-
-def _check_dtype(input: torch.Tensor) -> None:
+    if input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
+        raise RuntimeError(
+            f"Expected {dims + 1}D or {dims + 2}D (batch mode) tensor with optional 0 dim batch "
+            f"size for input, but got:{list(input.shape)}"
+        )
     if input.dtype not in _DTYPES:
         raise NotImplementedError(
             f"stochastic pooling is not implemented for {input.dtype}: "
             "it takes float16, bfloat16, float32 and float64"
         )
-
-
-def _check(input: torch.Tensor, bias: torch.Tensor | None) -> None:
-    _check_dtype(input)
     if bias is None:
         return
-    channels = input.shape[1]
+    channels = input.shape[-dims - 1]
     if bias.shape != (channels,):
         raise RuntimeError(
             f"bias: expected one value per channel, shape ({channels},), "
