@@ -10,38 +10,20 @@ import warnings
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
+from . import modules
 from .fusion import FRESH, chain, holders, is_patched, runs_in_a_row
-from .modules import (
-    AdaptiveStochasticPool1d,
-    AdaptiveStochasticPool2d,
-    AdaptiveStochasticPool3d,
-    StochasticPool,
-    StochasticPool1d,
-    StochasticPool2d,
-    StochasticPool3d,
-)
 
 _log = logging.getLogger(__name__)
 
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.MaxPool1d: StochasticPool1d,
-    nn.MaxPool2d: StochasticPool2d,
-    nn.MaxPool3d: StochasticPool3d,
-    nn.AvgPool1d: StochasticPool1d,
-    nn.AvgPool2d: StochasticPool2d,
-    nn.AvgPool3d: StochasticPool3d,
-    nn.AdaptiveMaxPool1d: AdaptiveStochasticPool1d,
-    nn.AdaptiveMaxPool2d: AdaptiveStochasticPool2d,
-    nn.AdaptiveMaxPool3d: AdaptiveStochasticPool3d,
-    nn.AdaptiveAvgPool1d: AdaptiveStochasticPool1d,
-    nn.AdaptiveAvgPool2d: AdaptiveStochasticPool2d,
-    nn.AdaptiveAvgPool3d: AdaptiveStochasticPool3d,
+    getattr(nn, f"{start}{kind}Pool{dims}d"): getattr(modules, f"{start}StochasticPool{dims}d")
+    for start, kind, dims in product(("", "Adaptive"), ("Max", "Avg"), (1, 2, 3))
 }
 _ARGUMENTS = (
     *("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
@@ -217,7 +199,7 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
         elif isinstance(module, tuple(_TWINS)):
             beyond.append(f"{line} (a subclass, which may pool in its own way: replace it by hand)")
         elif "Pool" in kind_name and not module._modules:
-            ours = isinstance(module, StochasticPool)
+            ours = isinstance(module, modules.StochasticPool)
             skipped = ours or ("AdaptiveAvgPool" in kind_name and not adaptive)
             (known if skipped else beyond).append(f"{line} (no twin)")
         else:
