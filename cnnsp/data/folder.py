@@ -18,15 +18,11 @@ _LAYOUT = "expected {0}/train_data/<class>/ and {0}/test_data/<class>/"
 Split = dict[str, list[Path]]  # the files of each class, both in alphabetical order
 
 
-def is_junk(path: Path) -> bool:
-    """Whether ``path`` is a hidden file or one that an operating system drops in folders."""
-    return path.name.startswith(".") or path.name.lower() in _JUNK
-
-
 def entries(folder: Path) -> list[Path]:
-    """What is in ``folder`` but junk, in alphabetical order."""
+    """What is in ``folder`` in alphabetical order, but for hidden files and other junk."""
+    shown = (p for p in folder.iterdir() if p.name[0] != "." and p.name.lower() not in _JUNK)
     # By their names: paths in themselves have another order on Windows, which ignores case.
-    return sorted((p for p in folder.iterdir() if not is_junk(p)), key=lambda path: path.name)
+    return sorted(shown, key=lambda path: path.name)
 
 
 def check_folder(path: Path, what: str, hint: str = "") -> None:
