@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,13 +141,11 @@ def noise(model: nn.Module, images: Tensor, labels: Tensor, draws: int = 10) -> 
     with hooked(model, observe):
         model(images)
 
-    squares, calls = [0.0] * len(own), 0
+    squares, places = [0.0] * len(own), itertools.cycle(range(len(own)))
 
     def compare(pool: nn.Module, args: Any, keywords: Any, output: Tensor) -> None:
-        nonlocal calls
-        place = calls % len(own)
+        place = next(places)
         squares[place] += float((output - expected[place]).square().mean()) / draws
-        calls += 1
 
     with sampling(model), hooked(model, compare):
         for _ in range(draws):
@@ -154,15 +153,11 @@ def noise(model: nn.Module, images: Tensor, labels: Tensor, draws: int = 10) -> 
 
     right = [0.0] * len(own)
     for alone in range(len(own)):
-        calls = 0
 
         def draw_here(
             pool: nn.Module, args: Any, keywords: Any, output: Tensor, alone: int = alone
         ) -> Tensor | None:
-            nonlocal calls
-            place = calls % len(own)
-            calls += 1
-            if place != alone:
+            if next(places) != alone:
                 return None
             with sampling(pool):
                 return pool.forward(*args, **keywords)
