@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from stochastic_pooling.philox import ROUNDS, philox4x32
+from stochastic_pooling.philox import philox4x32
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -136,7 +136,6 @@ class RandomAugment:
         words = philox4x32(
             (torch.tensor(self.seed % word), torch.tensor(self.seed // word)),
             (items % word, items // word, torch.tensor(epoch), torch.arange(3)[:, None]),
-            ROUNDS,
         )
         u = torch.stack(words).flatten(0, 1).double() / word  # [12, B]
 

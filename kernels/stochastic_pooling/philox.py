@@ -37,13 +37,12 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def philox4x32(key: tuple[Tensor, Tensor], counter: Words, rounds: int) -> Words:
+def philox4x32(key: tuple[Tensor, Tensor], counter: Words, rounds: int = ROUNDS) -> Words:
     """Four random words for each counter.
 
     Args:
         key: two int64 tensors that hold unsigned 32-bit words.
         counter: four of them; all six broadcast together.
-        rounds: number of Philox rounds.
     """
     k0, k1 = key
     c0, c1, c2, c3 = counter
@@ -73,9 +72,8 @@ def uniforms(seed: Tensor, shape: Sequence[int], first: int = 0) -> Tensor:
     plane = first_plane + torch.arange(math.prod(planes), device=device)[:, None, None]
     group = torch.arange((height + 3) // 4, device=device)[:, None]
     pair = torch.arange((width + 1) // 2, device=device)
-    words = philox4x32(
-        (seed & _MASK, (seed >> 32) & _MASK), (pair, group, plane & _MASK, plane >> 32), ROUNDS
-    )
+    key = seed & _MASK, (seed >> 32) & _MASK
+    words = philox4x32(key, (pair, group, plane & _MASK, plane >> 32))
     # (planes, groups, 4, pairs) -> (planes, rows, pairs) -> (planes, rows, pairs, 2)
     rows = torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1, 2)[:, :height]
     halves = torch.stack((rows & 0xFFFF, rows >> 16), dim=-1).flatten(2)[..., :width]
