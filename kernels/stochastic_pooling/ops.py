@@ -54,33 +54,24 @@ def backend_for(device: torch.device, volumes: bool = False) -> ModuleType:
     forced = os.environ.get("STOCHASTIC_POOLING_BACKEND")
     if not forced:
         return _default_backend(device.type, volumes)
-    if forced not in _MODULES:
-        raise RuntimeError(
-            f"STOCHASTIC_POOLING_BACKEND={forced}: choose one of {', '.join(_MODULES)}"
-        )
-    if forced == "torch":
-        return reference
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-    if forced == "triton" and device.type == "cpu" and not interpreted:
-        raise RuntimeError(
-            "STOCHASTIC_POOLING_BACKEND=triton cannot serve CPU tensors: set TRITON_INTERPRET=1 "
-            "before Python starts to run the kernels in Triton's interpreter"
+    if forced not in _MODULES:
+        why = f": choose one of {', '.join(_MODULES)}"
+    elif forced == "triton" and device.type == "cpu" and not interpreted:
+        why = (
+            " cannot serve CPU tensors: set TRITON_INTERPRET=1 before Python starts to run the "
+            "kernels in Triton's interpreter"
         )
-    if forced == "numba" and device.type != "cpu":
-        raise RuntimeError(
-            f"STOCHASTIC_POOLING_BACKEND=numba serves CPU tensors, not those on {device}"
-        )
-    if forced == "numba" and volumes:
-        raise RuntimeError(
-            "STOCHASTIC_POOLING_BACKEND=numba serves planes, not (N, C, D, H, W) volumes: "
-            "unset it, or set it to torch"
-        )
-    try:
-        return _load(forced)
-    except ImportError as error:
-        raise RuntimeError(
-            f"STOCHASTIC_POOLING_BACKEND={forced}: {forced} cannot be imported here ({error})"
-        ) from error
+    elif forced == "numba" and device.type != "cpu":
+        why = f" serves CPU tensors, not those on {device}"
+    elif forced == "numba" and volumes:
+        why = " serves planes, not (N, C, D, H, W) volumes: unset it, or set it to torch"
+    else:
+        try:
+            return _load(forced)
+        except ImportError as error:
+            why = f": {forced} cannot be imported here ({error})"
+    raise RuntimeError(f"STOCHASTIC_POOLING_BACKEND={forced}{why}")
 
 
 @functools.cache
