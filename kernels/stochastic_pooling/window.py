@@ -135,8 +135,9 @@ class Window:
             starts = starts.view(-1, *[1] * (-dim - 1))
             drawn = starts + rest % kernel * dilation
             rest = rest // kernel
-            position = torch.where(dead, _first_inside(starts, dilation, size[dim]), drawn)
-            flat = flat + position * pitch
+            # A dilated window can step over a very short input: the clamp keeps its index inside.
+            first = torch.where(starts < 0, starts % dilation, starts).clamp(max=size[dim] - 1)
+            flat = flat + torch.where(dead, first, drawn) * pitch
             pitch = pitch * size[dim]
         return flat
 
@@ -203,12 +204,3 @@ def known(condition: bool | torch.SymBool) -> bool:
 
         return statically_known_true(condition)
     return bool(condition)
-
-
-def _first_inside(start: torch.Tensor, dilation: int, length: int) -> torch.Tensor:
-    """The first of `start, start + dilation, …` that is not negative.
-
-    A dilated window can step over a very short input; the clamp keeps its index in the plane.
-    """
-    inside = torch.where(start < 0, start + (-start + dilation - 1) // dilation * dilation, start)
-    return inside.clamp(max=length - 1)
