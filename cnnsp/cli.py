@@ -69,10 +69,15 @@ def number(
     return parse
 
 
+def expanded(text: str) -> Path:
+    """An argument type: a path, whose ~ not every shell replaces, nor any after an =."""
+    return Path(text).expanduser()
+
+
 # Options that several scripts have, by their names.
 COMMON: dict[str, dict[str, Any]] = {
     "checkpoint": {
-        "type": Path,
+        "type": expanded,
         "help": "a best.pt or last.pt, or the folder of a run, for its last.pt",
     },
     "--json": {"action": "store_true", "help": "print JSON instead of text"},

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from cnnsp import UserError, files
-from cnnsp.cli import ArgumentParser, align, exit_status, importing, printable
+from cnnsp.cli import ArgumentParser, align, exit_status, expanded, importing, printable
 from cnnsp.data import folder
 from cnnsp.training import checkpoint
 from cnnsp.training.recipe import SYNTHETIC, add_options
@@ -27,6 +28,7 @@ def make_parser() -> ArgumentParser:
     parser.add_common("checkpoint")
     add(
         "--data-dir",
+        type=os.path.expanduser,
         help="folder with train_data/<class>/ and test_data/<class>/, of which one is enough, or "
         "'synthetic'; when not given: what the network was trained on",
     )
@@ -34,7 +36,7 @@ def make_parser() -> ArgumentParser:
     add_options(parser, ["validate"])
     add(
         "--output-dir",
-        type=Path,
+        type=expanded,
         help="folder for the picture; when not given: that of the checkpoint",
     )
     parser.add_common("--json", "-b --batch-size", "--device", "-j --workers")
@@ -62,7 +64,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     device = choose_device(args.device)
     network = load_network(path, device)
     state = network.state
-    data_dir = args.data_dir or state["options"]["data_dir"]
+    trained = state["options"]
+    data_dir = args.data_dir or trained["data_dir"]
+    own = Path(data_dir).resolve() == Path(trained["data_dir"]).resolve()
     if data_dir == SYNTHETIC and args.validate is not None:
         raise UserError("--validate needs photographs: --data-dir FOLDER")
     if data_dir != SYNTHETIC and not split:
@@ -75,6 +79,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         number = synthetic.PER_CLASS[name]
         images = synthetic.synthetic_flowers(number, split=name, workers=args.workers)
 
+    if own and args.split == "test_data" and args.validate not in (None, trained.get("validate")):
+        print(f"warning: {path} was trained on these images", file=sys.stderr)
     bank = ImageBank(
         images, device=device, channels_last=device.type == "cpu", workers=args.workers
     )
@@ -106,7 +112,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
             sep="\n",
         )
     # At the end, for the folder of another's run may be read-only.
-    picture = (args.output_dir or path.parent) / f"confusion-{path.stem}-{images_of}.png"
+    others = "" if own else f"{Path(data_dir).resolve().name}-"
+    picture = (args.output_dir or path.parent) / f"confusion-{path.stem}-{others}{images_of}.png"
     files.make_folder(picture.parent)
     pictures.write(pictures.confusion(result, images.classes, title), picture)
     if not args.json:

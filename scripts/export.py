@@ -6,9 +6,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-from cnnsp.cli import ArgumentParser, exit_status, importing
+from cnnsp.cli import ArgumentParser, exit_status, expanded, importing
 from cnnsp.training import checkpoint
 
 PROG = "export.py"
@@ -20,7 +19,7 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument
     parser.add_common("checkpoint")
     add("--format", choices=FORMATS, help="when not given: both")
-    add("--output-dir", type=Path, help="when not given: the folder of the checkpoint")
+    add("--output-dir", type=expanded, help="when not given: the folder of the checkpoint")
     return parser
 
 

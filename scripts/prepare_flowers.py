@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cnnsp import UserError, files
-from cnnsp.cli import ArgumentParser, exit_status, importing, number
+from cnnsp.cli import ArgumentParser, exit_status, expanded, importing, number
 from cnnsp.data.folder import SPLITS, check_folder, entries
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class Photo(NamedTuple):
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(PROG, __doc__, EXAMPLES)
     add = parser.add_argument
-    add("source", type=Path, help="the unpacked folder; it holds a folder for each class")
-    add("--output", type=Path, default="datasets", help="folder to make")
+    add("source", type=expanded, help="the unpacked folder; it holds a folder for each class")
+    add("--output", type=expanded, default="datasets", help="folder to make")
     add("--classes", nargs="+", default=["daisy", "dandelion", "rose"], help="folders to take")
     add("--train", type=number(int, 1), default=100, help="training images of each class")
     add("--test", type=number(int, 1), default=200, help="test images of each class")

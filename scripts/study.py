@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from cnnsp import POOLINGS
-from cnnsp.cli import ArgumentParser, exit_status, importing, number
+from cnnsp.cli import ArgumentParser, exit_status, expanded, importing, number
 from cnnsp.data.folder import SPLITS, list_folder
 from cnnsp.training.recipe import RECIPES
 
@@ -25,13 +25,13 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument
     add(
         "--data-dir",
-        type=Path,
+        type=expanded,
         required=True,
         help="folder with train_data/<class>/ and test_data/<class>/",
     )
     add(
         "--output-dir",
-        type=Path,
+        type=expanded,
         default=Path("runs", "study"),
         help="folder to write to; the same command goes on with what it holds",
     )

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnsp import UserError, files
-from cnnsp.cli import COMMON, ArgumentParser, exit_status, importing, is_launched, number
+from cnnsp.cli import (
+    COMMON,
+    ArgumentParser,
+    exit_status,
+    expanded,
+    importing,
+    is_launched,
+    number,
+)
 from cnnsp.data import folder
 from cnnsp.errors import lacks_memory, quoted
 from cnnsp.interruption import Interrupted
@@ -57,7 +65,9 @@ def make_parser(add_help: bool = True) -> ArgumentParser:
     for name, settings in named.items():
         add_options(groups[name], settings)
     add = groups["data and output"].add_argument
-    add("--output-dir", type=Path, help="folder to write to; when not given: a new one in runs/")
+    add(
+        "--output-dir", type=expanded, help="folder to write to; when not given: a new one in runs/"
+    )
     add("-j", "--workers", **COMMON["-j --workers"])
     add = groups["machine"].add_argument
     add("--device", **COMMON["--device"])
@@ -74,7 +84,7 @@ def make_parser(add_help: bool = True) -> ArgumentParser:
     )
     groups["run"].add_argument(
         "--resume",
-        type=Path,
+        type=expanded,
         metavar="CHECKPOINT",
         help="go on from a last.pt, or from that of a run's folder, in its folder and with its "
         "recipe; other flags override it",
@@ -95,6 +105,7 @@ def parse(
     data_dir = given.data_dir or ("datasets" if Path("datasets").is_dir() else SYNTHETIC)
     parser = make_parser()
     chosen = defaults(data_dir, given.recipe, given.pool, resumed or {})
+    chosen.pop("amp_dtype", None)  # another machine may have another one
     parser.set_defaults(
         named_by=given.resume if resumed and given.data_dir is None else None,
         **{"data_dir": data_dir, **chosen},
@@ -144,10 +155,16 @@ def load_images(
     """Training images, those to evaluate on, and the paper's variants of a training image."""
     from cnnsp.data import synthetic
     from cnnsp.data.augment import PAPER_VARIANTS
-    from cnnsp.data.images import load_splits
+    from cnnsp.data.images import in_both, load_splits
 
     if args.data_dir != SYNTHETIC:
         train, test = load_splits(splits, args.workers)
+        if twins := in_both(train, test):
+            print(
+                f"warning: {len(twins)} of {len(test)} test images are training images, too, such "
+                f"as {quoted(Path(twins[0]))}: the accuracy is too high by them",
+                file=sys.stderr,
+            )
         return train, test, PAPER_VARIANTS
     print(
         "Training on synthetic flowers, which the program draws itself: the accuracy says nothing "
@@ -177,17 +194,17 @@ def load_images(
 def run(arguments: Sequence[str] | None = None) -> None:
     args, state = parse(arguments), None
     if args.resume is not None:
-        path = checkpoint.find(args.resume)
+        last = checkpoint.find(args.resume)
         with importing(PROG):
             import torch  # noqa: F401
-        state = checkpoint.load(path)
+        state = checkpoint.load(last)
         args = parse(arguments, state["options"])
-        args.resume, args.named_by = path, args.named_by and path
+        args.resume, args.named_by = last, args.named_by and last
         for name in ("recipe", "pool", "opt"):
             ours, theirs = getattr(args, name), state["options"].get(name)
             if ours != theirs:
                 was = f"with --{name} {theirs}" if theirs else f"without --{name}"
-                raise UserError(f"checkpoint {path} was trained {was}, not --{name} {ours}")
+                raise UserError(f"checkpoint {last} was trained {was}, not --{name} {ours}")
     splits = {}
     if args.data_dir != SYNTHETIC:
         splits = folder.list_folder(args.data_dir, validate=args.validate, named_by=args.named_by)
@@ -228,7 +245,8 @@ def train(
         # Without a standard output, print does nothing: one process speaks for all.
         with nullcontext() if team.leads else redirect_stdout(None):
             card_bytes = memory.limit(device, args.gpu_memory_gb)
-            args.amp_dtype = devices.choose_amp_dtype(args.amp, args.amp_dtype, device)
+            before = state and state["options"].get("amp_dtype")
+            args.amp_dtype = devices.choose_amp_dtype(args.amp, args.amp_dtype, device, before)
             if args.channels_last is None:
                 args.channels_last = device.type == "cpu" or args.amp_dtype is not None
             options = TrainOptions(**{f.name: getattr(args, f.name) for f in fields(TrainOptions)})
@@ -253,7 +271,7 @@ def train(
                 f"{'channels_last' if args.channels_last else 'contiguous'}"
                 f"{f', {team.size} processes' if team.size > 1 else ''}\n"
                 f"{len(bank.images)} training images {made}, {bank.images.placement}; "
-                f"{len(test_bank)} test images\n"
+                f"{len(test_bank)} {'test' if args.validate is None else 'held-out'} images\n"
                 f"Output: {args.output_dir}",
                 flush=True,
             )

@@ -209,6 +209,14 @@ def test_board_shows_the_settings_of_the_last_end(tmp_path: Path) -> None:
     assert [event.value for event in seen.Scalars("last_loss")] == pytest.approx([0.05])
 
 
+def test_a_run_after_one_that_left_no_checkpoint_is_shown_alone(tmp_path: Path) -> None:
+    for loss in (math.inf, 1.0):
+        board = boards.Board(tmp_path)
+        board.train_loss(loss, 1)
+        board.close()
+    assert [event.value for event in events(tmp_path).Scalars("train/loss")] == [1.0]
+
+
 def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
     bank = ImageBank(
         ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), ("a",))

@@ -187,6 +187,21 @@ def test_amp_on_a_cpu_without_bfloat16_says_so(
     assert "on cpu, float32, channels_last" in printed
 
 
+def test_a_type_of_a_run_is_kept_but_for_a_gpu_s_fp16_on_a_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(devices, "has_bfloat16_instructions", lambda: True)
+    for arguments, expected in (
+        ((None, None, "cpu"), None),
+        ((True, None, "cuda"), "float16"),
+        ((None, None, "cuda", "float16"), "float16"),
+        ((True, None, "cuda", "bfloat16"), "bfloat16"),
+        ((None, None, "cpu", "float16"), "bfloat16"),
+        ((None, "float16", "cpu", "float16"), "float16"),
+        ((False, None, "cuda", "float16"), None),
+    ):
+        amp, name, device, *before = arguments
+        assert devices.choose_amp_dtype(amp, name, torch.device(device), *before) == expected
+
+
 def test_evaluation_counts_each_image_once_and_keeps_the_mode() -> None:
     images = torch.randint(0, 256, (5, 3, 256, 256), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 0, 1])
@@ -285,6 +300,13 @@ def test_bad_flags(photos: Path, tmp_path: Path, capsys, flags: list[str], messa
     arguments = ["--data-dir", str(photos), "--output-dir", str(output), *flags]
     assert_refused(arguments, message, capsys)
     assert not output.exists()
+
+
+def test_a_photograph_in_both_splits_is_named(photos: Path, tmp_path: Path, capsys) -> None:
+    shutil.copy(photos / "train_data" / "rose" / "1.jpg", photos / "test_data" / "daisy" / "it.jpg")
+    arguments = ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out"), *CPU]
+    assert main([*arguments, "--pool", "max", "-b", "2", "--max-steps", "1"]) == 0
+    assert "1 of 3 test images are training images, too, such as it.jpg" in capsys.readouterr().err
 
 
 def test_flags_that_do_nothing_are_named(capsys) -> None:
@@ -527,8 +549,8 @@ def test_checkpoints_that_do_not_fit(photos: Path, trained: Path, tmp_path: Path
     refusals = [
         (["--pool", "stochastic"], f"{last} was trained with --pool max, not --pool stochastic"),
         (["--recipe", "paper"], f"{last} was trained without --recipe, not --recipe paper"),
-        (["--data-dir", str(other)], f"{last} has 2 classes, the data 3"),
-        (["--data-dir", str(names)], "has the classes 'daisy', 'rose', the data 'daisy', 'tulip'"),
+        (["--data-dir", str(other)], f"{last}: without 'daisy', 'rose', with 'a', 'b', 'c'"),
+        (["--data-dir", str(names)], "without 'rose', with 'tulip'"),
         (["--opt", "adam"], f"{last} was trained with --opt sgd"),
         (["--data-dir", str(renamed)], "within an epoch: it goes on only with the same images"),
         (["-b", "2"], "the same images, --augment paper, --batch-size 4 and --seed 0"),

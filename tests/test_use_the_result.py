@@ -58,6 +58,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Make:
             "model": make_model(pooling).state_dict(),
             "pooling": pooling,
             "classes": list(CLASSES),
+            "options": {"data_dir": "photographs"},
         }
         checkpoint.save(state | other, path)
         return path
@@ -287,7 +288,8 @@ def test_evaluate_script(make_checkpoint: Make, photos: Path, tmp_path: Path, ca
     assert told["accuracy"] == pytest.approx(100 * told["correct"] / 5)
     sensitivities = [100 * pairs[0, 0] / 2, 100 * pairs[1, 1] / 3]
     assert told["sensitivities"] == pytest.approx(dict(zip(CLASSES, sensitivities, strict=True)))
-    with Image.open(tmp_path / "new" / "confusion-best-test_data.png") as picture:
+    name = f"confusion-best-{photos.name}-test_data.png"  # not of what it was trained on
+    with Image.open(tmp_path / "new" / name) as picture:
         assert picture.format == "PNG"
 
     # The folder that the checkpoint names, and the picture beside it.
@@ -318,7 +320,8 @@ def test_evaluation_needs_no_other_photographs(
     assert f"holds no last.pt, but {path}: name that" in capsys.readouterr().err
     path.rename(path.with_name("last.pt"))
     assert run(evaluate, path.parent, "--data-dir", alone) == 0
-    assert f"Picture: {path.parent / 'confusion-last-test_data.png'}" in capsys.readouterr().out
+    picture = path.parent / "confusion-last-alone-test_data.png"
+    assert f"Picture: {picture}" in capsys.readouterr().out
     (alone / "train_data" / CLASSES[0]).mkdir(parents=True)
     (alone / "train_data" / CLASSES[0] / "0.png").write_bytes(b"damaged")
     assert run(evaluate, path.parent, "--data-dir", alone) == 0
@@ -356,9 +359,13 @@ def test_evaluation_of_the_quarter_that_a_run_held_out(
         for number in range(4):
             (folder / f"{number}.png").touch()
         shutil.copy(next((photos / "train_data" / name).glob("?.png")), folder / "1.png")
-    path = make_checkpoint("max", options={"data_dir": str(tmp_path)})
-    assert run(evaluate, path, "--validate", "1") == 0
-    assert "/2 (" in capsys.readouterr().out
+    for held_out, warns in ((1, False), (None, True), (0, True)):
+        options = {"data_dir": str(tmp_path), "validate": held_out}
+        path = make_checkpoint("max", options=options)
+        assert run(evaluate, path, "--validate", "1") == 0
+        shown = capsys.readouterr()
+        assert "/2 (" in shown.out
+        assert ("was trained on these images" in shown.err) == warns
     assert (path.parent / "confusion-best-test_data-validate-1.png").is_file()
     assert run(evaluate, path, "--validate", "1", "--data-dir", "synthetic") == 2
     assert "--validate needs photographs" in capsys.readouterr().err
@@ -376,9 +383,7 @@ def test_evaluation_says_where_a_folder_comes_from(make_checkpoint: Make, capsys
 def test_evaluate_refuses_other_classes(make_checkpoint: Make, photos: Path, capsys) -> None:
     path = make_checkpoint("max", classes=["daisy", "tulip"])
     assert run(evaluate, path, "--data-dir", photos) == 2
-    assert (
-        "has the classes 'daisy', 'tulip', the data 'daisy', 'rose & co'" in capsys.readouterr().err
-    )
+    assert f"checkpoint {path}: without 'tulip', with 'rose & co'" in capsys.readouterr().err
     assert not (path.parent / "confusion-best-test_data.png").exists()
 
 

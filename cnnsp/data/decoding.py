@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from .. import IMAGE_SIZE
 from ..errors import UserError
 
+# Phones take photographs of 200 million pixels, which Pillow would take for an attack.
+Image.MAX_IMAGE_PIXELS = 2**28
 # Formats that Pillow needs a package for, by the bytes that follow "ftyp", and its name.
 _PACKAGES = {
     **dict.fromkeys(

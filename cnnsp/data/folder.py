@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -152,7 +153,7 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
             if path.is_dir():
                 walk(path, (*above, real))
 
-    for name in map(str, paths):
+    for name in map(os.path.expanduser, map(str, paths)):
         if "://" in name:
             raise UserError(f"{name} is no file: download it, and name that")
         # Windows' shells leave *.jpg to programs.

@@ -36,8 +36,9 @@ class Board:
     """TensorBoard events of one run."""
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        # A resumed run takes back what an interrupted one logged after its checkpoint.
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        # This takes back what an interrupted run logged after its checkpoint, and all of one that
+        # left none here.
+        self._writer = SummaryWriter(str(folder), purge_step=first_step and first_step + 1)
 
     def first_batch(self, images: Tensor) -> None:
         """Show up to 32 normalised images ``[B, 3, H, W]`` at half their size."""

@@ -71,9 +71,12 @@ def load(path: str | Path) -> dict[str, Any]:
 def check_classes(state: dict[str, Any], path: str | Path, classes: tuple[str, ...]) -> None:
     """Check that a network for these classes was trained; raises UserError."""
     theirs = tuple(state["classes"])
-    if len(theirs) != len(classes):
-        raise UserError(f"checkpoint {path} has {len(theirs)} classes, the data {len(classes)}")
     if theirs != classes:
         show = distinctly({*theirs, *classes})
-        names, others = (", ".join(map(show, group)) for group in (theirs, classes))
-        raise UserError(f"checkpoint {path} has the classes {names}, the data {others}")
+        lacking, more = (
+            ", ".join(map(show, sorted(group))) or "none"
+            for group in ({*theirs} - {*classes}, {*classes} - {*theirs})
+        )
+        raise UserError(
+            f"the data have other classes than checkpoint {path}: without {lacking}, with {more}"
+        )

@@ -37,12 +37,21 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def choose_amp_dtype(amp: bool | None, name: str | None, device: torch.device) -> str | None:
-    """The type for :func:`autocast`, or None for fp32 throughout."""
+def choose_amp_dtype(
+    amp: bool | None, name: str | None, device: torch.device, before: str | None = None
+) -> str | None:
+    """The type for :func:`autocast`, or None for fp32 throughout.
+
+    A run that goes on keeps the one ``before``, but not a GPU's fp16 on a CPU, where it is slow.
+    """
     if amp is False:
         return None
-    if name is not None or amp is None:
+    if name is not None:
         return name
+    if before is None and amp is None:
+        return None
+    if before is not None and (before != "float16" or device.type != "cpu"):
+        return before
     if device.type == "cpu" and not has_bfloat16_instructions():
         print(
             "--amp: this CPU has no bf16 instructions, so training stays in fp32, which is faster "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -104,7 +105,7 @@ class TrainOptions:
         checkpoint_interval: seconds from one checkpoint to the next within an epoch
     """
 
-    data_dir: str = SYNTHETIC
+    data_dir: Annotated[str, {"type": os.path.expanduser}] = SYNTHETIC
     validate: Annotated[int | None, {"least": 0, "most": 3}] = None
     recipe: Annotated[str | None, {"choices": tuple(RECIPES)}] = None
     pool: Annotated[str, {"choices": POOLINGS}] = "stochastic"
@@ -115,7 +116,7 @@ class TrainOptions:
     batch_size: Annotated[int, {"least": 1, "most": 10**9, "short": "-b"}] = 256
     opt: Annotated[str, {"choices": ("sgd", "adam", "adamw")}] = "sgd"
     lr: Annotated[float, {"least": 0, "exclusive": True}] = 0.01
-    momentum: Amount = 0.9
+    momentum: Share = 0.9
     nesterov: bool = False
     weight_decay: Amount = 0.0
     schedule: Annotated[str, {"choices": ("step", "cosine")}] = "step"

@@ -295,8 +295,9 @@ class Trainer:
     def verdict(self) -> str:
         """One line on how it went and where everything is."""
         progress = self.progress
+        images = "test" if self.options.validate is None else "held-out"
         return (
-            f"Best test accuracy {progress.best_accuracy:.2f} % after epoch "
+            f"Best {images} accuracy {progress.best_accuracy:.2f} % after epoch "
             f"{progress.best_epoch:.4g}, last {progress.history[-1].test_accuracy:.2f} %; "
             f"all of it is in {self.output}"
         )
