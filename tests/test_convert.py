@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from stochastic_pooling import fuse, replace_pooling
+from stochastic_pooling import average_draws, fuse, replace_pooling, sampling
 from stochastic_pooling.modules import (
     AdaptiveStochasticPool1d,
     AdaptiveStochasticPool2d,
@@ -683,6 +683,20 @@ def test_a_hook_of_all_modules_sees_them():
     assert calls == [nn.Conv2d, nn.ReLU, StochasticPool2d, type(fused)]
 
 
+def test_a_default_device_is_no_obstacle():
+    model = in_a_row()
+    fused = fuse(model)
+    with torch.device("cpu"):
+        assert Calls(model).counts - Calls(fused).counts == {"ReLU": 1, "bias": 1}
+
+
+@pytest.mark.parametrize("function", [replace_pooling, fuse, average_draws, sampling])
+def test_a_model_that_is_no_module_is_an_error(function):
+    wrong = pytest.raises(TypeError, match=r"'model' must be an nn\.Module, not list")
+    with wrong, function([POOL]):
+        pass
+
+
 def test_fused_can_be_copied_and_pickled():
     fused = fuse(of_class(Features)())
     pickled = [pickle.loads(pickle.dumps(fused, protocol)) for protocol in (2, 5)]  # 2: torch.save
@@ -821,6 +835,7 @@ def test_selection(arguments, names):
         (pools(), {"select": "2.1"}, r"2\.1: Padded \(a subclass"),
         (pools(), {"select": lambda name, pool: False}, "no pool to replace"),
         (pools(), {"types": [nn.MaxPool1d]}, r"no pool .*F\.max_pool2d .*cannot be replaced"),
+        (pools(), {"types": "MaxPool2d"}, "types: 'MaxPool2d' has no"),
         (pools(), {"types": [nn.LPPool2d]}, r"LPPool2d has no .*; choose from nn\.MaxPool1d"),
         (nn.Sequential(StochasticPool2d(2)), {}, r"0: StochasticPool2d \(no twin\)"),
         (nn.Sequential(nn.ReLU()), {}, "Its pools: none"),
@@ -867,6 +882,7 @@ def test_shared_instances_modes_hooks_and_attributes():
         (nn.AvgPool2d(3, 1, 1), "1: count_include_pad"),
         (nn.AvgPool1d(3, 1, 1), "1: count_include_pad"),
         (nn.AvgPool2d(3, divisor_override=2), "1: divisor_override=2"),
+        (nn.MaxPool2d(2, return_indices=True), "1: return_indices=True works in training alone"),
         *((nn.AvgPool2d(3, padding=padding), "") for padding in (0, (0, 0), [0, 0], np.int64(0))),
     ],
 )
@@ -969,7 +985,7 @@ class Functions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.max_pool2d = nn.MaxPool2d(2)
-        self.down = functools.partial(F.max_pool3d, kernel_size=2)
+        self.down = [F.relu, functools.partial(F.max_pool3d, kernel_size=2)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.max_pool2d(x) + self.inner(x) + helper(x)
@@ -1009,6 +1025,12 @@ class Hiding(nn.Sequential):
 
 
 shared_pools = {"pool": nn.MaxPool2d(2)}
+by_name = {"max": F.max_pool2d, "avg": F.avg_pool2d}
+
+
+class Choosing(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return by_name["max"](super().forward(x), 2)
 
 
 class Sharing(nn.Sequential):
@@ -1043,6 +1065,7 @@ class Default(nn.Sequential):
         (Hiding(nn.MaxPool2d(2)), "hidden of a Hiding (holds pools that are no children"),
         (Sharing(nn.MaxPool2d(2)), "Sharing.forward, shared of a Sharing (holds pools that are no"),
         (Default(nn.MaxPool2d(2)), "leaves avg_pool2d, max_pool2d in the code of Default"),
+        (Choosing(nn.MaxPool2d(2)), "leaves avg_pool2d, max_pool2d in the code of Choosing"),
         (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), ""),
     ],
 )

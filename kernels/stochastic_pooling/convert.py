@@ -60,22 +60,25 @@ def replace_pooling(
         `model`, or its twin if it is a pool itself.
 
     Raises:
+        TypeError: for a model that is no module.
         ValueError: if a type has no twin, a pattern fits no pool, or no pool is chosen.
 
     Warns:
         UserWarning: where an average counts its padding or has its own divisor, which a draw does
-            not; where negative values, which become 0, may reach a twin: each average, unless an
-            `nn.Sequential` shows a ReLU or the like before it, and a max pool if one shows a
-            convolution, norm or activation with a sign before it and no ReLU behind; where pools
-            are left that the arguments do not leave out: subclasses, patched ones, types without a
-            twin, pools that are no children, and functions and types of pools in the code of a
-            forward; where a function (a hook, too) or an attribute holds on to a pool that was
-            replaced. Pools that the arguments leave out are logged at INFO.
+            not; where a pool returns indices, without `sample_in_eval`; where negative values,
+            which become 0, may reach a twin: each average, unless an `nn.Sequential` shows a ReLU
+            or the like before it, and a max pool if one shows a convolution, norm or activation
+            with a sign before it and no ReLU behind; where pools are left that the arguments do not
+            leave out: subclasses, patched ones, types without a twin, pools that are no children,
+            and functions and types of pools in the code of a forward; where a function (a hook,
+            too) or an attribute holds on to a pool that was replaced. Pools that the arguments
+            leave out are logged at INFO.
     """
-    types = (types,) if isinstance(types, type) else tuple(types)
+    modules.check_model(model)
+    types = (types,) if isinstance(types, (type, str)) else tuple(types)
     for pool_type in types:
         if pool_type not in _TWINS:
-            name = getattr(pool_type, "__name__", pool_type)
+            name = getattr(pool_type, "__name__", repr(pool_type))
             raise ValueError(
                 f"types: {name} has no stochastic twin; choose from "
                 + ", ".join(f"nn.{known.__name__}" for known in _TWINS)
@@ -162,6 +165,9 @@ def _twin(name: str, pool: Any, sample_in_eval: bool) -> nn.Module:
     if getattr(pool, "divisor_override", None) is not None:
         message = f"divisor_override={pool.divisor_override} has no twin and is dropped"
         warnings.warn(f"{name}: {message}", stacklevel=3)
+    if getattr(pool, "return_indices", False) and not sample_in_eval:
+        message = "return_indices=True works in training alone, without sample_in_eval=True"
+        warnings.warn(f"{name}: {message}", stacklevel=3)
     # The mode, every kind of hook and what others wrote there. The dicts themselves: handles remove
     # hooks from those.
     vars(twin).update({k: value for k, value in vars(pool).items() if k not in pool.__constants__})
@@ -172,7 +178,7 @@ def _all_pools(model: nn.Module, types: tuple[type[nn.Module], ...]) -> str:
     known, beyond = _survey(model, types)
     return (
         f"Its pools: {'; '.join(known + beyond) or 'none'}. Pooling by F.max_pool2d and the like "
-        "inside a forward cannot be replaced: write StochasticPool2d or stochastic_pool2d there."
+        "inside a forward cannot be replaced: call a StochasticPool2d of the model there."
     )
 
 
@@ -207,7 +213,7 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
             code = getattr(getattr(kind, "forward", None), "__code__", None)
             made = {pool.__name__ for pool in types}.intersection(code.co_names if code else ())
             functions = ", ".join(sorted(made | _pooling_functions(module, adaptive)))
-            line = f"{functions} in the code of {kind.__name__} (write stochastic_pool2d there)"
+            line = f"{functions} in the code of {kind.__name__} (call a StochasticPool2d there)"
             if functions and line not in beyond:
                 beyond.append(line)
             if stray := ", ".join(sorted(holders(module, is_stray))):
@@ -227,6 +233,8 @@ def _pooling_functions(module: nn.Module, adaptive: bool) -> set[str]:
         value = todo.pop()
         value = value.func if isinstance(value, partial) else getattr(value, "__func__", value)
         code = getattr(value, "__code__", value)  # a constant may be the code of a function inside
+        if isinstance(value, (dict, list, tuple)):  # from which a forward chooses
+            todo += filter(callable, gc.get_referents(value))
         if callable(value):  # by the name it was made with, whatever a forward calls it
             names.add(str(getattr(value, "__name__", "")))
         if isinstance(value, FunctionType):  # a decorator's closure holds what it decorates

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from .modules import (
     AdaptiveStochasticPool1d,
@@ -25,6 +26,7 @@ from .modules import (
     StochasticPool1d,
     StochasticPool2d,
     StochasticPool3d,
+    check_model,
 )
 
 _log = logging.getLogger(__name__)
@@ -81,12 +83,14 @@ def fuse(model: nn.Module) -> nn.Module:
         `meta` of its own; the lines are also logged at INFO.
 
     Raises:
+        TypeError: for a model that is no module.
         Exception: whatever `copy.deepcopy` raises, if the model cannot be copied.
 
     Warns:
         UserWarning: if there is nothing to fold; if a function (a hook, too) or an attribute of a
             module holds on to a module of the original, which the copy then calls.
     """
+    check_model(model)
     tensors = [
         value
         for module in model.modules()
@@ -121,8 +125,9 @@ def fuse(model: nn.Module) -> nn.Module:
     if not folded:
         warnings.warn(
             f"fuse: nothing to fold in {type(model).__name__}, because no nn.Sequential runs a "
-            "convolution or a norm, nn.ReLU and a stochastic pool in a row; in a forward of your "
-            "own, leave out the ReLU before the pool",
+            "convolution or a norm (a lazy one is none before its first batch), nn.ReLU and a "
+            "stochastic pool in a row; in a forward of your own, leave out a ReLU that the pool "
+            "alone reads",
             stacklevel=2,
         )
     if not hasattr(fused, "meta"):
@@ -244,7 +249,9 @@ def _delays_bias(source: Any, pool: nn.Module, input: Any) -> bool:
 def _is_plain_tensor(value: object) -> bool:
     """Whether neither its class nor a mode can give torch's functions another meaning."""
     known = type(value) in (torch.Tensor, nn.Parameter)
-    return known and not torch._C._len_torch_function_stack()
+    # `torch.set_default_device` is a mode, too, but one that minds factories alone.
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return known and all(type(mode) is DeviceContext for mode in modes)
 
 
 _OPENED = (dict, list, tuple, set, frozenset, deque, partial, CellType, MethodType)

@@ -35,6 +35,12 @@ class Nothing(tuple[nn.Module, ...]):
 nothing = Nothing()
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError if it is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"argument 'model' must be an nn.Module, not {type(model).__name__}")
+
+
 class StochasticPool(nn.Module):
     """What all pools share. It has no parameters and no state.
 
@@ -46,6 +52,7 @@ class StochasticPool(nn.Module):
     return_indices: bool
     sample_in_eval: bool
     _pool: ClassVar[Callable[..., Pooled]]
+    _shown: ClassVar[tuple[str, ...]]  # of its arguments
 
     def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> Pooled:
         if isinstance(input, fx.Proxy) and getattr(input.tracer, "root", self) is not self:
@@ -59,6 +66,10 @@ class StochasticPool(nn.Module):
 
     def _pooled(self, input: torch.Tensor, **others: Any) -> Pooled:
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        flags = [name for name in ("return_indices", "sample_in_eval") if getattr(self, name)]
+        return ", ".join(f"{name}={getattr(self, name)}" for name in (*self._shown, *flags))
 
     @property
     def draws(self) -> bool:
@@ -74,6 +85,8 @@ class StochasticPool(nn.Module):
 
 class _WindowPool(StochasticPool):
     """A pool with the arguments of `nn.MaxPool2d`."""
+
+    _shown = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
     def __init__(
         self,
@@ -98,13 +111,6 @@ class _WindowPool(StochasticPool):
     def _pooled(self, input: torch.Tensor, **others: Any) -> Pooled:
         window = self.kernel_size, self.stride, self.padding, self.dilation
         return type(self)._pool(input, *window, ceil_mode=self.ceil_mode, **others)
-
-    def extra_repr(self) -> str:
-        text = (
-            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
-            f"dilation={self.dilation}, ceil_mode={self.ceil_mode}"
-        )
-        return text + ", sample_in_eval=True" if self.sample_in_eval else text
 
 
 class StochasticPool1d(_WindowPool):
@@ -138,6 +144,8 @@ class StochasticPool3d(_WindowPool):
 class _AdaptivePool(StochasticPool):
     """A pool with the arguments of `nn.AdaptiveMaxPool2d`."""
 
+    _shown = ("output_size",)
+
     def __init__(
         self,
         output_size: int | Sequence[int | None] | None,
@@ -152,10 +160,6 @@ class _AdaptivePool(StochasticPool):
 
     def _pooled(self, input: torch.Tensor, **others: Any) -> Pooled:
         return type(self)._pool(input, self.output_size, **others)
-
-    def extra_repr(self) -> str:
-        text = f"output_size={self.output_size}"
-        return text + ", sample_in_eval=True" if self.sample_in_eval else text
 
 
 class AdaptiveStochasticPool1d(_AdaptivePool):

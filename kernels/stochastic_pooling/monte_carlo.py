@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from . import ops
-from .modules import StochasticPool, nothing, sampled
+from .modules import StochasticPool, check_model, nothing, sampled
 
 _NO_DRAW = (
     "the model has no stochastic pool that draws here, so every draw would be the same: put some "
-    "in, by hand or with stochastic_pooling.replace_pooling(model); a model that was traced or "
+    "in, by hand (as modules: a function draws by its own argument alone) or with "
+    "stochastic_pooling.replace_pooling(model); a model that was traced or "
     "exported in evaluation holds the expectation for good, so trace it within sampling(model)"
 )
 
@@ -37,8 +38,10 @@ def sampling(model: nn.Module) -> Iterator[nn.Module]:
     it did then.
 
     Raises:
+        TypeError: for a model that is no module.
         ValueError: if it has none.
     """
+    check_model(model)
     pools = _pools(model)
     if not pools:
         raise ValueError(_NO_DRAW)
@@ -88,8 +91,7 @@ def average_draws(
             buffers there (batch norm), or one in which no pool draws.
         TypeError: for a model that is no module, or where there is no floating tensor to average.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"argument 'model' must be an nn.Module, not {type(model).__name__}")
+    check_model(model)
     if operator.index(draws) < 2:
         raise ValueError(f"draws must be at least 2 for a spread, got {draws}")
     for name, module in model.named_modules():
