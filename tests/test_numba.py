@@ -111,6 +111,35 @@ def test_every_window_that_slides(kernel, stride, special, layout):
     assert served > 20
 
 
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_tiles_of_any_size_compile_once(training, layout):
+    """Whole planes, whose sizes are those of texts and sounds, and large tiles."""
+    for size, window in (
+        ((1, 20), Window(1, 20, 1, 20, 0, 0, 1, 1, False)),
+        ((1, 33), Window(1, 33, 1, 33, 0, 0, 1, 1, False)),
+        ((5, 6), Window(5, 6, 5, 6, 0, 0, 1, 1, False)),
+        ((23, 31), Window(9, 12, 9, 12, 4, 6, 1, 1, True)),
+        ((20, 20), Window(2, 127, 2, 127, 0, 60, 1, 1, False)),
+    ):
+        x = torch.randn(2, 35, *size)
+        x[:, :4, :4] = -1
+        x, bias = guarded(x.contiguous(memory_format=layout)), guarded(torch.randn(35))
+        assert cpu._plan(x.shape, x.dtype, layout, window).constants == ()
+        results = []
+        for backend in (cpu, reference):
+            if training:
+                output, code = backend.sample(x, bias, SEED, window)
+                gradients = backend.sample_backward(output.cos(), code, size, window, True)
+                assert same(code, reference.sample(x, bias, SEED, window)[1])
+            else:
+                output = backend.expectation(x, bias, window)
+                gradients = backend.expectation_backward(output.cos(), x, bias, window, True)
+            results.append((output, *gradients))
+        for result, expected in zip(*results, strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+            assert steps(result) == steps(expected)
+
+
 @pytest.mark.slow
 def test_the_largest_window(layout):
     """Its last code is 253; where the stride is even, 254 stands for a cell that it lacks."""
@@ -118,8 +147,6 @@ def test_the_largest_window(layout):
     x = torch.randn(2, 3, 4, 40).contiguous(memory_format=layout)
     assert cpu._plan(x.shape, x.dtype, layout, window) is not None
     assert cpu._plan(x.shape, x.dtype, layout, dataclasses.replace(window, kernel_w=128)) is None
-    tiles = dataclasses.replace(window, stride_h=2, stride_w=127)
-    assert cpu._plan(x.shape, x.dtype, layout, tiles) is None
     results = []
     for backend in (cpu, reference):
         output, code = backend.sample(x, None, SEED, window)

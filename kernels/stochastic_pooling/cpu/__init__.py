@@ -1,9 +1,9 @@
 """Stochastic pooling on the CPU, compiled by numba: the four functions of `reference.py`.
 
-Compiled are windows of up to 254 cells, 64 where the stride is their size, without dilation, in
-fp16, bf16 and fp32: each takes seconds when it is first used. The reference serves the others, fp64
-and volumes, and every call whose weights are too large, or whose sums too small for the
-expectation, for plain fp32.
+Compiled are windows of up to 254 cells without dilation, in fp16, bf16 and fp32: each takes seconds
+when it is first used, large tiles and most whole planes once for all sizes. The reference serves
+the others, fp64 and volumes, and every call whose weights are too large, or whose sums too small
+for the expectation, for plain fp32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
-_MOST_TILED = 64  # cells of tiles: adaptive pools have other ones for each size of image
+_MOST_TILED = 64  # cells of tiles that have passes of their own
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _NOTHING = torch.zeros(0, dtype=torch.float32, device="cpu")  # whatever the default is
 
@@ -42,6 +42,10 @@ class _Plan:
         self.sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
         planar = layout == torch.contiguous_format
         out_height, out_width = window.output_size(height, self.width)
+        # A pass for all sizes, where the next call may have another: a whole text's or sound's.
+        whole = (out_height, out_width) == (1, 1) and height != self.width and window.cells > 9
+        tiles = self.sides[:2] == self.sides[2:] and (whole or window.cells > _MOST_TILED)
+        self.constants = () if tiles else self.sides
         sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
         step, groups = -(-self.planes // sheets), -(-height // ROWS)
         self.partial_size = sheets, groups, step
@@ -49,7 +53,7 @@ class _Plan:
         columns = max(out_width * window.stride_w, self.width + window.padding_w) + window.kernel_w
         phase = (-(-columns // window.stride_w) + 1) * step
         numbers = (planar, self.planes, step, sheets, height, self.width, out_height, out_width)
-        others = (*self.sides[2:], window.padding_h, window.padding_w, phase)
+        others = (*self.sides, window.padding_h, window.padding_w, phase)
         self.numbers = np.array([numbers + others], PLAN)
         self.address = self.numbers.ctypes.data
         large = self.planes * max(height * self.width, out_height * out_width) > _SMALL
@@ -65,7 +69,7 @@ class _Plan:
 
     def run(self, make: Any, training: bool, bias: Any, *tensors: Tensor) -> bool:
         """Run a pass; False if there are numbers that only the reference takes."""
-        body = _compiled(make, tensors[0].dtype, training, *self.sides)
+        body = _compiled(make, tensors[0].dtype, training, *self.constants)
         biases = _NOTHING
         if bias is not None and len(bias) > 0:  # for each lane of a row of each sheet
             sheets, _, step = self.partial_size
@@ -79,9 +83,7 @@ class _Plan:
 @functools.lru_cache(maxsize=256)
 def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
-    tiles = (window.kernel_h, window.kernel_w) == (window.stride_h, window.stride_w)
-    most = _MOST_TILED if tiles else NO_CELL
-    slides = window.cells <= most and window.dilation_h == window.dilation_w == 1
+    slides = window.cells <= NO_CELL and window.dilation_h == window.dilation_w == 1
     served = slides and len(shape) == 4 and 0 not in shape and dtype in NUMBERS
     return _Plan(shape, layout, window) if served else None
 
@@ -89,7 +91,8 @@ def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _P
 @functools.cache
 def _compiled(make: Any, dtype: torch.dtype, training: bool, *sides: int) -> Callable[[Any], None]:
     what = f"{make.__name__} in {'training' if training else 'evaluation'}"
-    what = f"{what}, {sides[0]} x {sides[1]} cells, {str(dtype).removeprefix('torch.')},"
+    cells = f"{sides[0]} x {sides[1]} cells" if sides else "whole planes and large tiles"
+    what = f"{what}, {cells}, {str(dtype).removeprefix('torch.')},"
     return compiling.compiled_for_c(make(NUMBERS[dtype], training, *sides), what)
 
 

@@ -28,8 +28,8 @@ from .compiling import inlined
 from .floats import narrow, widen
 
 # What a pass knows of the tensors and the window; see `_Plan` in __init__.py.
-_PLAN = """planar planes step sheets height width out_height out_width stride_h stride_w padding_h
-padding_w phase"""
+_PLAN = """planar planes step sheets height width out_height out_width kernel_h kernel_w stride_h
+stride_w padding_h padding_w phase"""
 PLAN = np.dtype([(name, np.int64) for name in _PLAN.split()])
 # Its arguments: their address; which of how many parts to do (of 0: the thread's in its team); what
 # it tells, whether only the reference takes the numbers; whether there is a bias; more addresses.
@@ -181,11 +181,11 @@ def _draw(weights, first, grid, threshold):
 
 
 @inlined
-def _gather(numbers, codes, first, grid, i0, j0, training):
+def _gather(numbers, codes, first, grid, taps, i0, j0, training):
     """The sum of the numbers of the windows that drew an input; of all that hold it, if not in
     training. In the last one it is the cell (i0, j0); `first` is the place of the first."""
     (kernel_h, kernel_w, stride_h, stride_w), step, phase = grid
-    taps_h, taps_w, total = -(-kernel_h // stride_h), -(-kernel_w // stride_w), _ZERO
+    (taps_h, taps_w), total = taps, _ZERO
     for t in range(taps_h):
         for u in range(taps_w):
             i, j = i0 + t * stride_h, j0 + u * stride_w
@@ -198,13 +198,16 @@ def _gather(numbers, codes, first, grid, i0, j0, training):
 
 
 def forward(number: Any, training: bool, *sides: int) -> Any:
-    """The pass for a dtype (see floats.py), a mode, and sizes and strides of windows. Tensors: the
-    biases of a row of lanes of each sheet, input, output; in training also code and seed."""
+    """The pass for a dtype (see floats.py), a mode, and sizes and strides of windows, or for tiles,
+    whose sizes the plan knows. Tensors: the biases of a row of lanes of each sheet, input, output;
+    in training also code and seed."""
     # No function may be a constant of a pass, or the cache finds it never again.
-    kernel_h, _, stride_h, stride_w = sides
+    known, sizes = len(sides) > 0, sides or (1, 1, 1, 1)
 
     def forward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
+        sides = sizes if known else (plan.kernel_h, plan.kernel_w, plan.stride_h, plan.stride_w)
+        kernel_h, _, stride_h, stride_w = sides
         outputs = plan.planes * plan.out_height * plan.out_width
         biases = carray(pointers[6], plan.sheets * plan.width * plan.step, np.float32)
         x = carray(pointers[7], plan.planes * plan.height * plan.width, number)
@@ -259,12 +262,14 @@ def forward(number: Any, training: bool, *sides: int) -> Any:
 def backward(number: Any, training: bool, *sides: int) -> Any:
     """Likewise. Tensors: the biases; the gradients of output and input, and that of the bias for
     each group of rows and lane of a column; then code, or input."""
-    kernel_h, kernel_w, stride_h, stride_w = sides
-    taps_h, taps_w = -(-kernel_h // stride_h), -(-kernel_w // stride_w)
-    most = -(-ROWS // stride_h) + taps_h  # rows of windows that hold the rows of a group
+    known, sizes = len(sides) > 0, sides or (1, 1, 1, 1)
+    taps = taps_h, taps_w = -(-sizes[0] // sizes[2]), -(-sizes[1] // sizes[3])
 
     def backward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
+        sides = sizes if known else (plan.kernel_h, plan.kernel_w, plan.stride_h, plan.stride_w)
+        kernel_h, _, stride_h, stride_w = sides
+        most = -(-ROWS // stride_h) + taps_h  # rows of windows that hold the rows of a group
         inputs = plan.planes * plan.height * plan.width
         outputs = plan.planes * plan.out_height * plan.out_width
         biases = carray(pointers[6], plan.sheets * plan.width * plan.step, np.float32)
@@ -323,9 +328,10 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
                     corner = _lanes(upper) * phase + low
                     weight = _lanes((row - above) * stride_w + j0) * phase + low
                     for lane in range(runs * run):
-                        total = _gather(grads, codes, corner + lane, grid, i0, j0, training)
+                        at = corner + lane
+                        total = _gather(grads, codes, at, grid, taps, i0, j0, training)
                         if not training:
-                            off = _gather(offsets, codes, corner + lane, grid, i0, j0, training)
+                            off = _gather(offsets, codes, at, grid, taps, i0, j0, training)
                             w = weights[weight + lane]
                             total = w * (total + total) - off if w != _ZERO else _ZERO
                         gathered[lane] = total
