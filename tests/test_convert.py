@@ -1042,6 +1042,16 @@ class Sharing(nn.Sequential):
         return self.shared(shared_pools["pool"](super().forward(x)))
 
 
+stored_pool = nn.MaxPool2d(2)
+
+
+class Storing(nn.Sequential):
+    """A pool of the module that is a part since `__init__`."""
+
+    def __init__(self) -> None:
+        super().__init__(stored_pool)
+
+
 class Default(nn.Sequential):
     """Pooling functions as defaults, and a method that has the name of a pool elsewhere."""
 
@@ -1064,6 +1074,7 @@ class Default(nn.Sequential):
         (Making(nn.MaxPool2d(2)), "MaxPool2d in the code of Making"),
         (Hiding(nn.MaxPool2d(2)), "hidden of a Hiding (holds pools that are no children"),
         (Sharing(nn.MaxPool2d(2)), "Sharing.forward, shared of a Sharing (holds pools that are no"),
+        (Storing(), ""),
         (Default(nn.MaxPool2d(2)), "leaves avg_pool2d, max_pool2d in the code of Default"),
         (Choosing(nn.MaxPool2d(2)), "leaves avg_pool2d, max_pool2d in the code of Choosing"),
         (nn.Sequential(nn.MaxPool2d(2), StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), ""),

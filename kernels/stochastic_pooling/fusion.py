@@ -264,7 +264,7 @@ def holders(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str,
     kinds = (kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch."))
     todo: list[tuple[str, Any]] = []
     for owner in (module, *kinds):
-        todo += vars(owner).items()
+        todo += (item for item in vars(owner).items() if item[0] != "__init__")  # which is done
     seen = set()
     while todo:
         name, held = todo.pop()
