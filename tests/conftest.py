@@ -18,6 +18,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# A core each: the threads of two processes on two cores wait for one another most of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
 # Without a GPU the Triton kernels run in Triton's interpreter; it must be chosen before the kernels
 # are imported.
 if not torch.cuda.is_available():
@@ -62,10 +66,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, dev
     return request.param
 
 
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """The reference on a CPU, for what does not depend on a backend: numba would compile for each
+    window, dtype and mode. A test that takes `backend`, too, has that."""
+    if device.type == "cpu":
+        monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "torch")
+
+
 # Cases that take seconds, most of which resemble one that is not here: `slow`, for CI alone.
 RESEMBLING = re.compile(
     r"""test_opcheck\[triton
-    | test_special_windows\[numba-torch.(b?float16|float32-1x3)
+    | test_special_windows\[numba-torch.float16
     | test_one_graph_for_every_batch_size\[(1d|3d|adaptive)
     | test_inductor_draws_what_eager_draws\[evaluation
     | test_triton_draws_the_reference_cells\[(?!mixed-contiguous)

@@ -55,7 +55,9 @@ class TwoPools(nn.Module):
 
 
 @pytest.fixture(params=NETWORKS)
-def network_and_shape(request: pytest.FixtureRequest, device) -> tuple[nn.Module, tuple[int, ...]]:
+def network_and_shape(
+    request: pytest.FixtureRequest, plain, device
+) -> tuple[nn.Module, tuple[int, ...]]:
     pool, convolution, shape = NETWORKS[request.param]
     return TwoPools(pool, convolution).to(device), shape
 
@@ -313,6 +315,7 @@ DYNAMIC = {
 }
 
 
+@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("case", DYNAMIC)
 def test_export_for_any_image_size(case, device):
     pool, size, others = DYNAMIC[case]
@@ -334,6 +337,7 @@ def test_export_for_any_image_size(case, device):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plain")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(  # of each kind one: what they reckon is tested above
     "case", ["ceil_mode, last windows dropped", "huge stride", "adaptive", "1d", "adaptive, 3d"]

@@ -39,6 +39,7 @@ from stochastic_pooling import (
 
 from .conftest import generator
 
+pytestmark = pytest.mark.usefixtures("plain")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 MODULES = [
