@@ -112,12 +112,14 @@ def test_every_window_that_slides(kernel, stride, special, layout):
 
 
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_tiles_of_any_size_compile_once(training, layout):
-    """Whole planes, whose sizes are those of texts and sounds, and large tiles."""
+def test_tiles_of_any_size_compile_once(training, layout, monkeypatch):
+    """Whole planes, whose sizes are those of texts and sounds, large tiles, and further sizes."""
+    monkeypatch.setattr(cpu, "_own_passes", {(k, k, k, k) for k in (4, 5, 6, 7)})
     for size, window in (
         ((1, 20), Window(1, 20, 1, 20, 0, 0, 1, 1, False)),
         ((1, 33), Window(1, 33, 1, 33, 0, 0, 1, 1, False)),
         ((5, 6), Window(5, 6, 5, 6, 0, 0, 1, 1, False)),
+        ((19, 24), Window(4, 5, 4, 5, 2, 1, 1, 1, False)),
         ((23, 31), Window(9, 12, 9, 12, 4, 6, 1, 1, True)),
         ((20, 20), Window(2, 127, 2, 127, 0, 60, 1, 1, False)),
     ):
@@ -138,6 +140,15 @@ def test_tiles_of_any_size_compile_once(training, layout):
         for result, expected in zip(*results, strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
             assert steps(result) == steps(expected)
+
+
+def test_the_first_sizes_of_tiles_have_passes_of_their_own(monkeypatch):
+    monkeypatch.setattr(cpu, "_own_passes", set())
+    window = {k: Window(k, k, k, k, 0, 0, 1, 1, False) for k in range(3, 10)}
+    plan = {k: cpu._Plan((1, 1, 40, 40), LAYOUTS[0], window[k]) for k in window}
+    assert [k for k in plan if plan[k].constants] == [3, 4, 5, 6, 7]
+    again = cpu._Plan((2, 1, 50, 40), LAYOUTS[0], window[5])
+    assert again.constants == (5, 5, 5, 5)
 
 
 @pytest.mark.slow

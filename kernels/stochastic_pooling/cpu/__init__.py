@@ -1,9 +1,9 @@
 """Stochastic pooling on the CPU, compiled by numba: the four functions of `reference.py`.
 
 Compiled are windows of up to 254 cells without dilation, in fp16, bf16 and fp32: each takes seconds
-when it is first used, large tiles and most whole planes once for all sizes. The reference serves
-the others, fp64 and volumes, and every call whose weights are too large, or whose sums too small
-for the expectation, for plain fp32.
+when it is first used, large tiles, most whole planes and many sizes of tiles once for all. The
+reference serves the others, fp64 and volumes, and every call whose weights are too large, or whose
+sums too small for the expectation, for plain fp32.
 """
 
 from __future__ import annotations
@@ -28,9 +28,22 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
-_MOST_TILED = 64  # cells of tiles that have passes of their own
+_MOST_TILED, _MOST_TILES = 64, 4  # cells and sizes of tiles that have passes of their own
+_own_passes: set[tuple[int, ...]] = set()
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _NOTHING = torch.zeros(0, dtype=torch.float32, device="cpu")  # whatever the default is
+
+
+def _constants(sides: tuple[int, ...], whole: bool) -> tuple[int, ...]:
+    """What a pass is compiled for: the sizes and strides of its window; or nothing, and it reads
+    them when it runs, where the next call may have others: tiles that are large, a `whole` text or
+    sound, or an adaptive pool's, which has many sizes."""
+    cells = sides[0] * sides[1]
+    if sides[:2] != sides[2:] or cells <= 9:
+        return sides
+    if cells <= _MOST_TILED and not whole and len(_own_passes) < _MOST_TILES:
+        _own_passes.add(sides)
+    return sides if sides in _own_passes and not whole else ()
 
 
 class _Plan:
@@ -39,13 +52,11 @@ class _Plan:
     def __init__(self, shape: tuple[int, ...], layout: torch.memory_format, window: Window) -> None:
         self.batch, channels, height, self.width = shape
         self.layout, self.planes = layout, self.batch * channels
-        self.sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
+        sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
         planar = layout == torch.contiguous_format
         out_height, out_width = window.output_size(height, self.width)
-        # A pass for all sizes, where the next call may have another: a whole text's or sound's.
-        whole = (out_height, out_width) == (1, 1) and height != self.width and window.cells > 9
-        tiles = self.sides[:2] == self.sides[2:] and (whole or window.cells > _MOST_TILED)
-        self.constants = () if tiles else self.sides
+        whole = (out_height, out_width) == (1, 1) and height != self.width
+        self.constants = _constants(sides, whole)
         sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
         step, groups = -(-self.planes // sheets), -(-height // ROWS)
         self.partial_size = sheets, groups, step
@@ -53,7 +64,7 @@ class _Plan:
         columns = max(out_width * window.stride_w, self.width + window.padding_w) + window.kernel_w
         phase = (-(-columns // window.stride_w) + 1) * step
         numbers = (planar, self.planes, step, sheets, height, self.width, out_height, out_width)
-        others = (*self.sides, window.padding_h, window.padding_w, phase)
+        others = (*sides, window.padding_h, window.padding_w, phase)
         self.numbers = np.array([numbers + others], PLAN)
         self.address = self.numbers.ctypes.data
         large = self.planes * max(height * self.width, out_height * out_width) > _SMALL
@@ -91,7 +102,7 @@ def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _P
 @functools.cache
 def _compiled(make: Any, dtype: torch.dtype, training: bool, *sides: int) -> Callable[[Any], None]:
     what = f"{make.__name__} in {'training' if training else 'evaluation'}"
-    cells = f"{sides[0]} x {sides[1]} cells" if sides else "whole planes and large tiles"
+    cells = f"{sides[0]} x {sides[1]} cells" if sides else "tiles of any size"
     what = f"{what}, {cells}, {str(dtype).removeprefix('torch.')},"
     return compiling.compiled_for_c(make(NUMBERS[dtype], training, *sides), what)
 
