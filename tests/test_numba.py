@@ -122,6 +122,7 @@ def test_tiles_of_any_size_compile_once(training, layout, monkeypatch):
         ((19, 24), Window(4, 5, 4, 5, 2, 1, 1, 1, False)),
         ((23, 31), Window(9, 12, 9, 12, 4, 6, 1, 1, True)),
         ((20, 20), Window(2, 127, 2, 127, 0, 60, 1, 1, False)),
+        ((19, 23), Window(19, 23, 19, 23, 0, 0, 1, 1, False)),  # codes of two bytes
     ):
         x = torch.randn(2, 35, *size)
         x[:, :4, :4] = -1
@@ -149,6 +150,15 @@ def test_the_first_sizes_of_tiles_have_passes_of_their_own(monkeypatch):
     assert [k for k in plan if plan[k].constants] == [3, 4, 5, 6, 7]
     again = cpu._Plan((2, 1, 50, 40), LAYOUTS[0], window[5])
     assert again.constants == (5, 5, 5, 5)
+    assert (
+        cpu._plan(
+            (1, 1, 1, 32768),
+            torch.float32,
+            LAYOUTS[0],
+            Window(1, 32768, 1, 32768, 0, 0, 1, 1, False),
+        )
+        is None
+    )
 
 
 @pytest.mark.slow

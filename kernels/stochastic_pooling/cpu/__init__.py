@@ -1,9 +1,9 @@
 """Stochastic pooling on the CPU, compiled by numba: the four functions of `reference.py`.
 
-Compiled are windows of up to 254 cells without dilation, in fp16, bf16 and fp32: each takes seconds
-when it is first used, large tiles, most whole planes and many sizes of tiles once for all. The
-reference serves the others, fp64 and volumes, and every call whose weights are too large, or whose
-sums too small for the expectation, for plain fp32.
+Compiled are windows of up to 254 cells, and up to 32,767 where the stride is their size, without
+dilation, in fp16, bf16 and fp32: each takes seconds when it is first used, large tiles, most whole
+planes and many sizes of tiles once for all. The reference serves the others, fp64 and volumes, and
+every call whose weights are too large, or whose sums too small for the expectation, for plain fp32.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
+_CODES = {torch.uint8: np.uint8, torch.int16: np.int16}
 _MOST_TILED, _MOST_TILES = 64, 4  # cells and sizes of tiles that have passes of their own
 _own_passes: set[tuple[int, ...]] = set()
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
@@ -56,7 +57,7 @@ class _Plan:
         planar = layout == torch.contiguous_format
         out_height, out_width = window.output_size(height, self.width)
         whole = (out_height, out_width) == (1, 1) and height != self.width
-        self.constants = _constants(sides, whole)
+        self.constants, self.cell = _constants(sides, whole), window.code_dtype
         sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
         step, groups = -(-self.planes // sheets), -(-height // ROWS)
         self.partial_size = sheets, groups, step
@@ -80,7 +81,13 @@ class _Plan:
 
     def run(self, make: Any, training: bool, bias: Any, *tensors: Tensor) -> bool:
         """Run a pass; False if there are numbers that only the reference takes."""
-        body = _compiled(make, tensors[0].dtype, training, *self.constants)
+        body = _compiled(
+            make,
+            tensors[0].dtype,
+            self.cell if training else torch.uint8,
+            training,
+            *self.constants,
+        )
         biases = _NOTHING
         if bias is not None and len(bias) > 0:  # for each lane of a row of each sheet
             sheets, _, step = self.partial_size
@@ -94,23 +101,27 @@ class _Plan:
 @functools.lru_cache(maxsize=256)
 def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
-    slides = window.cells <= NO_CELL and window.dilation_h == window.dilation_w == 1
-    served = slides and len(shape) == 4 and 0 not in shape and dtype in NUMBERS
+    tiles = (window.kernel_h, window.kernel_w) == (window.stride_h, window.stride_w)
+    few = window.cells <= NO_CELL or (tiles and window.code_dtype in _CODES)
+    served = few and window.dilation_h == window.dilation_w == 1 and len(shape) == 4
+    served = served and 0 not in shape and dtype in NUMBERS
     return _Plan(shape, layout, window) if served else None
 
 
 @functools.cache
-def _compiled(make: Any, dtype: torch.dtype, training: bool, *sides: int) -> Callable[[Any], None]:
+def _compiled(
+    make: Any, dtype: torch.dtype, cell: torch.dtype, training: bool, *sides: int
+) -> Callable[[Any], None]:
     what = f"{make.__name__} in {'training' if training else 'evaluation'}"
     cells = f"{sides[0]} x {sides[1]} cells" if sides else "tiles of any size"
     what = f"{what}, {cells}, {str(dtype).removeprefix('torch.')},"
-    return compiling.compiled_for_c(make(NUMBERS[dtype], training, *sides), what)
+    return compiling.compiled_for_c(make(NUMBERS[dtype], _CODES[cell], training, *sides), what)
 
 
 def sample(input: Tensor, bias: Tensor | None, seed: Tensor, window: Window) -> reference.Tensors:
     plan = _plan(input.shape, input.dtype, memory_format(input), window)
     if plan is not None:
-        output, code = (plan.output(dtype=dtype) for dtype in (input.dtype, torch.uint8))
+        output, code = (plan.output(dtype=dtype) for dtype in (input.dtype, plan.cell))
         if plan.run(forward, True, bias, plan.dense(input), output, code, seed):
             return output, code
     return reference.sample(input, bias, seed, window)

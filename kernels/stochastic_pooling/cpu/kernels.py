@@ -39,7 +39,7 @@ GROUP, PAIR, ROWS = 4, 2, 8
 # The bits of weights whose sums may overflow, and of inverses that may overflow soon. Bits of
 # numbers that are not negative are in the order of the numbers, those of NaN beyond.
 TOO_LARGE = int(np.float32(2.0**120).view(np.uint32))
-DEAD, NO_CELL = 255, 254  # the code of a dead window, and of a cell that no window has
+DEAD, NO_CELL = -1, 254  # the code of a dead window, and of a cell that no window has
 FETCH, STORE, PLACE = range(3)
 
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
@@ -192,15 +192,15 @@ def _gather(numbers, codes, first, grid, taps, i0, j0, training):
             window = first + _lanes(taps_h - 1 - t) * phase + _lanes(taps_w - 1 - u) * step
             number, held = numbers[window], (i < kernel_h) & (j < kernel_w)
             if training:
-                held = codes[window] == np.uint8(i * kernel_w + j if held else NO_CELL)
+                held = codes[window] == codes.dtype.type(i * kernel_w + j if held else NO_CELL)
             total += number if held else _ZERO
     return total
 
 
-def forward(number: Any, training: bool, *sides: int) -> Any:
-    """The pass for a dtype (see floats.py), a mode, and sizes and strides of windows, or for tiles,
-    whose sizes the plan knows. Tensors: the biases of a row of lanes of each sheet, input, output;
-    in training also code and seed."""
+def forward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
+    """The pass for dtypes of numbers (see floats.py) and codes, a mode, and sizes and strides of
+    windows, or for tiles, whose sizes the plan knows. Tensors: the biases of a row of lanes of each
+    sheet, input, output; in training also code and seed."""
     # No function may be a constant of a pass, or the cache finds it never again.
     known, sizes = len(sides) > 0, sides or (1, 1, 1, 1)
 
@@ -211,13 +211,13 @@ def forward(number: Any, training: bool, *sides: int) -> Any:
         outputs = plan.planes * plan.out_height * plan.out_width
         biases = carray(pointers[6], plan.sheets * plan.width * plan.step, np.float32)
         x = carray(pointers[7], plan.planes * plan.height * plan.width, number)
-        output, code = carray(pointers[8], outputs, number), carray(pointers[9], outputs, np.uint8)
+        output, code = carray(pointers[8], outputs, number), carray(pointers[9], outputs, cell)
         size, out_lanes = (plan.out_height, plan.out_width), plan.out_width * plan.step
         line, grid = stride_w * plan.phase, (sides, _lanes(plan.step), _lanes(plan.phase))
         rows = (min(GROUP, plan.out_height) - 1) * stride_h + kernel_h
         weights = np.zeros(rows * line, np.float32)
         fetched = np.empty(plan.width * plan.step, number)
-        staged, staged_code = np.empty(out_lanes, number), np.empty(out_lanes, np.uint8)
+        staged, staged_code = np.empty(out_lanes, number), np.empty(out_lanes, cell)
         calls = (plan.out_width + PAIR - 1) // PAIR * plan.step
         pairs, lanes = np.empty(calls, np.uint32), np.empty(calls, np.uint32)
         for k in range(calls):
@@ -245,7 +245,7 @@ def forward(number: Any, training: bool, *sides: int) -> Any:
                         threshold = np.float32(halves[half + lane]) * np.float32(2.0**-16) * total
                         value, drawn = _draw(weights, corner + lane, grid, threshold)
                         drawn = np.float32(DEAD) if total <= threshold else drawn
-                        codes[to + lane] = np.uint8(np.int32(drawn))
+                        codes[to + lane] = cell(np.int32(drawn))
                     else:
                         bits = np.float32(inverse).view(np.uint32)
                         most = bits if bits > most else most
@@ -259,7 +259,7 @@ def forward(number: Any, training: bool, *sides: int) -> Any:
     return forward
 
 
-def backward(number: Any, training: bool, *sides: int) -> Any:
+def backward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
     """Likewise. Tensors: the biases; the gradients of output and input, and that of the bias for
     each group of rows and lane of a column; then code, or input."""
     known, sizes = len(sides) > 0, sides or (1, 1, 1, 1)
@@ -276,16 +276,16 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
         grad, grad_input = carray(pointers[7], outputs, number), carray(pointers[8], inputs, number)
         groups = (plan.height + ROWS - 1) // ROWS
         grad_bias = carray(pointers[9], plan.sheets * groups * plan.step, np.float32)
-        code, x = carray(pointers[10], outputs, np.uint8), carray(pointers[10], inputs, number)
+        code, x = carray(pointers[10], outputs, cell), carray(pointers[10], inputs, number)
         size, out_size = (plan.height, plan.width), (plan.out_height, plan.out_width)
         step, phase = _lanes(plan.step), _lanes(plan.phase)
         grid, out_lanes = (sides, step, phase), _lanes(plan.out_width) * step
         fetched = np.empty(max(plan.width, plan.out_width) * plan.step, number)
-        fetched_code = np.empty(fetched.size, np.uint8)
+        fetched_code = np.empty(fetched.size, cell)
         staged = np.empty(plan.width * plan.step, number)
         gathered, totals = np.empty(plan.phase, np.float32), np.zeros(plan.phase, np.float32)
         # Windows outside the plane drew nothing, and pass on nothing.
-        codes = np.full(most * plan.phase, DEAD, np.uint8)
+        codes = np.full(most * plan.phase, cell(np.int32(DEAD)), cell)
         grads, offsets = np.zeros(codes.size, np.float32), np.zeros(codes.size, np.float32)
         rows = (most - 1) * stride_h + max(kernel_h, stride_h)  # between windows, too
         weights = np.zeros((1 - training) * rows * stride_w * plan.phase, np.float32)
@@ -303,7 +303,11 @@ def backward(number: Any, training: bool, *sides: int) -> Any:
                 to = _lanes(oh - out_top) * phase + _lanes(taps_w - 1) * step
                 if not 0 <= oh < plan.out_height:
                     for k in range(out_lanes):
-                        codes[to + k], grads[to + k], offsets[to + k] = DEAD, _ZERO, _ZERO
+                        codes[to + k], grads[to + k], offsets[to + k] = (
+                            cell(np.int32(DEAD)),
+                            _ZERO,
+                            _ZERO,
+                        )
                     continue
                 numbers, first = _row(FETCH, fetched, grad, sheet, oh, out_size, plan)
                 if training:
