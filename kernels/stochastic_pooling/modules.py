@@ -52,7 +52,7 @@ class StochasticPool(nn.Module):
     return_indices: bool
     sample_in_eval: bool
     _pool: ClassVar[Callable[..., Pooled]]
-    _shown: ClassVar[tuple[str, ...]]  # of its arguments
+    _shown: ClassVar[tuple[str, ...]] = ()  # of its arguments, in its repr
 
     def forward(self, input: torch.Tensor, bias: torch.Tensor | None = None) -> Pooled:
         if isinstance(input, fx.Proxy) and getattr(input.tracer, "root", self) is not self:
@@ -68,8 +68,9 @@ class StochasticPool(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        flags = [name for name in ("return_indices", "sample_in_eval") if getattr(self, name)]
-        return ", ".join(f"{name}={getattr(self, name)}" for name in (*self._shown, *flags))
+        flags = ("return_indices", "sample_in_eval")
+        shown = (*self._shown, *(name for name in flags if getattr(self, name, False)))
+        return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
 
     @property
     def draws(self) -> bool:

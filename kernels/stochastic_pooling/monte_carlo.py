@@ -16,8 +16,8 @@ from .modules import StochasticPool, check_model, nothing, sampled
 _NO_DRAW = (
     "the model has no stochastic pool that draws here, so every draw would be the same: put some "
     "in, by hand (as modules: a function draws by its own argument alone) or with "
-    "stochastic_pooling.replace_pooling(model); a model that was traced or "
-    "exported in evaluation holds the expectation for good, so trace it within sampling(model)"
+    "stochastic_pooling.replace_pooling(model); a model that was traced or exported in evaluation "
+    "holds the expectation for good, so trace it within sampling(model)"
 )
 
 

@@ -81,13 +81,8 @@ class _Plan:
 
     def run(self, make: Any, training: bool, bias: Any, *tensors: Tensor) -> bool:
         """Run a pass; False if there are numbers that only the reference takes."""
-        body = _compiled(
-            make,
-            tensors[0].dtype,
-            self.cell if training else torch.uint8,
-            training,
-            *self.constants,
-        )
+        cell = self.cell if training else torch.uint8  # evaluation has no codes
+        body = _compiled(make, tensors[0].dtype, cell, training, *self.constants)
         biases = _NOTHING
         if bias is not None and len(bias) > 0:  # for each lane of a row of each sheet
             sheets, _, step = self.partial_size

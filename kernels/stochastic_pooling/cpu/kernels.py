@@ -285,7 +285,8 @@ def backward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
         staged = np.empty(plan.width * plan.step, number)
         gathered, totals = np.empty(plan.phase, np.float32), np.zeros(plan.phase, np.float32)
         # Windows outside the plane drew nothing, and pass on nothing.
-        codes = np.full(most * plan.phase, cell(np.int32(DEAD)), cell)
+        dead = cell(np.int32(DEAD))
+        codes = np.full(most * plan.phase, dead, cell)
         grads, offsets = np.zeros(codes.size, np.float32), np.zeros(codes.size, np.float32)
         rows = (most - 1) * stride_h + max(kernel_h, stride_h)  # between windows, too
         weights = np.zeros((1 - training) * rows * stride_w * plan.phase, np.float32)
@@ -303,11 +304,7 @@ def backward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
                 to = _lanes(oh - out_top) * phase + _lanes(taps_w - 1) * step
                 if not 0 <= oh < plan.out_height:
                     for k in range(out_lanes):
-                        codes[to + k], grads[to + k], offsets[to + k] = (
-                            cell(np.int32(DEAD)),
-                            _ZERO,
-                            _ZERO,
-                        )
+                        codes[to + k], grads[to + k], offsets[to + k] = dead, _ZERO, _ZERO
                     continue
                 numbers, first = _row(FETCH, fetched, grad, sheet, oh, out_size, plan)
                 if training:
