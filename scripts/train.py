@@ -105,7 +105,6 @@ def parse(
     data_dir = given.data_dir or ("datasets" if Path("datasets").is_dir() else SYNTHETIC)
     parser = make_parser()
     chosen = defaults(data_dir, given.recipe, given.pool, resumed or {})
-    chosen.pop("amp_dtype", None)  # another machine may have another one
     parser.set_defaults(
         named_by=given.resume if resumed and given.data_dir is None else None,
         **{"data_dir": data_dir, **chosen},

@@ -46,12 +46,10 @@ def choose_amp_dtype(
     """
     if amp is False:
         return None
-    if name is not None:
-        return name
-    if before is None and amp is None:
-        return None
-    if before is not None and (before != "float16" or device.type != "cpu"):
-        return before
+    if before == "float16" and device.type == "cpu":
+        amp, before = True, None
+    if name or before or not amp:
+        return name or before
     if device.type == "cpu" and not has_bfloat16_instructions():
         print(
             "--amp: this CPU has no bf16 instructions, so training stays in fp32, which is faster "

@@ -166,7 +166,8 @@ def defaults(
         resumed: the options of the checkpoint that the run goes on from, or none.
     """
     if resumed:
-        return {name: value for name, value in resumed.items() if name != "max_steps"}
+        others = ("max_steps", "amp_dtype")  # of one run; of the device, see choose_amp_dtype
+        return {name: value for name, value in resumed.items() if name not in others}
     if recipe is None:
         return dict(SHORT_RECIPE) if data_dir == SYNTHETIC else {}
     return RECIPES[recipe] | POOL_RECIPES.get((recipe, pool or TrainOptions.pool), {})
