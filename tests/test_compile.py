@@ -135,11 +135,20 @@ needs_inductor = pytest.mark.skipif(
 
 @needs_inductor
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_inductor_draws_what_eager_draws(training, device):
-    network = TwoPools(StochasticPool2d(3, 1, 1), nn.Conv2d).to(device).train(training)
+@pytest.mark.parametrize(
+    ("pool", "layout"),
+    [
+        (StochasticPool2d(3, 1, 1), torch.contiguous_format),
+        # Whose outputs are of either format, and the gradient of one.
+        (AdaptiveStochasticPool2d(1), torch.channels_last),
+    ],
+    ids=["sliding", "global"],
+)
+def test_inductor_draws_what_eager_draws(training, pool, layout, device):
+    network = TwoPools(pool, nn.Conv2d).to(device, memory_format=layout).train(training)
     parameters = list(network.parameters())
     compiled = torch.compile(network, fullgraph=True)
-    x = torch.randn(2, 3, 12, 14, device=device)
+    x = torch.randn(2, 3, 12, 14, device=device).contiguous(memory_format=layout)
     for result, expected in zip(
         run(compiled, parameters, x), run(network, parameters, x), strict=True
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from stochastic_pooling import (
     StochasticPool1d,
@@ -467,3 +469,26 @@ def test_opcheck(layout, backend, device):
         (ops.expectation_backward, (output, x, bias, *window, True)),
     ):
         torch.library.opcheck(op, arguments)
+
+
+def test_fakes_lie_as_results_do(plain, device):
+    """Whole planes, too, whose outputs are of every format: by their strides the gradient knows."""
+    seed = torch.tensor(7, device=device)
+    for layout, size in (
+        (torch.contiguous_format, (5, 6)),
+        (torch.channels_last, (5, 6)),
+        (torch.channels_last_3d, (2, 3, 4)),
+    ):
+        x = torch.randn(2, 4, *size, device=device).contiguous(memory_format=layout)
+        for kernel in (size, [2] * len(size)):
+            window = kernel, kernel, [0] * len(size), [1] * len(size), False
+            results = []
+            for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+                with mode:
+                    y = x.clone()
+                    output, code = ops.sample(y, None, seed, *window)
+                    grad, _ = ops.sample_backward(output, code, size, *window, False)
+                    others = ops.expectation(y, None, *window), grad
+                    results.append([t.stride() for t in (output, code, *others)])
+            assert results[0] == results[1]
+            assert grad.stride() == x.stride()

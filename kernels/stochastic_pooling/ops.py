@@ -141,8 +141,7 @@ def sample(
 @sample.register_fake
 def _(input, bias, seed, *arguments):
     window = Window.of(*arguments)
-    output = _empty_output(input, window)
-    return output, torch.empty_like(output, dtype=window.code_dtype)
+    return tuple(_empty_output(input, window, dtype) for dtype in (input.dtype, window.code_dtype))
 
 
 @_op("stochastic_pooling::sample_backward")
@@ -185,7 +184,7 @@ def expectation(
 
 @expectation.register_fake
 def _(input, bias, *arguments):
-    return _empty_output(input, Window.of(*arguments))
+    return _empty_output(input, Window.of(*arguments), input.dtype)
 
 
 @_op("stochastic_pooling::expectation_backward")
@@ -281,9 +280,9 @@ def _shape(tensor: torch.Tensor, dim: int | None, size: int) -> tuple[int, int]:
     return size, tensor.shape[1] if dim is None else tensor.movedim(dim, 0).shape[2]
 
 
-def _empty_output(input: torch.Tensor, window: Window) -> torch.Tensor:
-    output = input.new_empty(*input.shape[:2], *window.output_size(*input.shape[2:]))
-    return output.contiguous(memory_format=memory_format(input))
+def _empty_output(input: torch.Tensor, window: Window, dtype: torch.dtype) -> torch.Tensor:
+    size = (*input.shape[:2], *window.output_size(*input.shape[2:]))
+    return input.new_empty(size, dtype=dtype).clone(memory_format=memory_format(input))
 
 
 def _empty_gradients(
@@ -292,4 +291,4 @@ def _empty_gradients(
     grad_input = grad_output.new_empty(*grad_output.shape[:2], *size)
     dtype = reference.accumulation_dtype(grad_output.dtype)
     grad_bias = grad_output.new_empty(grad_output.shape[1] if with_bias else 0, dtype=dtype)
-    return grad_input.contiguous(memory_format=memory_format(like)), grad_bias
+    return grad_input.clone(memory_format=memory_format(like)), grad_bias

@@ -306,9 +306,9 @@ def _windows(padded: Tensor, window: Window) -> Tensor:
 def _laid_out(result: Tensor, like: Tensor) -> Tensor:
     """`result` with the number of dimensions and in the memory format of `like`."""
     result = result if like.dim() == result.dim() else result.squeeze(2)
-    # `data` is no view of what it was made from: what a Function returns could not be changed in
-    # place if it were one.
-    return result.contiguous(memory_format=memory_format(like)).data
+    # Not `contiguous`, which leaves the strides of 1 x 1 planes; nor a view of what it was made
+    # from: what a Function returns could not be changed in place if it were one.
+    return result.clone(memory_format=memory_format(like))
 
 
 def _padded_size(size: Sequence[int], window: Window) -> tuple[int, ...]:

@@ -143,8 +143,13 @@ class Window:
 
 
 def memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    """The format that a result of `tensor`'s shape and layout should have, dense or not."""
-    if tensor.is_contiguous() or tensor.stride(1) != 1 or tensor.stride(-1) < tensor.size(1):
+    """The format that a result of `tensor`'s shape and layout should have, dense or not.
+
+    By the strides alone, for planes of 1 x 1 are dense in both: codes of theirs tell the gradient
+    how the input lay.
+    """
+    channels = tensor.size(1)
+    if channels == 1 or tensor.stride(1) != 1 or tensor.stride(-1) < channels:
         return torch.contiguous_format
     return torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
 
