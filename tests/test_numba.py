@@ -112,9 +112,8 @@ def test_every_window_that_slides(kernel, stride, special, layout):
 
 
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_tiles_of_any_size_compile_once(training, layout, monkeypatch):
-    """Whole planes, whose sizes are those of texts and sounds, large tiles, and further sizes."""
-    monkeypatch.setattr(cpu, "_own_passes", {(k, k, k, k) for k in (4, 5, 6, 7)})
+def test_tiles_of_any_size_compile_once(training, layout):
+    """Their sizes may be those of texts, sounds and images."""
     for size, window in (
         ((1, 20), Window(1, 20, 1, 20, 0, 0, 1, 1, False)),
         ((1, 33), Window(1, 33, 1, 33, 0, 0, 1, 1, False)),
@@ -143,13 +142,15 @@ def test_tiles_of_any_size_compile_once(training, layout, monkeypatch):
             assert steps(result) == steps(expected)
 
 
-def test_the_first_sizes_of_tiles_have_passes_of_their_own(monkeypatch):
-    monkeypatch.setattr(cpu, "_own_passes", set())
-    window = {k: Window(k, k, k, k, 0, 0, 1, 1, False) for k in range(3, 10)}
-    plan = {k: cpu._Plan((1, 1, 40, 40), LAYOUTS[0], window[k]) for k in window}
-    assert [k for k in plan if plan[k].constants] == [3, 4, 5, 6, 7]
-    again = cpu._Plan((2, 1, 50, 40), LAYOUTS[0], window[5])
-    assert again.constants == (5, 5, 5, 5)
+def test_sums_of_large_tiles_that_overflow(layout):
+    window = Window(1, 1000, 1, 1000, 0, 0, 1, 1, False)
+    x = torch.full((2, 33, 1, 1000), 2.0**119).contiguous(memory_format=layout)
+    for result, expected in zip(
+        (*cpu.sample(x, None, SEED, window), cpu.expectation(x, None, window)),
+        (*reference.sample(x, None, SEED, window), x[..., :1]),
+        strict=True,
+    ):
+        torch.testing.assert_close(result, expected)
     large = Window(1, 2**15, 1, 2**15, 0, 0, 1, 1, False)
     assert cpu._plan((1, 1, 1, 2**15), torch.float32, LAYOUTS[0], large) is None
 

@@ -1,9 +1,9 @@
 """Stochastic pooling on the CPU, compiled by numba: the four functions of `reference.py`.
 
 Compiled are windows of up to 254 cells, and up to 32,767 where the stride is their size, without
-dilation, in fp16, bf16 and fp32: each takes seconds when it is first used, large tiles, most whole
-planes and many sizes of tiles once for all. The reference serves the others, fp64 and volumes, and
-every call whose weights are too large, or whose sums too small for the expectation, for plain fp32.
+dilation, in fp16, bf16 and fp32: each takes seconds when it is first used, tiles of more than 9
+cells once for all. The reference serves the others, fp64 and volumes, and every call whose weights
+are too large, or whose sums too small for the expectation, for plain fp32.
 """
 
 from __future__ import annotations
@@ -29,22 +29,9 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
 _CODES = {torch.uint8: np.uint8, torch.int16: np.int16}
-_MOST_TILED, _MOST_TILES = 64, 4  # cells and sizes of tiles that have passes of their own
-_own_passes: set[tuple[int, ...]] = set()
+_SMALL_TILE = 9  # cells
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _NOTHING = torch.zeros(0, dtype=torch.float32, device="cpu")  # whatever the default is
-
-
-def _constants(sides: tuple[int, ...], whole: bool) -> tuple[int, ...]:
-    """What a pass is compiled for: the sizes and strides of its window; or nothing, and it reads
-    them when it runs, where the next call may have others: tiles that are large, a `whole` text or
-    sound, or an adaptive pool's, which has many sizes."""
-    cells = sides[0] * sides[1]
-    if sides[:2] != sides[2:] or cells <= 9:
-        return sides
-    if cells <= _MOST_TILED and not whole and len(_own_passes) < _MOST_TILES:
-        _own_passes.add(sides)
-    return sides if sides in _own_passes and not whole else ()
 
 
 class _Plan:
@@ -56,8 +43,9 @@ class _Plan:
         sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
         planar = layout == torch.contiguous_format
         out_height, out_width = window.output_size(height, self.width)
-        whole = (out_height, out_width) == (1, 1) and height != self.width
-        self.constants, self.cell = _constants(sides, whole), window.code_dtype
+        # What a pass is compiled for; not the sizes of large tiles, which may be those of the data.
+        self.constants = () if _is_tiled(window) and window.cells > _SMALL_TILE else sides
+        self.cell = window.code_dtype
         sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
         step, groups = -(-self.planes // sheets), -(-height // ROWS)
         self.partial_size = sheets, groups, step
@@ -93,11 +81,14 @@ class _Plan:
         return compiling.run(body, parts, bias is not None, self.address, *addresses)
 
 
+def _is_tiled(window: Window) -> bool:
+    return (window.kernel_h, window.kernel_w) == (window.stride_h, window.stride_w)
+
+
 @functools.lru_cache(maxsize=256)
 def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
-    tiles = (window.kernel_h, window.kernel_w) == (window.stride_h, window.stride_w)
-    few = window.cells <= NO_CELL or (tiles and window.code_dtype in _CODES)
+    few = window.cells <= NO_CELL or (_is_tiled(window) and window.code_dtype in _CODES)
     served = few and window.dilation_h == window.dilation_w == 1 and len(shape) == 4
     served = served and 0 not in shape and dtype in NUMBERS
     return _Plan(shape, layout, window) if served else None

@@ -36,11 +36,13 @@ PLAN = np.dtype([(name, np.int64) for name in _PLAN.split()])
 _, PART, PARTS, UNUSUAL, WITH_BIAS = range(5)
 # Rows and columns of outputs that share a call of Philox; rows that backward does at a time.
 GROUP, PAIR, ROWS = 4, 2, 8
-# The bits of weights whose sums may overflow, and of inverses that may overflow soon. Bits of
-# numbers that are not negative are in the order of the numbers, those of NaN beyond.
-TOO_LARGE = int(np.float32(2.0**120).view(np.uint32))
+# The bits of weights of which 2**15, a window's cells, may overflow, and of inverses that soon may.
+# Bits of numbers that are not negative are in the order of the numbers, those of NaN beyond.
+TOO_LARGE = int(np.float32(2.0**112).view(np.uint32))
 DEAD, NO_CELL = -1, 254  # the code of a dead window, and of a cell that no window has
 FETCH, STORE, PLACE = range(3)
+SUM, DRAW, MEAN = range(3)
+TOTAL, BEFORE, SCALE, VALUE, DRAWN = range(5)
 
 _thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
 _num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
@@ -147,37 +149,77 @@ def _cell(i, j, grid):
 
 
 @inlined
-def _window(weights, first, grid, lost):
-    """Of the window whose first cell is a lane the sum, its inverse or 0, and the expectation."""
-    (kernel_h, kernel_w, _, _), total, mean = grid[0], _NOTHING, _ZERO
+def _scale(training, half, total, lost):
+    """The threshold of a draw, or the inverse of the sum, or 0."""
+    if training:
+        return np.float32(half) * np.float32(2.0**-16) * total
+    return np.float32(1) / total if total > lost else _ZERO
+
+
+@inlined
+def _window(training, half, weights, first, grid, lost):
+    """Of the window whose first cell is a lane the sum, its `_scale`, and the expectation, or the
+    weight and number of the last cell before which the sum is at most the threshold. The number is
+    a float, for a vector of bytes has more lanes."""
+    (kernel_h, kernel_w, _, _), total, before_row = grid[0], _NOTHING, _NOTHING
     for i in range(kernel_h):
         row = _NOTHING
         for j in range(kernel_w):
             row += weights[first + _cell(i, j, grid)]
         total += row
-    inverse = np.float32(1) / total if total > lost else _ZERO
-    for i in range(kernel_h):
-        for j in range(kernel_w):
-            w = weights[first + _cell(i, j, grid)]
-            mean += w * (w * inverse)
-    return total, inverse, mean
-
-
-@inlined
-def _draw(weights, first, grid, threshold):
-    """The weight and the number of the last cell before which the sum is at most the threshold; the
-    number as a float, for a vector of bytes has more lanes."""
-    (kernel_h, kernel_w, _, _), before_row, value, drawn = grid[0], _NOTHING, _NOTHING, _ZERO
+    scale, value, drawn = _scale(training, half, total, lost), _ZERO, _ZERO
     for i in range(kernel_h):
         before = _NOTHING
         for j in range(kernel_w):
             w = weights[first + _cell(i, j, grid)]
-            reached = before_row + before <= threshold
-            value = w if reached else value
-            drawn = np.float32(i * kernel_w + j) if reached else drawn
+            if training:
+                reached = before_row + before <= scale
+                value = w if reached else value
+                drawn = np.float32(i * kernel_w + j) if reached else drawn
+            else:
+                value += w * (w * scale)
             before += w
         before_row += before
-    return value, drawn
+    return total, scale, value, drawn
+
+
+@inlined
+def _tiles(training, kept, halves, weights, first, grid, lost):
+    """The same of a row of tiles whose size is not known, into rows of `kept`: around loops of
+    unknown length LLVM makes no vectors, so this does all lanes of a cell before the next."""
+    _every(SUM, kept, weights, first, grid)
+    for lane in range(_lanes(kept.shape[1])):
+        half = halves[lane] if training else 0
+        kept[SCALE, lane] = _scale(training, half, kept[TOTAL, lane], lost)
+    _every(DRAW if training else MEAN, kept, weights, first, grid)
+
+
+@inlined
+def _every(task, kept, weights, first, grid):
+    """Add up each cell of a row of tiles, and draw or take the mean."""
+    (kernel_h, kernel_w, _, _), lanes = grid[0], _lanes(kept.shape[1])
+    for lane in range(lanes):
+        kept[TOTAL, lane], kept[BEFORE, lane] = _NOTHING, _NOTHING
+        kept[VALUE, lane], kept[DRAWN, lane] = _ZERO, np.float32(-1)
+    for i in range(kernel_h):
+        for j in range(kernel_w):
+            at = first + _cell(i, j, grid)
+            for lane in range(lanes):
+                w = weights[at + lane]
+                if task == DRAW:
+                    # As products, for LLVM makes slow masked stores of what is kept or replaced.
+                    # Sums never fall, so that those of all cells before are reached, too.
+                    reached = kept[TOTAL, lane] + kept[BEFORE, lane] <= kept[SCALE, lane]
+                    one, none = np.float32(reached), np.float32(not reached)
+                    kept[VALUE, lane] = kept[VALUE, lane] * none + w * one
+                    kept[DRAWN, lane] += one
+                if task == MEAN:
+                    kept[VALUE, lane] += w * (w * kept[SCALE, lane])
+                else:
+                    kept[BEFORE, lane] += w
+        for lane in range(lanes):
+            kept[TOTAL, lane] += kept[BEFORE, lane]
+            kept[BEFORE, lane] = _NOTHING
 
 
 @inlined
@@ -225,6 +267,7 @@ def forward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
         words = np.empty(GROUP * calls, np.uint32)
         halves = np.empty(PAIR * words.size, np.uint16)
         groups = (plan.out_height + GROUP - 1) // GROUP
+        kept = np.empty((5, out_lanes), np.float32)
         most = np.uint32(0)
         for unit in _share(call, plan.sheets * groups):
             sheet, group = unit // groups, unit % groups
@@ -239,15 +282,21 @@ def forward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
                 codes, to = _row(PLACE, staged_code, code, sheet, oh, size, plan)
                 corner = _lanes((oh - out_top) * stride_h * line)
                 half = _lanes((oh - out_top) * PAIR * calls)
+                if not known:
+                    _tiles(training, kept, halves[half:], weights, corner, grid, _ZERO)
                 for lane in range(_lanes(out_lanes)):
-                    total, inverse, value = _window(weights, corner + lane, grid, _ZERO)
+                    if known:
+                        first = corner + lane
+                        window = _window(training, halves[half + lane], weights, first, grid, _ZERO)
+                    else:
+                        numbers = kept[:, lane]
+                        window = numbers[TOTAL], numbers[SCALE], numbers[VALUE], numbers[DRAWN]
+                    total, scale, value, drawn = window
                     if training:
-                        threshold = np.float32(halves[half + lane]) * np.float32(2.0**-16) * total
-                        value, drawn = _draw(weights, corner + lane, grid, threshold)
-                        drawn = np.float32(DEAD) if total <= threshold else drawn
+                        drawn = np.float32(DEAD) if total <= scale else drawn
                         codes[to + lane] = cell(np.int32(drawn))
                     else:
-                        bits = np.float32(inverse).view(np.uint32)
+                        bits = np.float32(scale).view(np.uint32)
                         most = bits if bits > most else most
                     target[to + lane] = narrow(value, target)
                 _row(STORE, staged, output, sheet, oh, size, plan)
@@ -280,6 +329,7 @@ def backward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
         size, out_size = (plan.height, plan.width), (plan.out_height, plan.out_width)
         step, phase = _lanes(plan.step), _lanes(plan.phase)
         grid, out_lanes = (sides, step, phase), _lanes(plan.out_width) * step
+        kept = np.empty((5, out_lanes), np.float32)
         fetched = np.empty(max(plan.width, plan.out_width) * plan.step, number)
         fetched_code = np.empty(fetched.size, cell)
         staged = np.empty(plan.width * plan.step, number)
@@ -315,8 +365,12 @@ def backward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
                     continue
                 # By what a window's weights are multiplied, and what is taken off (reference.py).
                 corner = _lanes((oh - out_top) * stride_h * stride_w) * phase
+                if not known:
+                    _tiles(False, kept, codes, weights, corner, grid, _LOST)
                 for k in range(out_lanes):
-                    _, inverse, mean = _window(weights, corner + k, grid, _LOST)
+                    inverse, mean = kept[SCALE, k], kept[VALUE, k]
+                    if known:
+                        _, inverse, mean, _ = _window(False, 0, weights, corner + k, grid, _LOST)
                     slope = widen(numbers[first + k]) * inverse
                     slope = slope if inverse != _ZERO else _ZERO
                     grads[to + k], offsets[to + k] = slope, slope * mean
