@@ -291,28 +291,22 @@ def _eager(ctx: Any, *tensors: Tensor | None) -> bool:
 # A program that is compiled or exported calls the ops themselves, which know their gradients.
 
 
-def _setup_sample(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, bias, seed, *window = inputs
-    StochasticSample.setup_context(ctx, (input, bias, seed, Window.of(*window)), output)
+def _register(op: Any, function: Any, tensors: int) -> None:
+    """`function` as the derivative of `op`, whose window is five arguments behind the tensors."""
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        window = Window.of(*inputs[tensors:])
+        function.setup_context(ctx, (*inputs[:tensors], window), output)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        *gradients, _ = function.backward(ctx, *grads)
+        return *gradients, None, None, None, None, None
+
+    op.register_autograd(backward, setup_context=setup_context)
 
 
-def _sample_backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple:
-    gradients = StochasticSample.backward(ctx, grad_output, None)
-    return *gradients[:2], None, None, None, None, None, None
-
-
-def _setup_expectation(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, bias, *window = inputs
-    StochasticExpectation.setup_context(ctx, (input, bias, Window.of(*window)), output)
-
-
-def _expectation_backward(ctx: Any, grad_output: Tensor | None) -> tuple:
-    grad_input, grad_bias, _ = StochasticExpectation.backward(ctx, grad_output)
-    return grad_input, grad_bias, None, None, None, None, None
-
-
-ops.sample.register_autograd(_sample_backward, setup_context=_setup_sample)
-ops.expectation.register_autograd(_expectation_backward, setup_context=_setup_expectation)
+_register(ops.sample, StochasticSample, 3)
+_register(ops.expectation, StochasticExpectation, 2)
 
 
 def _pick(

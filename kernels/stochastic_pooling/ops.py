@@ -119,23 +119,21 @@ def _is_special(tensor: torch.Tensor | None) -> bool:
 
 # Any layout will do, so that Inductor copies no tensor into the one that it traced.
 _op = functools.partial(torch.library.custom_op, mutates_args=(), tags=(torch.Tag.flexible_layout,))
+# The arguments of `Window.of`, which every op has.
+_WINDOW = (
+    "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode"
+)
 
 
-@_op("stochastic_pooling::sample")
-def sample(
-    input: torch.Tensor,
-    bias: torch.Tensor | None,
-    seed: torch.Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@_op(
+    "stochastic_pooling::sample",
+    schema=f"(Tensor input, Tensor? bias, Tensor seed, {_WINDOW}) -> (Tensor, Tensor)",
+)
+def sample(input, bias, seed, *window):
     """`reference.sample` on the backend of the input's device."""
     note_draw()
-    window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
-    return backend_for(input.device, input.dim() == 5).sample(input, bias, seed, window)
+    backend = backend_for(input.device, input.dim() == 5)
+    return backend.sample(input, bias, seed, Window.of(*window))
 
 
 @sample.register_fake
@@ -144,22 +142,16 @@ def _(input, bias, seed, *arguments):
     return tuple(_empty_output(input, window, dtype) for dtype in (input.dtype, window.code_dtype))
 
 
-@_op("stochastic_pooling::sample_backward")
-def sample_backward(
-    grad_output: torch.Tensor,
-    code: torch.Tensor,
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    with_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@_op(
+    "stochastic_pooling::sample_backward",
+    schema=f"(Tensor grad_output, Tensor code, SymInt[] size, {_WINDOW}, bool with_bias) "
+    "-> (Tensor, Tensor)",
+)
+def sample_backward(grad_output, code, size, *rest):
     """`reference.sample_backward` on the backend of the gradient's device."""
-    window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
+    *window, with_bias = rest
     backend = backend_for(grad_output.device, grad_output.dim() == 5)
-    return backend.sample_backward(grad_output, code, size, window, with_bias)
+    return backend.sample_backward(grad_output, code, size, Window.of(*window), with_bias)
 
 
 @sample_backward.register_fake
@@ -167,19 +159,11 @@ def _(grad_output, code, size, *rest):
     return _empty_gradients(grad_output, size, code, with_bias=rest[-1])
 
 
-@_op("stochastic_pooling::expectation")
-def expectation(
-    input: torch.Tensor,
-    bias: torch.Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> torch.Tensor:
+@_op("stochastic_pooling::expectation", schema=f"(Tensor input, Tensor? bias, {_WINDOW}) -> Tensor")
+def expectation(input, bias, *window):
     """`reference.expectation` on the backend of the input's device."""
-    window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
-    return backend_for(input.device, input.dim() == 5).expectation(input, bias, window)
+    backend = backend_for(input.device, input.dim() == 5)
+    return backend.expectation(input, bias, Window.of(*window))
 
 
 @expectation.register_fake
@@ -187,22 +171,16 @@ def _(input, bias, *arguments):
     return _empty_output(input, Window.of(*arguments), input.dtype)
 
 
-@_op("stochastic_pooling::expectation_backward")
-def expectation_backward(
-    grad_output: torch.Tensor,
-    input: torch.Tensor,
-    bias: torch.Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    with_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@_op(
+    "stochastic_pooling::expectation_backward",
+    schema=f"(Tensor grad_output, Tensor input, Tensor? bias, {_WINDOW}, bool with_bias) "
+    "-> (Tensor, Tensor)",
+)
+def expectation_backward(grad_output, input, bias, *rest):
     """`reference.expectation_backward` on the backend of the gradient's device."""
-    window = Window.of(kernel_size, stride, padding, dilation, ceil_mode)
+    *window, with_bias = rest
     backend = backend_for(grad_output.device, grad_output.dim() == 5)
-    return backend.expectation_backward(grad_output, input, bias, window, with_bias)
+    return backend.expectation_backward(grad_output, input, bias, Window.of(*window), with_bias)
 
 
 @expectation_backward.register_fake
