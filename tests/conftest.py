@@ -81,7 +81,6 @@ RESEMBLING = re.compile(
     | test_one_graph_for_every_batch_size\[(1d|3d|adaptive)
     | test_inductor_draws_what_eager_draws\[.*evaluation
     | test_triton_draws_the_reference_cells\[(?!mixed-contiguous)
-    | test_huge_arguments_cost_no_more_than_the_tensors\[two[ ]windows-numba
     | test_export_for_any_image_size\[(1d|3d|adaptive)
     | test_autocast_keeps_the_dtype\[(torch.bfloat16|.*False)
     | test_gradients_that_autograd_batches\[(triton|numba)-False

@@ -311,15 +311,17 @@ def test_module_manners(pool, tmp_path):
         assert repr(other) == repr(pool)
         assert other.sample_in_eval == pool.sample_in_eval
     # What `repr` shows, but for return_indices as in nn.MaxPool2d, builds the module again.
-    namespace = {type(pool).__name__: type(pool)}
-    assert repr(eval(repr(pool), namespace)) == repr(pool)
+    built = eval(repr(pool), {type(pool).__name__: type(pool)})
+    assert repr(built) == repr(pool)
+    assert built.sample_in_eval == pool.sample_in_eval
 
 
-def test_state_dicts_of_max_and_stochastic_networks_fit(device):
+def test_state_dicts_and_reprs_are_those_of_max_pooling(device):
     stochastic, maximum = (
         nn.Sequential(nn.Conv2d(3, 4, 3), pool, nn.Conv2d(4, 2, 1))
         for pool in (StochasticPool2d(2), nn.MaxPool2d(2))
     )
+    assert repr(stochastic) == repr(maximum).replace("MaxPool2d", "StochasticPool2d")
     maximum.load_state_dict(stochastic.state_dict())
     file = io.BytesIO()
     torch.save(maximum.state_dict(), file)

@@ -280,13 +280,7 @@ def test_the_grid_is_the_oracles(case, device):
     """The named cases of `windows.py`, which hypothesis may miss; there the others follow the
     reference."""
     shape, window = CASES[case]
-    arguments = Arguments(
-        (window.kernel_h, window.kernel_w),
-        (window.stride_h, window.stride_w),
-        (window.padding_h, window.padding_w),
-        (window.dilation_h, window.dilation_w),
-        window.ceil_mode,
-    )
+    arguments = Arguments(*window.arguments(2))
     views = {"view": "contiguous", "grad_view": "contiguous"}
     example = Example(
         shape, arguments, torch.float64, "special", **views, bias_dtype=torch.float64, seed=11
