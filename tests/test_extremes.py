@@ -116,7 +116,7 @@ def test_special_windows(dtype, kernel, layout, backend, device):
         torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
 
     output, indices = stochastic_pool2d(
-        x, kernel, bias=bias, return_indices=True, generator=generator(device, 1)
+        x, kernel, 1, bias=bias, return_indices=True, generator=generator(device, 1)
     )
     # To the last bit: these numbers need no rounding. Images are alike but for what they draw.
     outputs = outputs.expand(images, -1)
@@ -133,7 +133,7 @@ def test_special_windows(dtype, kernel, layout, backend, device):
     flat = torch.tensor([row * width + col for col, row in enumerate(diagonal)])
     assert torch.equal(indices.cpu().flatten(1), flat[drawn])
 
-    mean = stochastic_pool2d(x, kernel, bias=bias, training=False)
+    mean = stochastic_pool2d(x, kernel, 1, bias=bias, training=False)
     close(mean.flatten(1), means)
     grad_input, grad_bias = torch.autograd.grad(mean.sum(), (x, bias))
     close(grad_input[:, :, diagonal, [0, 1, 2]], gradients)
@@ -160,9 +160,9 @@ def test_mean_of_the_largest_numbers_is_finite(dtype, backend, device):
 def test_nan_in_no_window_has_no_gradient(backend, device):
     """As with F.max_pool2d, and as in training: no output depends on it."""
     x = torch.ones(1, 1, 2, 8, device=device)
-    x[..., 2] = NAN  # the windows hold columns 0, 1, 3, 4, 6 and 7
+    x[..., 3:5] = NAN  # the windows hold columns 0 to 2 and 5 to 7
     bias = torch.zeros(1, device=device, requires_grad=True)
-    output = stochastic_pool2d(x.requires_grad_(), 2, (2, 3), bias=bias, training=False)
+    output = stochastic_pool2d(x.requires_grad_(), (2, 3), (3, 5), bias=bias, training=False)
     assert output.isfinite().all()
     grad_input, grad_bias = torch.autograd.grad(output.sum(), (x, bias))
     assert grad_input.isfinite().all()

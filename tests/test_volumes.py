@@ -23,7 +23,7 @@ from stochastic_pooling.window import Window
 from .conftest import generator
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.usefixtures("poisoned", "plain"),
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
 ]
 
