@@ -1,11 +1,10 @@
-"""The reference: its random numbers, and its definition at the edges.
+"""The reference: its random numbers, sums too small for them, and its indices.
 
-`test_properties.py` holds it against an oracle, `test_statistics.py` has its statistics.
+`test_properties.py` holds it against an oracle, `test_statistics.py` has its statistics,
+`test_extremes.py` its definition at the edges.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
@@ -49,54 +48,6 @@ def test_uniforms_depend_on_seed_and_coordinates_alone():
     assert large.unique().numel() > 0.98 * large.numel()
     for other in (2**40 + 6, 2**41 + 5, -(2**40) - 5):
         assert not torch.equal(philox.uniforms(torch.tensor(other), (3, 4, 9, 6)), large)
-
-
-@pytest.mark.parametrize("extent", [(1, 1), (4, 2), (9, 7)])
-def test_bits_of_the_words_as_documented(extent):
-    """Output by output: the counter, the word and its half, in plain integers."""
-    seed = -(2**40) - 5
-    shape = (2, 3, *extent)
-    numbers = philox.uniforms(torch.tensor(seed), shape)
-    key = (torch.tensor(seed % 2**32), torch.tensor((seed >> 32) % 2**32))
-    for n, c, oh, ow in itertools.product(*map(range, shape)):
-        counter = tuple(map(torch.tensor, (ow // 2, oh // 4, n * 3 + c, 0)))
-        word = int(philox.philox4x32(key, counter, 7)[oh % 4])
-        half = word // 2**16 if ow % 2 == 1 else word % 2**16
-        assert float(numbers[n, c, oh, ow]) == half / 2**16
-
-
-@pytest.mark.parametrize(
-    ("row", "sampled", "index", "gradient", "mean", "mean_gradient"),
-    [
-        ([-1, -2, -3], 0, 0, [0, 0, 0], 0, [0, 0, 0]),
-        ([-0.0, 0.0, -0.0], 0, 0, [0, 0, 0], 0, [0, 0, 0]),
-        ([-1, 4, 0], 4, 1, [0, 1, 0], 4, [0, 1, 0]),
-        ([1, "inf", 2], "inf", 1, [0, 1, 0], "inf", [-1, 1, -1]),
-        (["nan", 1, "nan"], "nan", 2, [0, 0, 1], "nan", None),
-        (["nan", "inf", 1], "nan", 0, [1, 0, 0], "nan", None),
-        ([1e-38, 0, -1], 1e-38, 0, [1, 0, 0], 1e-38, [0, 0, 0]),
-        ([-1, 3e38, 0], 3e38, 1, [0, 1, 0], 3e38, [0, 1, 0]),
-    ],
-    ids=["dead", "zeros", "one live", "inf", "nan", "nan and inf", "subnormal", "huge"],
-)
-def test_edges(row, sampled, index, gradient, mean, mean_gradient):
-    window = Window(1, 3, 1, 1, 0, 0, 1, 1, False)
-    x = torch.tensor([[[[float(value) for value in row]]]])
-    output, code = reference.sample(x, None, torch.tensor(3), window)
-    one = torch.ones_like(output)
-
-    def check(actual, expected):
-        expected = torch.tensor(expected, dtype=torch.float32)
-        torch.testing.assert_close(actual.squeeze(), expected, equal_nan=True)
-
-    check(output, float(sampled))
-    assert window.flat_indices(code, 1, 3) == index
-    grad_input, grad_bias = reference.sample_backward(one, code, (1, 3), window, True)
-    check(grad_input, [float(value) for value in gradient])
-    check(grad_bias, float(sum(gradient)))
-    check(reference.expectation(x, None, window), float(mean))
-    if mean_gradient is not None:
-        check(reference.expectation_backward(one, x, None, window, True)[0], mean_gradient)
 
 
 @pytest.mark.parametrize("last", [1e-45, -1.0])
