@@ -345,35 +345,52 @@ def test_export_for_any_image_size(case, device):
             torch.testing.assert_close(output, cells)
 
 
-@pytest.mark.slow
+# Of each kind one, for what they reckon is tested above: (case, dtype).
+ONNX = [
+    ("adaptive", torch.float32),
+    *(
+        pytest.param(case, dtype, marks=pytest.mark.slow)
+        for case, dtype in [
+            ("ceil_mode, last windows dropped", torch.float32),
+            ("huge stride", torch.float16),
+            ("adaptive", torch.float16),
+            ("1d", torch.float32),
+            ("adaptive, 3d", torch.float32),
+        ]
+    ),
+]
+
+
 @pytest.mark.usefixtures("plain")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(  # of each kind one: what they reckon is tested above
-    "case", ["ceil_mode, last windows dropped", "huge stride", "adaptive", "1d", "adaptive, 3d"]
-)
-def test_onnx_for_any_image_size(case, tmp_path):
+@pytest.mark.parametrize(("case", "dtype"), ONNX, ids=str)
+def test_onnx_for_any_image_size(case, dtype, tmp_path):
+    onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     pool, size, others = DYNAMIC[case]
     pool.eval()
+    path = tmp_path / "pool.onnx"
     dynamic = dict.fromkeys((0, *range(2, 2 + len(size))), torch.export.Dim.DYNAMIC)
     torch.onnx.export(
         pool,
-        (torch.randn(2, 3, *size),),
-        tmp_path / "pool.onnx",
+        (torch.randn(2, 3, *size, dtype=dtype),),
+        path,
         dynamo=True,
         verbose=False,
         dynamic_shapes=(dynamic,),
     )
-    session = onnxruntime.InferenceSession(
-        tmp_path / "pool.onnx", providers=["CPUExecutionProvider"]
-    )
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}  # standard operators
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    close = {"rtol": 2e-3, "atol": 1e-3} if dtype == torch.float16 else {}
     for other in (size, *others):
-        x = torch.randn(3, 3, *other)
+        x = torch.randn(4, 3, *other).to(dtype)
         x[0] = -1
         x[1].flatten()[-1] = torch.nan  # in its own windows alone
+        x[2] = 600  # the squares are beyond fp16
         (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(output), pool(x), equal_nan=True)
+        output = torch.from_numpy(output)
+        torch.testing.assert_close(output, pool(x), equal_nan=True, **close)
 
 
 def test_exported_training_graph_draws_and_trains(device):
@@ -383,44 +400,3 @@ def test_exported_training_graph_draws_and_trains(device):
     results = run(exported, list(exported.parameters()), x)
     for result, expected in zip(results, run(network, list(network.parameters()), x), strict=True):
         torch.testing.assert_close(result, expected)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(
-    "half", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "fp16"]
-)
-@pytest.mark.parametrize("network_and_shape", ["2d", "adaptive"], indirect=True)
-def test_onnx_of_a_model_in_evaluation(half, network_and_shape, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    network, shape = network_and_shape
-    network = network.cpu().eval()
-    if half:  # onnxruntime has no fp16 convolution for CPUs
-        network = network.first
-    dtype = torch.float16 if half else torch.float32
-    path = tmp_path / "model.onnx"
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.onnx.export(
-        network,
-        (torch.randn(shape, dtype=dtype),),
-        dynamo=True,
-        verbose=False,
-        dynamic_shapes=({0: batch},),
-    )
-    program.save(path)
-    assert {node.domain for node in onnx.load(path).graph.node} == {""}  # standard operators
-
-    x = torch.randn(5, *shape[1:]).to(dtype)
-    x[0, 0] = -1  # dead windows
-    x[1, 0].flatten()[0] = torch.nan
-    x[2, 0] = 600  # the squares are beyond fp16
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    expected = network(x)
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    for output, other in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(
-            torch.from_numpy(output), other, equal_nan=True,
-            rtol=2e-3 if half else 1e-4, atol=1e-3 if half else 1e-5,
-        )  # fmt: skip
