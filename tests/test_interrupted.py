@@ -43,10 +43,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(photos: Path, output: Path, epochs: int) -> list[str]:
-    """Everything that keeps a state: momentum, a schedule, averages, draws and augmentation."""
+    """Everything that keeps a state: moments, a schedule, averages, draws and augmentation."""
     # Seven steps an epoch, the last of two images.
     flags = ["--augment", "random", "--repeats", "5", "-b", "3", "--epochs", str(epochs)]
-    flags += ["--ema", "0.9", "--schedule", "cosine", "--warmup-epochs", "1", "--dropout", "0.5"]
+    flags += ["--opt", "adam", "--lr", "0.001", "--ema", "0.9", "--dropout", "0.5"]
+    flags += ["--schedule", "cosine", "--warmup-epochs", "1"]
     flags += ["--device", "cpu", "--log-interval", "1", "--checkpoint-interval", "0"]
     return [*flags, "--data-dir", str(photos), "--output-dir", str(output)]
 

@@ -145,26 +145,6 @@ def test_default_run(tmp_path: Path, monkeypatch, capsys) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_flowers")
-def test_resumed_run_equals_undisturbed_run(tmp_path: Path) -> None:
-    """Stopped within the second of three epochs, and at the end of it."""
-    common = [*CPU, "-b", "6", "--epochs", "3", "--seed", "5"]
-    common += ["--schedule", "step", "--lr-step", "1"]
-    assert main([*common, "--output-dir", "whole"]) == 0
-    assert main([*common, "--output-dir", "parts", "--max-steps", "3"]) == 0
-    assert main(["--device", "cpu", "--resume", "parts/last.pt", "--max-steps", "1"]) == 0
-    assert main(["--device", "cpu", "--resume", "parts/last.pt"]) == 0
-
-    whole, parts = load(tmp_path / "whole" / "last.pt"), load(tmp_path / "parts" / "last.pt")
-    for part in ("model", "optimizer"):
-        assert_equal(whole[part], parts[part])
-    timeless = ("epoch", "train_loss", "test_loss", "test_accuracy", "lr")
-    rows, others = read_summary(tmp_path / "whole"), read_summary(tmp_path / "parts")
-    assert [[r[k] for k in timeless] for r in rows] == [[r[k] for k in timeless] for r in others]
-    assert [row["lr"] for row in rows] == ["0.001", "0.0001", "1e-05"]
-
-
-@pytest.mark.slow
 def test_half_precision_in_contiguous_format_runs(
     photos: Path, tmp_path: Path, monkeypatch
 ) -> None:
