@@ -66,6 +66,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, dev
     return request.param
 
 
+@pytest.fixture(
+    params=[torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
+def layout(request: pytest.FixtureRequest) -> torch.memory_format:
+    return request.param
+
+
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """The reference on a CPU, for what does not depend on a backend: numba would compile for each
@@ -88,7 +95,6 @@ RESEMBLING = re.compile(
     | test_strides_of_2_to_the_31\[numba
     | test_shapes_and_errors_are_those_of_max_pooling\[[13]
     | test_windows_of_networks_need_no_reference
-    | test_second_derivatives_where_sums_overflow_or_vanish
     | test_every_16_bit_float\[float16
     | test_exported_networks_say_what_the_network_says
     | test_every_window\[(?!3x3)(?!.*special)

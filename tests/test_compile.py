@@ -55,20 +55,14 @@ class TwoPools(nn.Module):
 
 
 @pytest.fixture(params=NETWORKS)
-def network_and_shape(
-    request: pytest.FixtureRequest, plain, device
-) -> tuple[nn.Module, tuple[int, ...]]:
+def network_and_shape(request: pytest.FixtureRequest, device) -> tuple[nn.Module, tuple[int, ...]]:
     pool, convolution, shape = NETWORKS[request.param]
     return TwoPools(pool, convolution).to(device), shape
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU the reference, which takes no seconds for each window: the ops are opaque to the
-    compiler, so one backend stands for all."""
-    monkeypatch.delenv("STOCHASTIC_POOLING_BACKEND", raising=False)
-    if not torch.cuda.is_available():
-        monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "torch")
+def _fresh_compiler(plain: None) -> None:
+    """The ops are opaque to the compiler, so one backend stands for all."""
     torch._dynamo.reset()
 
 
@@ -324,7 +318,6 @@ DYNAMIC = {
 }
 
 
-@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("case", DYNAMIC)
 def test_export_for_any_image_size(case, device):
     pool, size, others = DYNAMIC[case]
@@ -361,7 +354,6 @@ ONNX = [
 ]
 
 
-@pytest.mark.usefixtures("plain")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(("case", "dtype"), ONNX, ids=str)
 def test_onnx_for_any_image_size(case, dtype, tmp_path):

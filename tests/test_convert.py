@@ -41,15 +41,7 @@ from stochastic_pooling.modules import (
     StochasticPool3d,
 )
 
-
-@pytest.fixture(autouse=True)
-def _reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels are not what is tested here, and they would compile for each window."""
-    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # such small work waits for busy cores otherwise
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("plain")
 
 
 def image(*shape: int) -> torch.Tensor:

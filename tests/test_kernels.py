@@ -43,11 +43,6 @@ def kernels(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
     return pytest.importorskip(f"stochastic_pooling.{module}", exc_type=ImportError)
 
 
-@pytest.fixture(params=LAYOUTS, ids=["contiguous", "channels_last"])
-def layout(request: pytest.FixtureRequest) -> torch.memory_format:
-    return request.param
-
-
 def grid(test: Callable[..., None]) -> Callable[..., None]:
     """Every case, dtype, layout and backend; the interpreter is slow, and in a plain run it is
     test_every_window.py that tests the sliding kernels in channels_last."""

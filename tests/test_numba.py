@@ -50,11 +50,6 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=LAYOUTS, ids=["contiguous", "channels_last"])
-def layout(request: pytest.FixtureRequest) -> torch.memory_format:
-    return request.param
-
-
 def steps(tensor: torch.Tensor) -> list[int]:
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 

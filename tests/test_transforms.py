@@ -12,6 +12,9 @@ from torch import func
 
 from stochastic_pooling import stochastic_pool1d, stochastic_pool2d, stochastic_pool3d
 
+# The derivatives are the same code on every backend.
+pytestmark = pytest.mark.usefixtures("plain")
+
 POOLS = {1: stochastic_pool1d, 2: stochastic_pool2d, 3: stochastic_pool3d}
 SHAPES = {1: (2, 3, 7), 2: (2, 3, 4, 5), 3: (1, 2, 2, 3, 4)}
 
@@ -43,12 +46,6 @@ def dims(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(params=[True, False], ids=["training", "evaluation"])
 def training(request: pytest.FixtureRequest) -> bool:
     return request.param
-
-
-# The interpreter is slow, and the derivatives are the same code on every backend.
-@pytest.fixture(autouse=True)
-def _default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STOCHASTIC_POOLING_BACKEND", raising=False)
 
 
 def test_first_derivatives_in_both_modes(dims, training, device):
