@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,8 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On a CPU the compiled kernels would take longer to compile than the examples to run."""
-    if not torch.cuda.is_available():
-        monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# On a CPU the kernels would take longer to compile than the examples to run.
+pytestmark = pytest.mark.usefixtures("plain")
 
 
 def main_of(name: str) -> Callable[..., Any]:
