@@ -19,15 +19,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from .modules import (
-    AdaptiveStochasticPool1d,
-    AdaptiveStochasticPool2d,
-    AdaptiveStochasticPool3d,
-    StochasticPool1d,
-    StochasticPool2d,
-    StochasticPool3d,
-    check_model,
-)
+from . import modules
 
 _log = logging.getLogger(__name__)
 
@@ -38,17 +30,15 @@ FRESH = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm),
 }
-_POOLS = {
-    *(StochasticPool1d, StochasticPool2d, StochasticPool3d),
-    *(AdaptiveStochasticPool1d, AdaptiveStochasticPool2d, AdaptiveStochasticPool3d),
-}
 # For each pool, the convolution whose bias it can add: of as many dimensions, because a 1-d pool
 # takes what a 2-d convolution makes of an unbatched input, but not its channels for channels. Not
 # for adaptive pools, where a bias of infinity gives NaN.
 _CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
-    StochasticPool1d: nn.Conv1d,
-    StochasticPool2d: nn.Conv2d,
-    StochasticPool3d: nn.Conv3d,
+    getattr(modules, f"StochasticPool{dims}d"): getattr(nn, f"Conv{dims}d") for dims in (1, 2, 3)
+}
+_POOLS = {
+    *_CONVOLUTIONS,
+    *(getattr(modules, f"AdaptiveStochasticPool{dims}d") for dims in (1, 2, 3)),
 }
 
 
@@ -90,7 +80,7 @@ def fuse(model: nn.Module) -> nn.Module:
         UserWarning: if there is nothing to fold; if a function (a hook, too) or an attribute of a
             module holds on to a module of the original, which the copy then calls.
     """
-    check_model(model)
+    modules.check_model(model)
     tensors = [
         value
         for module in model.modules()
