@@ -100,9 +100,6 @@ RESEMBLING = re.compile(
     | test_every_window\[(?!3x3)(?!.*special)
     | test_every_window_that_slides\[(channels_last|contiguous-\((1|2,[ ]3|3,[ ]3\)-\([23]))
     | test_expectations\[(channels_last|.*kernel_h=2,[ ]kernel_w=3)
-    | test_(expectation|sample_backward)\[numba-channels_last-(?!overlapping)
-    | test_(expectation|sample_backward|sample_draws_the_reference_cells)\[numba-contiguous-
-      (tiles|stride|global|more[ ]channels|more[ ]positions|a[ ]window|overlapping,[ ]stride)
     | test_expectation\[triton-contiguous-(global|more[ ]than|.*float16)
     | test_any_strides\[triton-dilated
     | test_sliding_kernels_notice_a_special_window\[channels_last

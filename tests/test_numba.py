@@ -1,7 +1,4 @@
-"""What the compiled CPU passes have of their own: every window, 16-bit floats, threads, the cache.
-
-`test_kernels.py` holds them against the reference over the grid of windows and dtypes.
-"""
+"""The compiled CPU passes beside the reference: every window, 16-bit floats, threads, the cache."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),
 ]
 
-# In a plain run it is test_kernels.py and test_numba.py that test numba: to compile for each of the
-# windows and dtypes here takes a minute.
+# In a plain run it is test_numba.py that tests numba: to compile for each of the windows and dtypes
+# here takes a minute.
 backends = pytest.mark.parametrize(
     "backend", ["torch", "triton", pytest.param("numba", marks=pytest.mark.slow)], indirect=True
 )
