@@ -128,9 +128,10 @@ def fuse(model: nn.Module) -> nn.Module:
 class _Folding(nn.Sequential):
     """A Sequential that passes over the ReLUs and biases which its pools take over."""
 
+    _kind: Any  # the class that it was
+
     def forward(self, input):
-        kind: Any = type(self).__bases__[1]
-        if kind.forward is not _RUN:  # patched meanwhile
+        if self._kind.forward is not _RUN:  # patched meanwhile
             return super().forward(input)
         for source, relu, pool in _steps(self):
             if pool is not None and _delays_bias(source, pool, input):
@@ -145,12 +146,12 @@ class _Folding(nn.Sequential):
         return input
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _restore, (type(self).__bases__[1],), super().__reduce_ex__(protocol)[2]
+        return _restore, (self._kind,), super().__reduce_ex__(protocol)[2]
 
 
 @functools.cache
 def _folding(kind: Any) -> Any:
-    return type(kind.__name__, (_Folding, kind), {"__module__": kind.__module__})
+    return type(kind.__name__, (_Folding, kind), {"__module__": kind.__module__, "_kind": kind})
 
 
 def _restore(kind: Any) -> nn.Module:

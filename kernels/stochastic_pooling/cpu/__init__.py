@@ -74,7 +74,7 @@ class _Plan:
         biases = _NOTHING
         if bias is not None and len(bias) > 0:  # for each lane of a row of each sheet
             sheets, _, step = self.partial_size
-            lanes = np.resize(bias.float().numpy(force=True), (sheets, 1, step))
+            lanes = np.resize(bias.clone().float().numpy(force=True), (sheets, 1, step))
             biases = torch.from_numpy(lanes.repeat(self.width, 1))
         addresses = [tensor.data_ptr() for tensor in (biases, *tensors)]
         parts = min(torch.get_num_threads(), self.most_threads)
