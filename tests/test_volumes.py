@@ -119,6 +119,26 @@ def test_a_volume_of_one_slice_is_a_plane(device):
         torch.testing.assert_close(volume.squeeze(2), plane)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_windows_within_a_slice_are_those_of_planes(training, plain, device):
+    """In channels_last_3d they are a volume's."""
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        generator = torch.Generator(device).manual_seed(1)
+        x = torch.randn(2, 3, 4, 5, 6, generator=generator, device=device)
+        x = x.contiguous(memory_format=layout).requires_grad_()
+        bias = torch.randn(3, generator=generator, device=device, requires_grad=True)
+        options = {"bias": bias, "training": training, "generator": generator}
+        pooled = stochastic_pool3d(
+            x, (1, 3, 3), (1, 2, 2), (0, 1, 1), return_indices=training, **options
+        )
+        output, *indices = pooled if training else (pooled,)
+        gradients = torch.autograd.grad(output.sin().sum(), (x, bias))
+        results.append((output, *indices, *gradients))
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
 def test_unbatched_volumes_and_bad_ones(device):
     x = torch.randn(3, 4, 5, 6, device=device)
     single = stochastic_pool3d(x, 2, return_indices=True, generator=generator(device))

@@ -13,7 +13,7 @@ from torch.overrides import wrap_torch_function
 from . import autograd
 from .window import Ints, Window, known, larger
 
-Pooled: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Pooled: TypeAlias = Any  # a tensor, or with `return_indices` a pair, as of `F.max_pool2d`
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -121,7 +121,7 @@ def stochastic_pool3d(
     """Stochastic pooling over `(N, C, D, H, W)` or `(C, D, H, W)` volumes, as `F.max_pool3d`.
 
     All else as `stochastic_pool2d`; indices are `(d * H + h) * W + w`. On a CPU the PyTorch
-    reference serves volumes.
+    reference serves volumes, unless they are contiguous and a window is within a slice.
     """
     window = _window(3, kernel_size, stride, padding, dilation, ceil_mode)
     return _pool(3, input, window, return_indices, bias, training, generator)
@@ -263,7 +263,18 @@ def _pool(
             "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
             "training=True (a module: sample_in_eval=True) or return_indices=False"
         )
-    if training:
+    if dims == 3 and window.sides(3)[0][:3] == (1, 1, 0) and batched.is_contiguous():
+        # Each slice by itself: as planes they draw the same, by kernels that slide.
+        channels, depth, height, width = shape
+        each = None if bias is None else bias.repeat_interleave(depth)
+        slices = batched.flatten(1, 2)
+        pooled = _pool(2, slices, window, return_indices, each, training, generator)
+        pooled = pooled if return_indices else (pooled,)
+        results = [result.unflatten(1, (channels, depth)) for result in pooled]
+        if return_indices:
+            slice = torch.arange(depth, device=input.device)[:, None, None]
+            results[1] = results[1] + slice * (height * width)
+    elif training:
         seed = _draw_seed(input.device, generator)
         output, code = autograd.sample(batched, bias, seed, window)
         results = [output]
