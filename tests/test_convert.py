@@ -699,6 +699,14 @@ def test_fused_can_be_copied_and_pickled():
         assert other.meta["folded"] == fused.meta["folded"] != []
 
 
+def test_a_class_derived_from_one_that_folds_folds():
+    """As FSDP derives them."""
+    fused, derived = fuse(in_a_row()), fuse(in_a_row())
+    mixin = type("Mixin", (), {})
+    derived.__class__ = type("Derived", (mixin, type(derived)), {})
+    assert saved_bytes(derived, image()) == saved_bytes(fused, image())
+
+
 @pytest.mark.filterwarnings("error")
 def test_fuse_twice():
     fused = fuse(block())
