@@ -141,4 +141,8 @@ def _lock(folder: Path) -> int | None:
             return None  # a file system without locks
         return descriptor
     except (FileExistsError, BlockingIOError):
-        raise UserError(f"another run is writing to {folder}: choose another folder") from None
+        # Windows deletes the file with the process, but not when the machine goes down.
+        left = "; if none is, delete its .running" if sys.platform == "win32" else ""
+        raise UserError(
+            f"another run is writing to {folder}: choose another folder{left}"
+        ) from None

@@ -46,7 +46,7 @@ def end(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number, signal.Signals(number).name)
 
 
-class Asked(Exception):  # noqa: N818  nor is this
+class Asked(BaseException):  # which those who try again with less, as numba's cache, let pass
     """A signal came where the work can be left at once, see :meth:`Requests.at_once`."""
 
 

@@ -413,6 +413,18 @@ def test_recorded_folders_are_whole_paths(
     assert_refused([*CPU, "--resume", str(trained), "--validate", "0"], "too few for qu", capsys)
 
 
+def test_another_quarter_held_out_is_warned_of(photos: Path, tmp_path: Path, capsys) -> None:
+    for path in [*(photos / "train_data").glob("*/*.jpg")]:
+        shutil.copy(path, path.with_name(f"other-{path.name}"))
+    flags = ["--augment", "random", "--repeats", "1", "--pool", "max", "--epochs", "1", "-b", "8"]
+    flags += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
+    assert main([*CPU, *flags, "--validate", "0"]) == 0
+    assert "\nHeld-out images: average loss " in capsys.readouterr().out
+    resume = [*CPU, "--resume", str(tmp_path / "run"), "--epochs", "2", "--validate", "1"]
+    assert main(resume) == 0
+    assert "may have learned from these held-out images" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_schedule_that_jumps_says_so(photos: Path, tmp_path: Path, capsys) -> None:
     flags = ["--augment", "random", "--repeats", "1", "--pool", "max", "--schedule", "cosine"]

@@ -158,6 +158,11 @@ def test_files_that_are_no_images(stochastic: Path, photos: Path, tmp_path: Path
     assert f"skipped: cannot decode {cut}: " in error
     assert error.count("\n") == 2
 
+    assert run(predict, stochastic, tmp_path / "*.*", "--json") == 0  # as it reaches us on Windows
+    out, error = capsys.readouterr()
+    assert [entry["file"] for entry in json.loads(out)] == [str(good)]
+    assert f"skipped: {notes} is not an image" in error
+
     assert run(predict, stochastic, notes, tmp_path / "none.png", good, "--json") == 2
     out, error = capsys.readouterr()
     assert [entry["file"] for entry in json.loads(out)] == [str(good)]

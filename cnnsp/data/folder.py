@@ -157,9 +157,10 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[Source], list[str]]:
         if "://" in name:
             raise UserError(f"{name} is no file: download it, and name that")
         # Windows' shells leave *.jpg to programs.
-        for path in map(Path, ([] if Path(name).exists() else sorted(glob(name))) or [name]):
+        found = [] if Path(name).exists() else sorted(glob(name))
+        for path in map(Path, found or [name]):
             if path.is_dir():
                 walk(path)
             else:
-                sources.append(Source(path, in_folder=False))
+                sources.append(Source(path, in_folder=bool(found)))
     return sources, passed_over

@@ -283,11 +283,12 @@ class Trainer:
         name = f"Epoch {math.ceil(result.epoch)}/{options.epochs}"
         if progress.step:
             name += f", only its first {progress.step} of {self.steps} steps (--max-steps)"
+        images = "Test set" if options.validate is None else "Held-out images"
         speed = f"{result.images_per_second:.0f} images/s, " if result.images_per_second > 0 else ""
         print(
             f"{name}: train loss {result.train_loss:.4f}, "
             f"lr {result.lr:.3g}, {speed}{result.seconds:.0f} s\n"
-            f"Test set: average loss {test.loss:.4f}, "
+            f"{images}: average loss {test.loss:.4f}, "
             f"accuracy {test.correct}/{test.total} ({test.accuracy:.2f}%)",
             flush=True,
         )
@@ -363,6 +364,8 @@ class Trainer:
         if digests[1] != self._digests[1]:
             progress.best_accuracy = -1.0
             print("Other test images than before, by their names: best.pt is chosen anew.")
+            if options.validate not in (None, before.validate):
+                print("warning: it may have learned from these held-out images", file=sys.stderr)
         # For a run that goes on in another folder, so that all of it is there.
         best = Path(path).with_name("best.pt")
         if self.team.leads and best.is_file() and not (self.output / best.name).exists():
