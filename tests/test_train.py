@@ -263,7 +263,7 @@ def test_bad_photographs(photos: Path, tmp_path: Path, capsys, edit: Edit, messa
         (["--device", "tpu9"], "--device tpu9: PyTorch knows no such device"),
         (["--resume", "no/last.pt"], "checkpoint no/last.pt does not exist"),
         (["--colour"], "unrecognized arguments: --colour"),
-        (["--ema", "1.5"], "--ema: must be at most 1, got 1.5"),
+        (["--ema", "1"], "--ema: must be at most 0.9999, got 1"),
         (["--seed", str(2**32)], "--seed: must be at most 4294967295"),
         (["--recipe", "best", "--momentum", "0"], "--nesterov needs --momentum above 0"),
         (["--torchcompile", "reduce-overhead", "--accumulate", "2"], "know no --accumulate"),

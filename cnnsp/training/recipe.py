@@ -55,6 +55,7 @@ SHORT_RECIPE: dict[str, Any] = {
 
 Count = Annotated[int, {"least": 1}]
 Share = Annotated[float, {"least": 0, "most": 1}]
+Below1 = Annotated[float, {"least": 0, "most": 0.9999}]  # of which 1 would learn nothing
 Amount = Annotated[float, {"least": 0}]
 _MODE = {"choices": COMPILE_MODES, "nargs": "?", "const": "default", "metavar": "MODE"}
 
@@ -116,17 +117,17 @@ class TrainOptions:
     batch_size: Annotated[int, {"least": 1, "most": 10**9, "short": "-b"}] = 256
     opt: Annotated[str, {"choices": ("sgd", "adam", "adamw")}] = "sgd"
     lr: Annotated[float, {"least": 0, "exclusive": True}] = 0.01
-    momentum: Share = 0.9
+    momentum: Below1 = 0.9
     nesterov: bool = False
     weight_decay: Amount = 0.0
     schedule: Annotated[str, {"choices": ("step", "cosine")}] = "step"
     lr_step: Count = 10
     warmup_epochs: Amount = 0.0
-    label_smoothing: Share = 0.0
+    label_smoothing: Below1 = 0.0
     mixup: Amount = 0.0
     cutmix: Share = 0.0
-    ema: Share = 0.0
-    dropout: Share = 0.1
+    ema: Below1 = 0.0
+    dropout: Below1 = 0.1
     seed: Annotated[int, {"least": 0, "most": 2**32 - 1}] = 0
     amp_dtype: Annotated[str | None, {"choices": ("float16", "bfloat16")}] = None
     channels_last: bool | None = None

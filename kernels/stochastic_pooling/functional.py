@@ -272,8 +272,8 @@ def _pool(
         pooled = pooled if return_indices else (pooled,)
         results = [result.unflatten(1, (channels, depth)) for result in pooled]
         if return_indices:
-            slice = torch.arange(depth, device=input.device)[:, None, None]
-            results[1] = results[1] + slice * (height * width)
+            number = torch.arange(depth, device=input.device)[:, None, None]
+            results[1] = results[1] + number * (height * width)
     elif training:
         seed = _draw_seed(input.device, generator)
         output, code = autograd.sample(batched, bias, seed, window)
