@@ -1,14 +1,15 @@
 """Stochastic pooling on the CPU, compiled by numba: the four functions of `reference.py`.
 
-Compiled are windows of up to 254 cells, and up to 32,767 where the stride is their size, without
-dilation, in fp16, bf16 and fp32: each takes seconds when it is first used, tiles of more than 9
-cells once for all. The reference serves the others, fp64 and volumes, and every call whose weights
-are too large, or whose sums too small for the expectation, for plain fp32.
+Compiled are windows that span up to 254 cells, and tiles, whose stride is their size, of up to
+32,767, in fp16, bf16 and fp32: each takes seconds when it is first used, tiles of more than 9 cells
+once for all. The reference serves the others, fp64 and volumes, and every call whose weights are
+too large, or whose sums too small for the expectation, for plain fp32.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,20 +41,23 @@ class _Plan:
     def __init__(self, shape: tuple[int, ...], layout: torch.memory_format, window: Window) -> None:
         self.batch, channels, height, self.width = shape
         self.layout, self.planes = layout, self.batch * channels
-        sides = window.kernel_h, window.kernel_w, window.stride_h, window.stride_w
+        sides = [(kernel, stride, dilation) for kernel, stride, _, dilation in window.sides(2)]
         planar = layout == torch.contiguous_format
         out_height, out_width = window.output_size(height, self.width)
         # What a pass is compiled for; not the sizes of large tiles, which may be those of the data.
-        self.constants = () if _is_tiled(window) and window.cells > _SMALL_TILE else sides
+        self.constants = [] if _is_tiled(window) and window.cells > _SMALL_TILE else sides
         self.cell = window.code_dtype
         sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
         step, groups = -(-self.planes // sheets), -(-height // ROWS)
         self.partial_size = sheets, groups, step
         # Room for all columns of windows, and in a gather for windows on both sides of them.
-        columns = max(out_width * window.stride_w, self.width + window.padding_w) + window.kernel_w
+        columns = (
+            max(out_width * window.stride_w, self.width + window.padding_w) + _spans(window)[1]
+        )
         phase = (-(-columns // window.stride_w) + 1) * step
         numbers = (planar, self.planes, step, sheets, height, self.width, out_height, out_width)
-        others = (*sides, window.padding_h, window.padding_w, phase)
+        tile = window.kernel_h, window.kernel_w
+        others = (*tile, window.stride_w, window.padding_h, window.padding_w, phase)
         self.numbers = np.array([numbers + others], PLAN)
         self.address = self.numbers.ctypes.data
         large = self.planes * max(height * self.width, out_height * out_width) > _SMALL
@@ -81,25 +85,30 @@ class _Plan:
         return compiling.run(body, parts, bias is not None, self.address, *addresses)
 
 
+def _spans(window: Window) -> list[int]:
+    """Rows and columns from a window's first cell to its last."""
+    return [(kernel - 1) * dilation + 1 for kernel, _, _, dilation in window.sides(2)]
+
+
 def _is_tiled(window: Window) -> bool:
-    return (window.kernel_h, window.kernel_w) == (window.stride_h, window.stride_w)
+    return all(size == stride and dilation == 1 for size, stride, _, dilation in window.sides(2))
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(shape: tuple[int, ...], dtype: Any, layout: Any, window: Window) -> _Plan | None:
     """None if the reference serves."""
-    few = window.cells <= NO_CELL or (_is_tiled(window) and window.code_dtype in _CODES)
-    served = few and window.dilation_h == window.dilation_w == 1 and len(shape) == 4
-    served = served and 0 not in shape and dtype in NUMBERS
+    few = math.prod(_spans(window)) <= NO_CELL
+    few = few or (_is_tiled(window) and window.code_dtype in _CODES)
+    served = few and len(shape) == 4 and 0 not in shape and dtype in NUMBERS
     return _Plan(shape, layout, window) if served else None
 
 
 @functools.cache
 def _compiled(
-    make: Any, dtype: torch.dtype, cell: torch.dtype, training: bool, *sides: int
+    make: Any, dtype: torch.dtype, cell: torch.dtype, training: bool, *sides: tuple[int, ...]
 ) -> Callable[[Any], None]:
     what = f"{make.__name__} in {'training' if training else 'evaluation'}"
-    cells = f"{sides[0]} x {sides[1]} cells" if sides else "tiles of any size"
+    cells = f"{sides[0][0]} x {sides[1][0]} cells" if sides else "tiles of any size"
     what = f"{what}, {cells}, {str(dtype).removeprefix('torch.')},"
     return compiling.compiled_for_c(make(NUMBERS[dtype], _CODES[cell], training, *sides), what)
 

@@ -28,8 +28,8 @@ from .compiling import inlined
 from .floats import narrow, widen
 
 # What a pass knows of the tensors and the window; see `_Plan` in __init__.py.
-_PLAN = """planar planes step sheets height width out_height out_width kernel_h kernel_w stride_h
-stride_w padding_h padding_w phase"""
+_PLAN = """planar planes step sheets height width out_height out_width tile_h tile_w stride_w
+padding_h padding_w phase"""
 PLAN = np.dtype([(name, np.int64) for name in _PLAN.split()])
 # Its arguments: their address; which of how many parts to do (of 0: the thread's in its team); what
 # it tells, whether only the reference takes the numbers; whether there is a bias; more addresses.
@@ -144,7 +144,8 @@ def _weigh(weights, top, end, x, staged, biases, sheet, call, plan):
 @inlined
 def _cell(i, j, grid):
     """Lanes from the first cell of a window to another."""
-    (_, _, _, stride_w), step, phase = grid
+    ((_, _, dilation_h), (_, stride_w, dilation_w)), step, phase = grid
+    i, j = i * dilation_h, j * dilation_w
     return _lanes(i * stride_w + j % stride_w) * phase + _lanes(j // stride_w) * step
 
 
@@ -161,7 +162,7 @@ def _window(training, half, weights, first, grid, lost):
     """Of the window whose first cell is a lane the sum, its `_scale`, and the expectation, or the
     weight and number of the last cell before which the sum is at most the threshold. The number is
     a float, for a vector of bytes has more lanes."""
-    (kernel_h, kernel_w, _, _), total, before_row = grid[0], _NOTHING, _NOTHING
+    ((kernel_h, _, _), (kernel_w, _, _)), total, before_row = grid[0], _NOTHING, _NOTHING
     for i in range(kernel_h):
         row = _NOTHING
         for j in range(kernel_w):
@@ -197,7 +198,7 @@ def _tiles(training, kept, halves, weights, first, grid, lost):
 @inlined
 def _every(task, kept, weights, first, grid):
     """Add up each cell of a row of tiles, and draw or take the mean."""
-    (kernel_h, kernel_w, _, _), lanes = grid[0], _lanes(kept.shape[1])
+    ((kernel_h, _, _), (kernel_w, _, _)), lanes = grid[0], _lanes(kept.shape[1])
     for lane in range(lanes):
         kept[TOTAL, lane], kept[BEFORE, lane] = _NOTHING, _NOTHING
         kept[VALUE, lane], kept[DRAWN, lane] = _ZERO, np.float32(-1)
@@ -226,37 +227,46 @@ def _every(task, kept, weights, first, grid):
 def _gather(numbers, codes, first, grid, taps, i0, j0, training):
     """The sum of the numbers of the windows that drew an input; of all that hold it, if not in
     training. In the last one it is the cell (i0, j0); `first` is the place of the first."""
-    (kernel_h, kernel_w, stride_h, stride_w), step, phase = grid
+    ((kernel_h, stride_h, dilation_h), (kernel_w, stride_w, dilation_w)), step, phase = grid
     (taps_h, taps_w), total = taps, _ZERO
     for t in range(taps_h):
         for u in range(taps_w):
             i, j = i0 + t * stride_h, j0 + u * stride_w
             window = first + _lanes(taps_h - 1 - t) * phase + _lanes(taps_w - 1 - u) * step
-            number, held = numbers[window], (i < kernel_h) & (j < kernel_w)
+            number, held = numbers[window], (i % dilation_h == 0) & (j % dilation_w == 0)
+            i, j = i // dilation_h, j // dilation_w
+            held = held & (i < kernel_h) & (j < kernel_w)
             if training:
                 held = codes[window] == codes.dtype.type(i * kernel_w + j if held else NO_CELL)
             total += number if held else _ZERO
     return total
 
 
-def forward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
-    """The pass for dtypes of numbers (see floats.py) and codes, a mode, and sizes and strides of
-    windows, or for tiles, whose sizes the plan knows. Tensors: the biases of a row of lanes of each
-    sheet, input, output; in training also code and seed."""
+def _taps(kernel: int, stride: int, dilation: int) -> int:
+    """How many windows at most hold an input, of which not all may have it for a cell."""
+    return ((kernel - 1) * dilation + stride) // stride
+
+
+def forward(number: Any, cell: Any, training: bool, *sides: tuple[int, int, int]) -> Any:
+    """The pass for dtypes of numbers (see floats.py) and codes, a mode, and size, stride and
+    dilation of a window's height and width, or for tiles, whose sizes the plan knows. Tensors: the
+    biases of a row of lanes of each sheet, input, output; in training also code and seed."""
     # No function may be a constant of a pass, or the cache finds it never again.
-    known, sizes = len(sides) > 0, sides or (1, 1, 1, 1)
+    known, sizes = len(sides) > 0, sides or ((1, 1, 1), (1, 1, 1))
 
     def forward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
-        sides = sizes if known else (plan.kernel_h, plan.kernel_w, plan.stride_h, plan.stride_w)
-        kernel_h, _, stride_h, stride_w = sides
+        tile = (plan.tile_h, plan.tile_h, 1), (plan.tile_w, plan.tile_w, 1)
+        sides = sizes if known else tile
+        (kernel_h, stride_h, dilation_h), (_, stride_w, _) = sides
+        span = (kernel_h - 1) * dilation_h + 1
         outputs = plan.planes * plan.out_height * plan.out_width
         biases = carray(pointers[6], plan.sheets * plan.width * plan.step, np.float32)
         x = carray(pointers[7], plan.planes * plan.height * plan.width, number)
         output, code = carray(pointers[8], outputs, number), carray(pointers[9], outputs, cell)
         size, out_lanes = (plan.out_height, plan.out_width), plan.out_width * plan.step
         line, grid = stride_w * plan.phase, (sides, _lanes(plan.step), _lanes(plan.phase))
-        rows = (min(GROUP, plan.out_height) - 1) * stride_h + kernel_h
+        rows = (min(GROUP, plan.out_height) - 1) * stride_h + span
         weights = np.zeros(rows * line, np.float32)
         fetched = np.empty(plan.width * plan.step, number)
         staged, staged_code = np.empty(out_lanes, number), np.empty(out_lanes, cell)
@@ -273,7 +283,7 @@ def forward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
             sheet, group = unit // groups, unit % groups
             out_top, out_end = group * GROUP, min(group * GROUP + GROUP, plan.out_height)
             tops = out_top * stride_h - plan.padding_h, (out_end - 1) * stride_h - plan.padding_h
-            _weigh(weights, tops[0], tops[1] + kernel_h, x, fetched, biases, sheet, call, plan)
+            _weigh(weights, tops[0], tops[1] + span, x, fetched, biases, sheet, call, plan)
             if training:
                 seed, plane = carray(pointers[10], 1, np.int64)[0], sheet * plan.step
                 _random_halves(halves, words, pairs, lanes, plane, group, seed, grid[1])
@@ -308,16 +318,18 @@ def forward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
     return forward
 
 
-def backward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
+def backward(number: Any, cell: Any, training: bool, *sides: tuple[int, int, int]) -> Any:
     """Likewise. Tensors: the biases; the gradients of output and input, and that of the bias for
     each group of rows and lane of a column; then code, or input."""
-    known, sizes = len(sides) > 0, sides or (1, 1, 1, 1)
-    taps = taps_h, taps_w = -(-sizes[0] // sizes[2]), -(-sizes[1] // sizes[3])
+    known, sizes = len(sides) > 0, sides or ((1, 1, 1), (1, 1, 1))
+    taps_h, taps_w = taps = _taps(*sizes[0]), _taps(*sizes[1])
 
     def backward(pointers):
         call, plan = carray(pointers[0], 5, np.int64), carray(pointers[5], 1, PLAN)[0]
-        sides = sizes if known else (plan.kernel_h, plan.kernel_w, plan.stride_h, plan.stride_w)
-        kernel_h, _, stride_h, stride_w = sides
+        tile = (plan.tile_h, plan.tile_h, 1), (plan.tile_w, plan.tile_w, 1)
+        sides = sizes if known else tile
+        (kernel_h, stride_h, dilation_h), (_, stride_w, _) = sides
+        span = (kernel_h - 1) * dilation_h + 1
         most = -(-ROWS // stride_h) + taps_h  # rows of windows that hold the rows of a group
         inputs = plan.planes * plan.height * plan.width
         outputs = plan.planes * plan.out_height * plan.out_width
@@ -338,7 +350,7 @@ def backward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
         dead = cell(np.int32(DEAD))
         codes = np.full(most * plan.phase, dead, cell)
         grads, offsets = np.zeros(codes.size, np.float32), np.zeros(codes.size, np.float32)
-        rows = (most - 1) * stride_h + max(kernel_h, stride_h)  # between windows, too
+        rows = (most - 1) * stride_h + max(span, stride_h)  # between windows, too
         weights = np.zeros((1 - training) * rows * stride_w * plan.phase, np.float32)
         for unit in _share(call, plan.sheets * groups):
             sheet, top = unit // groups, unit % groups * ROWS
@@ -348,7 +360,7 @@ def backward(number: Any, cell: Any, training: bool, *sides: int) -> Any:
             out_last = (last + plan.padding_h) // stride_h
             above = out_top * stride_h - plan.padding_h
             if not training:
-                bottom = out_last * stride_h - plan.padding_h + kernel_h
+                bottom = out_last * stride_h - plan.padding_h + span
                 _weigh(weights, above, bottom, x, fetched, biases, sheet, call, plan)
             for oh in range(out_top, out_last + 1):
                 to = _lanes(oh - out_top) * phase + _lanes(taps_w - 1) * step
