@@ -128,6 +128,7 @@ needs_inductor = pytest.mark.skipif(
 
 
 @needs_inductor
+@torch._inductor.config.patch(force_disable_caches=True)  # where fakes of another version may be
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(
     ("pool", "layout"),

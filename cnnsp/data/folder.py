@@ -119,7 +119,7 @@ def list_folder(
 
 
 class Source(NamedTuple):
-    """A file to classify, and whether it was found in a folder rather than named."""
+    """A file to classify, and whether it was found, in a folder or by a pattern, or named."""
 
     path: Path
     in_folder: bool
