@@ -101,7 +101,7 @@ RESEMBLING = re.compile(
     | test_every_window_that_slides\[(channels_last|contiguous-\((1|2,[ ]3|3,[ ]3\)-\([23]))
     | test_expectations\[(channels_last|.*kernel_h=2,[ ]kernel_w=3)
     | test_expectation\[triton-contiguous-(global|more[ ]than|.*float16)
-    | test_any_strides\[triton-dilated
+    | test_any_strides\[(triton|numba)-dilated
     | test_sliding_kernels_notice_a_special_window\[channels_last
     | test_network\[(alexnet|resnet10t|ese_vovnet19b_slim)""",
     re.VERBOSE,
