@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import wrap_torch_function
 
 from . import autograd
@@ -143,7 +144,8 @@ def adaptive_stochastic_pool2d(
     an output size of 1 pools whole planes. All else as `stochastic_pool2d`. Where H or W is not a
     multiple of the output size, or not known to be while `torch.compile` or an export works with
     symbolic sizes, the input is laid out window by window first: that takes memory of up to
-    (1 + 2 OH / H) (1 + 2 OW / W) inputs, and a bias of infinity gives NaN.
+    (1 + 2 OH / H) (1 + 2 OW / W) inputs and several times as long, and a bias of infinity gives
+    NaN.
 
     Args:
         output_size: one int, or (OH, OW); None keeps the input's size.
@@ -214,6 +216,8 @@ def _adaptive(
         return _pool(dims, input, window, return_indices, bias, training, generator)
     kernel: list[int] = []
     places: list[torch.Tensor] = []
+    # What windows lack is never drawn: max(-inf + bias, 0) is 0 for any finite bias.
+    input = F.pad(input, [0, 1] * dims, value=-torch.inf)
     # `index_select` gives contiguous tensors: with channels at the back, those are channels_last.
     last = known(input.stride(-dims - 1) == 1) and not all(known(size == 1) for size in sizes)
     input = input.movedim(-dims - 1, -1) if last else input
@@ -221,9 +225,7 @@ def _adaptive(
         cells, place, absent = _adaptive_windows(size, out, input.device)
         kernel.append(cells)
         places.append(place)
-        input = input.index_select(dim - last, place)
-        # Never drawn: max(-inf + bias, 0) is 0 for any finite bias.
-        input = input.masked_fill(absent.view(-1, *[1] * (last - dim - 1)), -torch.inf)
+        input = input.index_select(dim - last, torch.where(absent, size, place))
     input = input.movedim(-1, -dims - 1) if last else input
     pooled = _pool(dims, input, _window(dims, kernel), return_indices, bias, training, generator)
     if not isinstance(pooled, tuple):

@@ -1,7 +1,7 @@
 """Stochastic pooling on the CPU, compiled by numba: the four functions of `reference.py`.
 
 Compiled are windows that span up to 254 cells, and tiles, whose stride is their size, of up to
-32,767, in fp16, bf16 and fp32: each takes seconds when it is first used, tiles of more than 9 cells
+32,767, in fp16, bf16 and fp32: each takes seconds when it is first used, tiles of more than 4 cells
 once for all. The reference serves the others, fp64 and volumes, and every call whose weights are
 too large, or whose sums too small for the expectation, for plain fp32.
 """
@@ -30,7 +30,7 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
 _CODES = {torch.uint8: np.uint8, torch.int16: np.int16}
-_SMALL_TILE = 9  # cells
+_SMALL_TILE = 4  # cells
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
 _NOTHING = torch.zeros(0, dtype=torch.float32, device="cpu")  # whatever the default is
 
