@@ -47,6 +47,12 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that leave nothing to the reference, which would be compared with itself."""
+    monkeypatch.setattr(cpu, "reference", None)
+
+
 def steps(tensor: torch.Tensor) -> list[int]:
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
@@ -75,8 +81,10 @@ def windows() -> Iterator[ParameterSet]:
 
 @pytest.mark.parametrize("special", [False, True], ids=["ordinary", "special"])
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [*windows()])
-def test_every_window_that_slides(kernel, stride, dilation, special, layout):
+def test_every_window_that_slides(kernel, stride, dilation, special, layout, request):
     """Planes of odd and even sides, among them some that are narrower than a window."""
+    if not special:
+        request.getfixturevalue("alone")
     paddings = itertools.product(range(kernel[0] // 2 + 1), range(kernel[1] // 2 + 1))
     sizes = ((5, 7), (8, 9), (7, 4), (3, 3), (2, 11), (1, 6), (12, 2), (17, 5))
     bias = torch.randn(21)
@@ -105,8 +113,12 @@ def test_every_window_that_slides(kernel, stride, dilation, special, layout):
 
 
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_tiles_of_any_size_compile_once(training, layout):
+def test_tiles_of_any_size_compile_once(training, layout, alone):
     """Their sizes may be those of texts, sounds and images."""
+    # In one dimension alone they are windows that slide.
+    for kernel_and_stride in ((2, 5, 2, 3), (5, 2, 3, 2)):
+        window = Window(*kernel_and_stride, 0, 0, 1, 1, False)
+        assert cpu._plan((1, 1, 9, 9), torch.float32, layout, window).constants != ()
     for size, window in (
         ((1, 20), Window(1, 20, 1, 20, 0, 0, 1, 1, False)),
         ((1, 33), Window(1, 33, 1, 33, 0, 0, 1, 1, False)),
@@ -176,7 +188,9 @@ def test_the_largest_window(layout):
     ],
     ids=str,
 )
-def test_expectations(window, special, layout):
+def test_expectations(window, special, layout, request):
+    if not special:
+        request.getfixturevalue("alone")
     for size in ((9, 13), (10, 12), (5, 4)):
         x = torch.randn(2, 35, *size)
         x[:, :4, :4] = -1
@@ -191,8 +205,8 @@ def test_expectations(window, special, layout):
             continue
         grad = torch.randn_like(mean)
         for result, right in zip(
-            cpu.expectation_backward(grad, x, bias, window, True),
-            reference.expectation_backward(grad, x, bias, window, True),
+            cpu.expectation_backward(grad, x, bias, window, bias is not None),
+            reference.expectation_backward(grad, x, bias, window, bias is not None),
             strict=True,
         ):
             torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-4)
@@ -307,7 +321,9 @@ def test_infinite_gradients_of_a_bias_pass_in_silence():
 
 @pytest.mark.parametrize("team", [True, False], ids=["team", "no team"])
 @pytest.mark.parametrize("window", [DENSE, STRIDED], ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(window, team, layout, threads, monkeypatch):
+def test_results_do_not_depend_on_the_number_of_threads(
+    window, team, layout, threads, alone, monkeypatch
+):
     if not team:
         monkeypatch.setattr(cpu.compiling, "_parallel", None)
     elif cpu.compiling._parallel is None:
@@ -320,7 +336,7 @@ def test_results_do_not_depend_on_the_number_of_threads(window, team, layout, th
         assert_same(run_all(x, window), expected)
 
 
-def test_many_python_threads_at_once(threads):
+def test_many_python_threads_at_once(threads, alone):
     threads(2)
     inputs = [torch.randn(2, 6, 60, 60) for _ in range(8)]
     expected = [run_all(x, DENSE) for x in inputs]
@@ -365,6 +381,14 @@ def test_what_is_not_plain_memory(layout):
     grad = torch.randn_like(x).contiguous(memory_format=other)
     result, _ = cpu.sample_backward(grad, code, (8, 9), DENSE, False)
     assert same(result, reference.sample_backward(grad, code, (8, 9), DENSE, False)[0])
+
+
+def test_gradients_of_another_dtype_and_of_a_bias_that_is_zero():
+    """None counts as zeros, and its gradient is wanted."""
+    x, grad = torch.randn(2, 2, 5, 8, 9)
+    for other in (grad, grad.half()):
+        result = cpu.expectation_backward(other, x, None, DENSE, True)
+        assert_same(result, reference.expectation_backward(other, x, None, DENSE, True))
 
 
 def test_a_bias_may_change_its_size_afterwards():
