@@ -74,6 +74,16 @@ def test_sums_too_small_for_a_draw(last):
     assert grad_input.sum() == (~dead).sum()
 
 
+def test_codes_have_room_for_every_cell_and_for_dead_windows():
+    for cells, dtype in (
+        (255, torch.uint8),
+        (256, torch.int16),
+        (32_767, torch.int16),
+        (32_768, torch.int32),
+    ):
+        assert Window(1, cells, 1, 1, 0, 0, 1, 1, False).code_dtype == dtype
+
+
 def test_indices_are_those_of_max_unpool():
     window = Window(2, 2, 2, 2, 0, 0, 1, 1, False)
     x = torch.rand(2, 3, 8, 6) + 0.1

@@ -134,6 +134,8 @@ def test_windows_within_a_slice_are_those_of_planes(training, plain, device):
         )
         output, *indices = pooled if training else (pooled,)
         gradients = torch.autograd.grad(output.sin().sum(), (x, bias))
+        assert output.is_contiguous(memory_format=layout)
+        assert gradients[0].is_contiguous(memory_format=layout)
         results.append((output, *indices, *gradients))
     for result, expected in zip(*results, strict=True):
         torch.testing.assert_close(result, expected)
@@ -210,12 +212,14 @@ def test_adaptive_pools_keep_channels_last(dims, output_size, device):
 
 
 def test_adaptive_pool_of_equal_windows_is_the_pool(device):
-    x = torch.randn(2, 3, 6, 8, device=device)
+    x, bias = torch.randn(2, 3, 6, 8, device=device), torch.randn(3, device=device)
     for training in (True, False):
         adaptive = adaptive_stochastic_pool2d(
-            x, (3, 2), training=training, generator=generator(device)
+            x, (3, 2), bias=bias, training=training, generator=generator(device)
         )
-        pool = stochastic_pool2d(x, (2, 4), training=training, generator=generator(device))
+        pool = stochastic_pool2d(
+            x, (2, 4), bias=bias, training=training, generator=generator(device)
+        )
         assert torch.equal(adaptive, pool)
 
 
@@ -238,6 +242,9 @@ def test_adaptive_dead_windows_and_bad_arguments(device):
     output, indices = adaptive_stochastic_pool2d(x, (2, 3), return_indices=True)
     assert torch.equal(output, torch.zeros(1, 1, 2, 3, device=device))
     assert indices.tolist() == [[[[0, 2, 4], [14, 16, 18]]]]
+    # A bias does not bring to life the cells that the shorter windows lack.
+    mean = adaptive_stochastic_pool2d(x, 3, bias=x.new_full((1,), 3), training=False)
+    assert torch.equal(mean, torch.full_like(mean, 2))
     for wrong, message in ((0, "must be positive"), ((1, 2, 3), "one int or two")):
         with pytest.raises(RuntimeError, match=message):
             adaptive_stochastic_pool2d(x, wrong)
