@@ -170,6 +170,18 @@ def test_nan_in_no_window_has_no_gradient(backend, device):
     assert grad_bias.isfinite().all()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_views_that_are_negative(training, backend, device):
+    """Dense ones, too, whose memory holds the numbers with the other sign."""
+    x = torch.randn(1, 2, 6, 6, device=device).requires_grad_()
+    grad = torch.randn(1, 2, 3, 3, device=device)
+    results = []
+    for negate in (torch.neg, torch._neg_view):
+        output = stochastic_pool2d(negate(x), 2, training=training, generator=generator(device))
+        results.append((output, *torch.autograd.grad(output, x, negate(grad))))
+    assert all(map(torch.equal, *results))
+
+
 def test_an_empty_stride_is_the_kernel_size():
     x = torch.rand(1, 1, 6, 6)
     expected = F.max_pool2d(x, 2, [])

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stochastic_pooling import (
     AdaptiveStochasticPool1d,
@@ -250,6 +251,8 @@ def test_functions_are_one_node_for_fx_and_can_be_intercepted(device):
     assert functions == [stochastic_pool2d, adaptive_stochastic_pool2d]
     x, bias = torch.randn(1, 2, 6, 6, device=device), torch.randn(2, device=device)
     assert torch.equal(traced(x, bias), pools(x, bias))
+    of_bias = torch.fx.symbolic_trace(lambda b: stochastic_pool2d(x, 3, bias=b, training=False))
+    assert torch.equal(of_bias(bias), stochastic_pool2d(x, 3, bias=bias, training=False))
 
     class Recorder(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -260,6 +263,20 @@ def test_functions_are_one_node_for_fx_and_can_be_intercepted(device):
     with Recorder():
         stochastic_pool2d(x, 3)
     assert seen[0] is stochastic_pool2d
+
+
+def test_dispatch_modes_see_the_op(device):
+    """As those that count operations, or choose what a checkpoint keeps."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    with Recorder():
+        stochastic_pool2d(torch.rand(1, 2, 6, 6, device=device), 3)
+    assert torch.ops.stochastic_pooling.sample.default in seen
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")

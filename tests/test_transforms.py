@@ -217,6 +217,7 @@ def test_vmap_of_the_draw_follows_its_randomness(device):
     assert values.unique().numel() == 4
     torch.manual_seed(1)
     assert torch.equal(func.vmap(loss, randomness="different")(*alike), values)
+    assert not torch.isin(func.vmap(loss, randomness="different")(*alike), values).any()
     # The draws of each example are draws: 0 where a window is dead, else one of its cells.
     pooled = func.vmap(lambda x: stochastic_pool2d(x, 3, 1, 1), randomness="different")(x)
     assert torch.isin(pooled, torch.cat((x.flatten(), x.new_zeros(1)))).all()
