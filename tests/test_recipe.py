@@ -85,15 +85,27 @@ def test_a_batch_in_parts_makes_the_same_step(opt: str) -> None:
         learner.step(images, labels, batch_size=5, number=0, lr=1e-3) for learner in (whole, parts)
     ]
     torch.testing.assert_close(losses[0], losses[1])
-    with torch.no_grad():
-        fresh = Learner(options, 3, torch.device("cpu"), Team()).model
-        expected = F.nll_loss(fresh(images), labels)
-    torch.testing.assert_close(losses[0], expected)
+    fresh = Learner(options, 3, torch.device("cpu"), Team()).model
+    output = fresh(images)
+    torch.testing.assert_close(losses[0], F.nll_loss(output, labels).detach())
+    F.cross_entropy(output, labels, label_smoothing=0.2).backward()
     for one, other, start in zip(
         whole.model.parameters(), parts.model.parameters(), fresh.parameters(), strict=True
     ):
         assert not torch.equal(one, start)
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+        for part in (other, start):
+            torch.testing.assert_close(one.grad, part.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adam", "adamw"])
+def test_settings_reach_the_optimizer(opt: str) -> None:
+    options = TrainOptions(opt=opt, weight_decay=0.01, momentum=0.5, nesterov=True)
+    weight = nn.Parameter(torch.ones(1))
+    (group,) = make_optimizer([weight], options, torch.device("cpu")).param_groups
+    assert group["weight_decay"] == 0.01
+    if opt == "sgd":
+        assert group["momentum"] == 0.5
+        assert group["nesterov"]
 
 
 def test_the_network_of_a_run_with_averaging_is_the_average() -> None:

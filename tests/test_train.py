@@ -25,6 +25,7 @@ from cnnsp.results.evaluation import evaluate
 from cnnsp.results.history import EpochResult
 from cnnsp.training import devices
 from cnnsp.training.recipe import SHORT_RECIPE, TrainOptions, defaults
+from cnnsp.training.step import Learner
 
 from .scripts import ENVIRONMENT, ROOT, load_script, run_code
 
@@ -420,9 +421,29 @@ def test_another_quarter_held_out_is_warned_of(photos: Path, tmp_path: Path, cap
     flags += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
     assert main([*CPU, *flags, "--validate", "0"]) == 0
     assert "\nHeld-out images: average loss " in capsys.readouterr().out
+    last = tmp_path / "run" / "last.pt"
+    state = load(last)
+    state["progress"]["best_accuracy"] = 101.0  # of other images, so that it does not count
+    torch.save(state, last)
     resume = [*CPU, "--resume", str(tmp_path / "run"), "--epochs", "2", "--validate", "1"]
     assert main(resume) == 0
     assert "may have learned from these held-out images" in capsys.readouterr().err
+    assert load(last)["progress"]["best_accuracy"] <= 100
+
+
+def test_a_step_is_told_of_its_own_images(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    """Or an epoch's last batch, which may be smaller, would make a smaller step."""
+    sizes, step = [], Learner.step
+
+    def note(self: Learner, images: torch.Tensor, labels: torch.Tensor, **others: Any) -> Any:
+        sizes.append((len(images), others["batch_size"]))
+        return step(self, images, labels, **others)
+
+    monkeypatch.setattr(Learner, "step", note)
+    flags = ["--augment", "random", "--repeats", "1", "--pool", "max", "--epochs", "1", "-b", "3"]
+    flags += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
+    assert main([*CPU, *flags]) == 0
+    assert sizes == [(3, 3), (1, 1)]
 
 
 @pytest.mark.slow
