@@ -118,7 +118,7 @@ def test_tiles_of_any_size_compile_once(training, layout, alone):
     # In one dimension alone they are windows that slide.
     for kernel_and_stride in ((2, 5, 2, 3), (5, 2, 3, 2)):
         window = Window(*kernel_and_stride, 0, 0, 1, 1, False)
-        assert cpu._plan((1, 1, 9, 9), torch.float32, layout, window).constants != ()
+        assert cpu._plan((1, 1, 9, 9), torch.float32, layout, window).constants
     for size, window in (
         ((1, 20), Window(1, 20, 1, 20, 0, 0, 1, 1, False)),
         ((1, 33), Window(1, 33, 1, 33, 0, 0, 1, 1, False)),
