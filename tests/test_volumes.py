@@ -120,7 +120,7 @@ def test_a_volume_of_one_slice_is_a_plane(device):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_windows_within_a_slice_are_those_of_planes(training, plain, device):
+def test_windows_within_a_slice_are_those_of_planes(training, device):
     """In channels_last_3d they are a volume's."""
     results = []
     for layout in (torch.contiguous_format, torch.channels_last_3d):
