@@ -22,13 +22,9 @@ from .scripts import ROOT, run_python
             ["--only", "content: 2x4x11x10 f32 nchw 3x3 s11 p11 d11 mixed", "--approximate", "1"],
             marks=pytest.mark.slow,
         ),
-        pytest.param(
-            ["--only", "view: 2x4x9x10 f32 nhwc 2x2 s22 p00 d11 normal bias f32 expanded"],
-            marks=pytest.mark.slow,
-        ),
         pytest.param(["--quick"], marks=pytest.mark.slow),
     ],
-    ids=["one", "approximate", "a view", "every fifth"],
+    ids=["one", "approximate", "every fifth"],
 )
 def test_compiled_code_executed_by_an_emulator(cases):
     """What the interpreter cannot see: the machine's own accesses to memory, and its rounding."""
