@@ -127,6 +127,10 @@ def parse(
         )
     if args.opt == "sgd" and args.nesterov and args.momentum == 0:
         raise UserError("--nesterov needs --momentum above 0")
+    if args.warmup_epochs > args.epochs:
+        raise UserError(
+            f"--warmup-epochs {args.warmup_epochs:g} must be at most --epochs {args.epochs}"
+        )
     if args.data_dir == SYNTHETIC and args.validate is not None:
         raise UserError("--validate needs photographs: --data-dir FOLDER")
     return args

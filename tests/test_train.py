@@ -267,6 +267,7 @@ def test_bad_photographs(photos: Path, tmp_path: Path, capsys, edit: Edit, messa
         (["--ema", "1"], "--ema: must be at most 0.9999, got 1"),
         (["--seed", str(2**32)], "--seed: must be at most 4294967295"),
         (["--recipe", "best", "--momentum", "0"], "--nesterov needs --momentum above 0"),
+        (["--warmup-epochs", "30.5"], "--warmup-epochs 30.5 must be at most --epochs 30"),
         (["--torchcompile", "reduce-overhead", "--accumulate", "2"], "know no --accumulate"),
         (["--lr", "1e300"], "--lr: must be at most 1000000000000000, got 1e300"),
         (["--epochs", "9" * 400], "--epochs: must be at most"),
