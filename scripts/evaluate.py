@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         raise UserError("--validate needs photographs: --data-dir FOLDER")
     if data_dir != SYNTHETIC and not split:
         split = find(data_dir, named_by=path)[args.split]
+    if split and split.keys() <= {*state["classes"]}:  # of the others there are no photographs
+        split = {name: split.get(name, []) for name in state["classes"]}
     checkpoint.check_classes(state, path, tuple(split) or synthetic.CLASSES)
     if split:
         (images,) = load_splits({args.split: split}, args.workers)
@@ -98,7 +101,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
             "correct": result.correct,
             "total": result.total,
             "classes": list(images.classes),
-            "sensitivities": dict(zip(images.classes, result.sensitivities, strict=True)),
+            "sensitivities": {
+                name: None if math.isnan(share) else share
+                for name, share in zip(images.classes, result.sensitivities, strict=True)
+            },
             "confusion": result.confusion.tolist(),
         }
         print(json.dumps(summary, indent=2, allow_nan=False))

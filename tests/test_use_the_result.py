@@ -317,7 +317,7 @@ def test_evaluate_script(make_checkpoint: Make, photos: Path, tmp_path: Path, ca
 def test_evaluation_needs_no_other_photographs(
     make_checkpoint: Make, photos: Path, tmp_path: Path, capsys
 ) -> None:
-    """Neither does it need undamaged ones; and of a checkpoint, the run's folder is enough."""
+    """Neither undamaged ones, nor all classes; and of a checkpoint, the run's folder is enough."""
     alone = tmp_path / "alone"
     shutil.copytree(photos / "test_data", alone / "test_data")
     path = make_checkpoint("max")
@@ -333,6 +333,11 @@ def test_evaluation_needs_no_other_photographs(
     assert run(evaluate, path.parent, "--data-dir", alone, "--split", "train_data") == 2
     assert run(evaluate, photos, "--data-dir", alone) == 2
     assert f"folder {photos} holds no last.pt" in capsys.readouterr().err
+    shutil.rmtree(alone / "test_data" / CLASSES[0])
+    assert run(evaluate, path.parent, "--data-dir", alone, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["confusion"][0], sum(told["confusion"][1])) == ([0, 0], 3)
+    assert told["sensitivities"] == {CLASSES[0]: None, CLASSES[1]: told["accuracy"]}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
