@@ -18,9 +18,9 @@ def distinctly(names: Collection[str]) -> Callable[[str], str]:
     return repr if len({normalize("NFC", name) for name in names}) == len(names) else ascii
 
 
-def quoted(path: Path) -> str:
-    """For a command line: where it needs quotes, in those that every shell takes off."""
-    return str(path) if shlex.quote(str(path)) == str(path) else f'"{path}"'
+def quoted(*words: str | Path) -> str:
+    """For a command line: where one needs quotes, in those that every shell takes off."""
+    return " ".join(w if shlex.quote(w) == w else f'"{w}"' for w in map(str, words))
 
 
 def lacks_memory(error: Exception) -> bool:

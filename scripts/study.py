@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from pathlib import Path
 from cnnsp import POOLINGS
 from cnnsp.cli import ArgumentParser, exit_status, expanded, importing, number
 from cnnsp.data.folder import SPLITS, list_folder
+from cnnsp.errors import quoted
 from cnnsp.training.recipe import RECIPES
 
 PROG = "study.py"
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         flags=flags,
         device=args.device,
         machine=args.name or machine_name(choose_device(args.device)),
-        started_with=f"python scripts/study.py {shlex.join(given)}",
+        started_with=f"python scripts/study.py {quoted(*given)}",
     )
     planned = cases(args.recipes, args.pools, args.seeds)
     study.check(planned)

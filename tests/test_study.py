@@ -151,7 +151,7 @@ def test_figure_shows_accuracies_and_losses(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photographs(tmp_path_factory.mktemp("study") / "photos")
+    return make_photographs(tmp_path_factory.mktemp("study") / "the photos")
 
 
 class Runner:
@@ -211,7 +211,7 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     assert main(given) == 1
     printed = capsys.readouterr()
     assert "failed: paper-max-1 (exit status 3); the same command tries again" in printed.err
-    assert f"--recipe paper --pool max --seed 0 --data-dir {photos}" in printed.out
+    assert f'--recipe paper --pool max --seed 0 --data-dir "{photos}"' in printed.out
     assert list(read(output / "runs.csv")["seed"]) == [0]
 
     # The first is finished; now the second runs.
@@ -227,6 +227,7 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     page = (output / "study.md").read_text(encoding="utf-8")
     assert table(results) in page
     assert "4 training and 2 test images; epochs: 1 (paper)" in page
+    assert f'- started with `python scripts/study.py --data-dir "{photos}" ' in page
     assert (output / "study.png").stat().st_size > 10_000
 
     # Evaluated but not recorded: evaluated again, without training; from another working folder.
@@ -240,7 +241,7 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     capsys.readouterr()
     assert main([*given[:-1], "2"]) == 2
     error = capsys.readouterr().err
-    run_with = " ".join(["--data-dir", str(photos), *TINY, "--epochs", "1"])
+    run_with = " ".join(["--data-dir", f'"{photos}"', *TINY, "--epochs", "1"])
     assert f"{output / 'paper-max-0'} was run with {run_with}: give the same" in error
     assert error.count("\n") == 1
     assert len(runner.commands) == 3

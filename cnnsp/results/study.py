@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 from .. import files
 from ..data.batches import ImageBank
 from ..data.images import load_folder
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..interruption import ENDS, Interrupted, Requests
 from ..training import checkpoint
 from ..training.recipe import TrainOptions
@@ -121,7 +120,7 @@ class Study:
             theirs = files.read_json(path)
             if path.with_name("last.pt").exists() and theirs != self._recorded_flags():
                 raise UserError(
-                    f"{path.parent} was run with {shlex.join(map(str, theirs))}: give the same "
+                    f"{path.parent} was run with {quoted(*theirs)}: give the same "
                     "--data-dir, and the rest after --, or another --output-dir"
                 )
         for case in planned:
@@ -189,7 +188,7 @@ class Study:
         command = self.command(case)
         files.make_folder(folder)
         files.write_json(folder / "flags.json", self._recorded_flags())
-        print(f"{place} {shlex.join(command)}", flush=True)
+        print(f"{place} {quoted(*command)}", flush=True)
         return call(command, requests)
 
     def write(self) -> None:
@@ -213,7 +212,7 @@ class Study:
             text = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
             files.write(self.folder / name, text.encode())
         runs, epochs = (study_report.read(self.folder / name) for name in tables)
-        flags = shlex.join(self._recorded_flags())
+        flags = quoted(*self._recorded_flags())
         text = study_report.document(runs, self.started_with, flags)
         files.write(self.folder / "study.md", text.encode())
         study_report.draw(runs, epochs, self.folder / "study.png")
