@@ -207,7 +207,7 @@ def test_counters_are_set_beside_the_report(counters: ModuleType) -> None:
 
 def test_what_ncu_complains_of_is_told(counters: ModuleType) -> None:
     said = "==WARNING== No kernels\n==ERROR== ERR_NVGPUCTRPERM - no permission to read counters\n"
-    with pytest.raises(ValueError, match=r"0 of 8 .*ERR_NVGPUCTRPERM"):
+    with pytest.raises(SystemExit, match=r"0 of 8 .*ERR_NVGPUCTRPERM"):
         counters.beside_the_report("==PROF== Connected\n" + said, [], "sm_90")
 
 
