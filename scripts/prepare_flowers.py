@@ -112,7 +112,7 @@ def choose(folder: Path, chosen: dict[str, list[Photo]], most: int, seed: int) -
         if not path.is_file():
             print(f"left out {path}: a folder, or a link to nothing")
     paths = [path for path in paths if path.is_file()]
-    random.Random(f"{seed}/{folder.name}").shuffle(paths)
+    random.Random(os.fsencode(f"{seed}/{folder.name}")).shuffle(paths)
     for path in paths:
         if len(chosen[folder.name]) == most:
             break

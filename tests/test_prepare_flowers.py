@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,15 @@ def test_leaves_out_duplicates_and_unreadable_files(kaggle: Path, tmp_path: Path
     assert "looks the same as" in printed
     for name in ("cut.jpg", "page.jpg"):
         assert f"left out {daisies / name}: not a readable image" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_names_of_another_encoding(kaggle: Path, tmp_path: Path) -> None:
+    roses = kaggle / "flowers" / os.fsdecode(b"\xe9glantine")
+    (kaggle / "flowers" / "rose").rename(roses)
+    arguments = ["--output", str(tmp_path / "out"), "--classes", roses.name, *SIZES]
+    assert main([str(kaggle), *arguments]) == 0
+    assert len(names(tmp_path / "out")) == 5
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     photos: Path, tmp_path: Path, runner: Runner, monkeypatch, capsys
 ) -> None:
     output = tmp_path / "study"
-    ours = ["--seeds", "2", "--name", "here", "--"]
+    ours = ["--seeds", "2", "--name", "h\udce9re", "--"]  # as names of another encoding reach us
     given = arguments(photos, output, *ours, *TINY, "--epochs", "1")
 
     # What left no checkpoint does not bind the rest to its flags.
@@ -222,7 +222,7 @@ def test_study_writes_results_and_goes_on_where_it_stopped(
     assert [c[c.index("--seed") + 1] for c in runner.commands] == ["0", "1", "1"]
     results = read(output / "runs.csv")
     assert list(results["seed"]) == [0, 1]
-    assert list(results["machine"]) == ["here", "here"]
+    assert list(results["machine"]) == [r"h\udce9re"] * 2
     assert list(read(output / "epochs.csv")["epoch"]) == [1, 1]
     page = (output / "study.md").read_text(encoding="utf-8")
     assert table(results) in page

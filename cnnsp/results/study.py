@@ -210,11 +210,11 @@ class Study:
         tables = {"runs.csv": pd.DataFrame(results), "epochs.csv": pd.concat(histories)}
         for name, rows in tables.items():
             text = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-            files.write(self.folder / name, text.encode())
+            files.write(self.folder / name, text.encode(errors="backslashreplace"))
         runs, epochs = (study_report.read(self.folder / name) for name in tables)
         flags = quoted(*self._recorded_flags())
         text = study_report.document(runs, self.started_with, flags)
-        files.write(self.folder / "study.md", text.encode())
+        files.write(self.folder / "study.md", text.encode(errors="backslashreplace"))
         study_report.draw(runs, epochs, self.folder / "study.png")
 
 
