@@ -288,6 +288,22 @@ def test_planes_of_one_cell_with_codes_in_channels_last(sliding, device):
     assert torch.equal(result[1], expected[1])
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_channels(kernels, size, device):
+    """What `vmap` makes of no example. Planes of one cell have strides as in channels_last."""
+    window = Window.of((size, size), (size, size), (0, 0), (1, 1), False)
+    x, bias = torch.empty(2, 0, size, size, device=device), torch.empty(0, device=device)
+    assert (memory_format(x) == torch.channels_last) == (size == 1)
+    output, code = kernels.sample(x, bias, torch.tensor(SEED, device=device), window)
+    mean = kernels.expectation(x, bias, window)
+    assert output.shape == code.shape == mean.shape == (2, 0, 1, 1)
+    for grad_input, grad_bias in (
+        kernels.sample_backward(output, code, x.shape[2:], window, True),
+        kernels.expectation_backward(mean, x, bias, window, True),
+    ):
+        assert (grad_input.shape, grad_bias.shape) == (x.shape, bias.shape)
+
+
 def test_what_32_bits_do_not_reach_does_not_slide(sliding, monkeypatch):
     """The gradient of an expanded input is larger than all that is given; columns may lie far
     apart. The plans alone: there is no such memory."""

@@ -417,7 +417,8 @@ def _tile(call: Call, constants: dict[str, Any]) -> Plan:
     positions = height * width
     double = call.dtype == torch.float64
     tile = TILE_BYTES // (8 if double else 4)
-    block_c = min(triton.next_power_of_2(channels), 64) if channels_last else 1
+    # There may be no channels: `vmap` makes them of its examples.
+    block_c = min(triton.next_power_of_2(max(channels, 1)), 64) if channels_last else 1
     block_p = min(triton.next_power_of_2(max(positions, 1)), tile // block_c)
     blocks_p = batch * depth * triton.cdiv(positions, block_p)
     wide = max(*_extents(call, 1), math.prod(in_shape[1:])) >= 2**30
