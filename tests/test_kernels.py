@@ -3,6 +3,7 @@ windows and dtypes; numba's, of which test_numba.py has more, on what both may m
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -170,6 +171,30 @@ def test_windows_that_were_wrong(kernels, size, window, layout, device):
     torch.testing.assert_close(
         kernels.expectation(x, None, window), reference.expectation(x, None, window)
     )
+
+
+@pytest.mark.parametrize("view", ["columns", "rows", "channels", "signals' channels"])
+def test_what_lies_beside_a_view_is_not_read(sliding, view, layout, device, monkeypatch):
+    """A NaN that is read, whatever undoes it, has a strip done again."""
+    if device.type != "cpu":
+        pytest.skip("the kernels call what is compiled into them")
+    storage = torch.full((9, 4, 18, 16), torch.nan).contiguous(memory_format=layout)
+    x = {
+        "columns": storage[:1, ..., 4:12],
+        "rows": storage[:1, :, 1::2],
+        "channels": storage[:1, 1:3],
+        "signals' channels": storage[:, 1:3, :1],
+    }[view].normal_()
+    monkeypatch.setattr(
+        importlib.import_module("stochastic_pooling.gpu.sliding"), "_strip_again", None
+    )
+    window = Window(1 if "signals" in view else 3, 3, 1, 1, 0, 1, 1, 1, False)
+    seed = torch.tensor(SEED)
+    output, code = sliding.sample(x, None, seed, window)
+    expected, expected_code = reference.sample(x, None, seed, window)
+    assert torch.equal(output, expected)
+    assert torch.equal(code, expected_code)
+    assert not sliding.expectation(x, None, window).isnan().any()
 
 
 @pytest.mark.parametrize("case", ["overlapping, padded", "dilated, not square"])

@@ -318,8 +318,11 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         # The numbers of channels that networks have get code of their own, with 5 to 14 % fewer
         # instructions; all others share theirs.
         constant = w % 8 == 0 if channels_last else w == 1
-        # What an inner row reads beyond its end lies in the next one, if that is far enough.
-        masked = h < 4 * w
+        # What an inner row reads beyond its end lies in the next one, if that begins there and has
+        # room for it; where images are rows, in the next channel's.
+        row = shape[3] * w
+        adjacent = h == row or (folded and c == row and h == channels * c)
+        masked = h < 4 * w or (w > 0 and not adjacent)
         numbers = {"n": n // unit, "c": c // unit, "pitch": h // unit, "step": w}
         return Constants(unit=unit, step=w * constant, masked=masked), numbers
 
