@@ -138,7 +138,7 @@ class Learner:
             # A run that begins to average starts from the weights that there are.
             self._average.load_state_dict(state["average"] or state["model"])
         self._load_optimizer(state["optimizer"])
-        if state["scaler"] and self._scaler.is_enabled():
+        if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:

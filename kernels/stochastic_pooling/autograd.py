@@ -42,7 +42,7 @@ class StochasticSample(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        input, bias, _, ctx.window = inputs
+        input, _, _, ctx.window = inputs
         _, code = output
         ctx.mark_non_differentiable(code)
         ctx.set_materialize_grads(False)
@@ -50,7 +50,6 @@ class StochasticSample(Function):
         ctx.save_for_forward(code)
         ctx.size = tuple(input.shape[2:])
         ctx.dtype = input.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.backend = None  # that of an eager call
 
     @staticmethod
@@ -71,7 +70,7 @@ class StochasticSample(Function):
             grad_input, grad_bias = StochasticSampleBackward.apply(
                 grad_output, code, ctx.window, with_bias, *ctx.size
             )
-        return grad_input, grad_bias.to(ctx.bias_dtype) if with_bias else None, None, None
+        return grad_input, grad_bias if with_bias else None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, bias_tangent: Tensor | None, *_: None) -> tuple:
@@ -92,20 +91,18 @@ class StochasticSampleBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_output, code, *ctx.arguments = inputs
+        _, code, *ctx.arguments = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(code)
         ctx.save_for_forward(code)
-        ctx.dtype = grad_output.dtype
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor | None, bias_tangent: Tensor | None) -> tuple:
         (code,) = ctx.saved_tensors
-        window, with_bias, *size = ctx.arguments
-        bias_tangent = bias_tangent if with_bias else None
+        window, _, *size = ctx.arguments
         grad = None
         if tangent is not None or bias_tangent is not None:
-            grad = _pick(tangent, bias_tangent, code, size, window).to(ctx.dtype)
+            grad = _pick(tangent, bias_tangent, code, size, window)
         return grad, None, *[None] * len(ctx.arguments)
 
     @staticmethod
@@ -142,7 +139,7 @@ class StochasticExpectation(Function):
             grad_input, grad_bias = ctx.backend.expectation_backward(*arguments)
         else:
             grad_input, grad_bias = StochasticExpectationBackward.apply(*arguments)
-        return grad_input, grad_bias.to(bias.dtype) if with_bias else None, None
+        return grad_input, grad_bias if with_bias else None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, bias_tangent: Tensor | None, _: None) -> Tensor:
@@ -173,16 +170,13 @@ class StochasticExpectationBackward(Function):
     @staticmethod
     def backward(ctx: Any, tangent: Tensor | None, bias_tangent: Tensor | None) -> tuple:
         grad_output, input, bias = ctx.saved_tensors
-        bias_tangent = bias_tangent if ctx.with_bias else None
-        if tangent is None and bias_tangent is None:
-            return None, None, None, None, None
         # grad_input and grad_bias are the gradient of <grad_output, y>, so what they are
         # contracted with is a tangent, and the contraction is <grad_output, tangent of y>.
         grad = _expectation_tangent(input, bias, tangent, bias_tangent, ctx.window)
         second, bias_second = _second_derivative(
             grad_output, input, bias, tangent, bias_tangent, ctx.window
         )
-        return grad.to(grad_output.dtype), second, bias_second, None, None
+        return grad, second, bias_second, None, None
 
     @staticmethod
     def jvp(
@@ -193,7 +187,7 @@ class StochasticExpectationBackward(Function):
         *_: None,
     ) -> tuple:
         grad_output, input, bias = ctx.saved_tensors
-        grad_input = torch.zeros_like(input, dtype=grad_output.dtype)
+        grad_input = torch.zeros_like(input)
         dtype = reference.accumulation_dtype(grad_output.dtype)
         grad_bias = input.new_zeros(input.shape[1] if ctx.with_bias else 0, dtype=dtype)
         if grad_tangent is not None:
@@ -205,9 +199,9 @@ class StochasticExpectationBackward(Function):
             second, bias_second = _second_derivative(
                 grad_output, input, bias, tangent, bias_tangent, ctx.window
             )
-            grad_input = grad_input + second.to(grad_input.dtype)
+            grad_input = grad_input + second
             if bias_second is not None and ctx.with_bias:
-                grad_bias = grad_bias + bias_second.to(dtype)
+                grad_bias = grad_bias + bias_second
         return grad_input, grad_bias
 
 
@@ -327,7 +321,7 @@ def _pick(
         picked = cells.gather(2, index).view(code.shape)
     if bias_tangent is not None:
         channel = bias_tangent.view(bias_tangent.shape[0], *[1] * (code.dim() - 2))
-        picked = channel.expand(code.shape) if picked is None else picked + channel.to(picked.dtype)
+        picked = channel.expand(code.shape) if picked is None else picked + channel
     assert picked is not None
     return torch.where(code == window.dead_code, 0, picked)
 
@@ -372,8 +366,7 @@ def composed_adaptive_expectation(
 
 
 def _quotient(squares: Tensor, total: Tensor) -> Tensor:
-    live = total > 0
-    return torch.where(live, squares / torch.where(live, total, 1), total)
+    return squares / torch.where(total > 0, total, 1)  # of a dead window 0 / 1
 
 
 def _expectation_tangent(
@@ -390,12 +383,13 @@ def _expectation_tangent(
     w = reference.rectify(input, bias)
     t = torch.zeros_like(w) if tangent is None else tangent.to(w.dtype)
     if bias_tangent is not None:
-        t = t + bias_tangent.to(w.dtype).view(bias_tangent.shape[0], *[1] * (w.dim() - 2))
+        t = t + bias_tangent.view(bias_tangent.shape[0], *[1] * (w.dim() - 2))
     t = torch.where(w > 0, t, 0)
     # Sums that overflow are taken of smaller weights, as in the reference: w / S stays the same.
-    overflow = _sum(reference.cells(w.detach(), window)).isinf()
+    cells = reference.cells(w, window)
+    overflow = _sum(cells).isinf()
     scale = torch.where(overflow, reference.OVERFLOW_SCALE, w.new_ones(()))  # not the default dtype
-    cells = [cell * scale for cell in reference.cells(w, window)]
+    cells = [cell * scale for cell in cells]
     tangents = reference.cells(t, window)
     total = _sum(cells)
     live = ~(total < reference.SMALLEST_SUM)  # NaN lives

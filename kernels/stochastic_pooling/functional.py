@@ -265,7 +265,7 @@ def _pool(
             "return_indices: in evaluation no cell is drawn, so there are no indices; pass "
             "training=True (a module: sample_in_eval=True) or return_indices=False"
         )
-    if dims == 3 and window.sides(3)[0][:3] == (1, 1, 0) and batched.is_contiguous():
+    if dims == 3 and window.sides(3)[0][:2] == (1, 1) and batched.is_contiguous():
         # Each slice by itself: as planes they draw the same, by kernels that slide.
         channels, depth, height, width = shape
         each = None if bias is None else bias.repeat_interleave(depth)

@@ -239,8 +239,8 @@ def _map_backward(op: Any, info: Any, in_dims: tuple, tensors: tuple, rest: tupl
     return (grad_input.unflatten(1, shape), grad_bias), (1, 0 if with_bias else None)
 
 
-def _example(tensor: torch.Tensor | None, dim: int | None, number: int) -> torch.Tensor | None:
-    return tensor if tensor is None or dim is None else tensor.select(dim, number)
+def _example(tensor: Any, dim: int | None, number: int) -> Any:
+    return tensor if dim is None else tensor.select(dim, number)
 
 
 def _fold(tensor: Any, dim: int | None, size: int) -> Any:
