@@ -177,6 +177,34 @@ def test_cutmix_and_mixup_share_the_batches() -> None:
         assert mixed(images, TrainOptions(mixup=mixup))[1] is None
 
 
+def test_fp16_skips_steps_that_overflow_and_remembers_the_scale() -> None:
+    images, labels = torch.randn(2, 3, 256, 256), torch.tensor([0, 1])
+    single, half, other = (
+        Learner(
+            TrainOptions(pool="max", dropout=0.0, amp_dtype=dtype), 3, torch.device("cpu"), Team()
+        )
+        for dtype in (None, "float16", "float16")
+    )
+    dtypes = []
+    half.model.fc2.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+    half.step(images.new_full(images.shape, torch.nan), labels, batch_size=2, number=0, lr=0.01)
+    assert dtypes == [torch.float16]
+    for one, start in zip(half.model.parameters(), single.model.parameters(), strict=True):
+        assert torch.equal(one, start)
+    for learner in (single, half):
+        learner.step(images, labels, batch_size=2, number=1, lr=0.01)
+    for one, exact in zip(half.model.parameters(), single.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, exact.grad, rtol=0.05, atol=0.01)
+    scale = half.state()["scaler"]["scale"]
+    assert scale == other.state()["scaler"]["scale"] / 2
+    other.load(half.state())
+    assert other.state()["scaler"]["scale"] == scale
+    # Runs may change their precision.
+    other.load(single.state())
+    single.load(half.state())
+    assert other.state()["scaler"]["scale"] == scale
+
+
 def test_fused_momentum_is_whole_when_the_scaler_skips_the_first_step(
     monkeypatch, poisoned: None
 ) -> None:
