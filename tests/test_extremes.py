@@ -174,12 +174,16 @@ def test_nan_in_no_window_has_no_gradient(backend, device):
 def test_views_that_are_negative(training, backend, device):
     """Dense ones, too, whose memory holds the numbers with the other sign."""
     x = torch.randn(1, 2, 6, 6, device=device).requires_grad_()
+    bias = torch.randn(2, device=device, requires_grad=True)
     grad = torch.randn(1, 2, 3, 3, device=device)
     results = []
     for negate in (torch.neg, torch._neg_view):
-        output = stochastic_pool2d(negate(x), 2, training=training, generator=generator(device))
-        results.append((output, *torch.autograd.grad(output, x, negate(grad))))
-    assert all(map(torch.equal, *results))
+        for pooled in (negate(x), x):
+            options = {"bias": negate(bias), "training": training, "generator": generator(device)}
+            output = stochastic_pool2d(pooled, 2, **options)
+            results.append((output, *torch.autograd.grad(output, (x, bias), negate(grad))))
+    for result, of_views in zip(results[:2], results[2:], strict=True):
+        assert all(map(torch.equal, result, of_views))
 
 
 def test_an_empty_stride_is_the_kernel_size():

@@ -34,6 +34,8 @@ from stochastic_pooling import (
     StochasticPool3d,
     adaptive_stochastic_pool2d,
     average_draws,
+    ops,
+    reference,
     sampling,
     stochastic_pool2d,
 )
@@ -178,10 +180,12 @@ def test_integers_of_other_libraries(device):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_tensors_without_data(training):
-    """Meta and fake tensors have the shapes, dtypes and strides of real ones."""
+def test_tensors_without_data(training, monkeypatch):
+    """Meta and fake tensors have the shapes, dtypes and strides of real ones, and no backend sees
+    them."""
     real = torch.randn(2, 3, 7, 9).half().contiguous(memory_format=torch.channels_last)
     output = stochastic_pool2d(real, 3, 2, 1, training=training)
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "none")
     meta = real.to("meta").requires_grad_()
     fake_mode = FakeTensorMode()
     fake = fake_mode.from_tensor(real.requires_grad_())
@@ -265,6 +269,39 @@ def test_functions_are_one_node_for_fx_and_can_be_intercepted(device):
     assert seen[0] is stochastic_pool2d
 
 
+def test_backends_see_numbers_in_memory(device, monkeypatch):
+    """Tensors of plain type may be zeros without memory, or hold another tensor."""
+    seen, expectation = [], reference.expectation
+
+    def note(input: torch.Tensor, *others: object) -> torch.Tensor:
+        seen.append(input)
+        return expectation(input, *others)
+
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "torch")
+    monkeypatch.setattr(reference, "expectation", note)
+    zeros = torch._efficientzerotensor((1, 2, 6, 6), device=device)
+    functional = torch._to_functional_tensor(torch.rand(1, 2, 6, 6, device=device))
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        for x in (zeros, functional):
+            stochastic_pool2d(x, 2, training=False)
+    finally:
+        torch._disable_functionalization()
+    assert len(seen) == 2
+    assert not any(x._is_zerotensor() or torch._is_functional_tensor(x) for x in seen)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eager_code_calls_no_op(training, device, monkeypatch):
+    """Whose dispatch takes longer than a small pool."""
+    for name in ("sample", "sample_backward", "expectation", "expectation_backward"):
+        monkeypatch.setattr(ops, name, None)
+    x = torch.rand(1, 2, 6, 6, device=device, requires_grad=True)
+    bias = nn.Parameter(torch.rand(2, device=device))
+    stochastic_pool2d(x, 3, bias=bias, training=training).sum().backward()
+    assert bias.grad.sum() > 0
+
+
 def test_dispatch_modes_see_the_op(device):
     """As those that count operations, or choose what a checkpoint keeps."""
 
@@ -300,6 +337,8 @@ def test_traced_graphs_replay(pool, device):
     saved.seek(0)
     for traced in (make_fx(pool)(x), scripted, torch.jit.load(saved)):
         torch.testing.assert_close(traced(other), pool(other))
+    batch = torch.cat((other, x, other))
+    torch.testing.assert_close(scripted(batch), pool(batch))
     larger = torch.randn(3, 2, 9, 8, device=device)
     if isinstance(pool, AdaptiveStochasticPool2d) or pool.kernel_size > 6:  # windows of that size
         with pytest.raises(RuntimeError, match="expanded size"):
@@ -392,15 +431,27 @@ def test_average_of_outputs_in_the_same_memory(device):
     class Reusing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.pool, self.memory = StochasticPool2d(2), torch.empty(1, 1, 1, 64, device=device)
+            self.pool, self.memory = StochasticPool2d(2), x.new_empty(1, 1, 1, 64)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.memory.copy_(self.pool(x))
 
-    x = torch.tensor([[1.0, 3.0]], device=device).repeat(2, 64).view(1, 1, 2, 128)
+    # Of fp64, which is averaged as it is.
+    x = torch.tensor([[1.0, 3.0]], device=device).double().repeat(2, 64).view(1, 1, 2, 128)
     average = average_draws(Reusing().eval(), x, draws=2)
     assert set(average.mean.unique().tolist()) == {1.0, 2.0, 3.0}
     assert average.std.max() > 1
+
+
+def test_draws_are_observed_by_all_who_are_there(device):
+    """As those of an average within an average."""
+    pool, x = StochasticPool2d(2), torch.rand(1, 2, 6, 6, device=device)
+    with ops.observed() as outer:
+        with ops.observed() as inner:
+            pool(x)
+        pool(x)
+    pool(x)
+    assert (len(outer), len(inner)) == (2, 1)
 
 
 def test_average_of_infinities(device):
@@ -415,14 +466,15 @@ def test_average_of_infinities(device):
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [1, 2, 0]])
 def test_average_of_infinite_and_finite_draws(order):
-    draws = torch.tensor([[-torch.inf, torch.inf], [-3.0, 1.0], [-1.0, 2.0]])[order]
+    inf = torch.inf
+    draws = torch.tensor([[-inf, inf, -inf], [-3.0, 1.0, 2.0], [-1.0, 2.0, inf]])[order]
     outputs = iter(draws)
     model = StochasticPool2d(2).eval()
     average = average_draws(
         model, torch.rand(1, 1, 2, 2), draws=3, transform=lambda _: next(outputs)
     )
-    assert average.mean.tolist() == draws.mean(0).tolist()
-    assert average.std.tolist() == [torch.inf, torch.inf]
+    torch.testing.assert_close(average.mean, draws.mean(0), equal_nan=True)
+    assert average.std[:2].tolist() == [inf, inf]
 
 
 def test_average_says_what_is_wrong(device):
@@ -444,6 +496,10 @@ def test_average_says_what_is_wrong(device):
     with pytest.raises(ValueError, match="1, a part of the model, is in training mode"):
         average_draws(part, x)
     assert part[1].num_batches_tracked == 0
+    # What keeps nothing itself may be in training mode.
+    part = nn.Sequential(pool, nn.Sequential(nn.BatchNorm2d(1)), nn.Linear(2, 2)).to(device).eval()
+    part[1].training = part[2].training = True
+    average_draws(part, x, draws=2)
     # The pools are as before, whatever happened inside.
     with pytest.raises(RuntimeError), sampling(pool):
         pool(x[0, 0])
@@ -491,6 +547,14 @@ def test_overlapping_samplings_end_with_the_last(first_to_end, device):
     contexts.pop(first_to_end).__exit__(None, None, None)
     assert calls.draw()
     contexts.pop().__exit__(None, None, None)
+    assert not calls.draw()
+    other = Calls(device)
+    contexts = [sampling(calls.pool), sampling(other.pool)]
+    for context in contexts:
+        context.__enter__()
+    contexts[first_to_end].__exit__(None, None, None)
+    assert [calls.draw(), other.draw()] == [first_to_end == 1, first_to_end == 0]
+    contexts[1 - first_to_end].__exit__(None, None, None)
     assert not calls.draw()
     calls.pool.sample_in_eval = True
     with sampling(calls.pool):

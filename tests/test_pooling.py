@@ -149,6 +149,44 @@ def test_backend_that_cannot_serve(monkeypatch):
         ops.backend_for(torch.device("cuda", 0))
 
 
+def test_backend_of_each_device(monkeypatch):
+    """By name, for not every machine can import each."""
+    monkeypatch.setattr(ops, "_load", lambda name: name)
+    monkeypatch.setattr(ops, "_default_backend", ops._default_backend.__wrapped__)
+    monkeypatch.delenv("STOCHASTIC_POOLING_BACKEND", raising=False)
+    preferred = {"cpu": "numba", "cuda": "triton", "xpu": "triton", "mps": ops.reference}
+    for device, module in preferred.items():
+        assert ops.backend_for(torch.device(device)) == module
+        of_volumes = ops.reference if device == "cpu" else module
+        assert ops.backend_for(torch.device(device), volumes=True) == of_volumes
+    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert ops.backend_for(torch.device("cuda")) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "True")
+    assert ops.backend_for(torch.device("cpu")) == "triton"
+
+    def lack(name: str) -> None:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(ops, "_load", lack)
+    with pytest.raises(RuntimeError, match="triton cannot be imported here"):
+        ops.backend_for(torch.device("cpu"))
+    monkeypatch.delenv("STOCHASTIC_POOLING_BACKEND")
+    assert ops.backend_for(torch.device("cpu")) is ops.reference
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_backends_are_asked_whether_they_serve_volumes(dims, device, monkeypatch):
+    pool = {2: stochastic_pool2d, 3: stochastic_pool3d}[dims]
+    asked = []
+    monkeypatch.setattr(ops, "backend_for", lambda *of: asked.append(of) or ops.reference)
+    x = torch.rand(1, 2, *[4] * dims, device=device)
+    for training in (True, False):
+        pool(x, 2, training=training)
+        torch.func.grad(lambda x, training=training: pool(x, 2, training=training).sum())(x)
+    assert asked == [(x.device, dims == 3)] * 6
+
+
 def test_unbatched_empty_and_one_dimensional(backend, device):
     x = torch.randn(3, 4, 6, device=device)
     batched = stochastic_pool2d(x[None], 2, return_indices=True, generator=generator(device))
@@ -398,12 +436,12 @@ def test_opcheck(layout, backend, device):
 def test_fakes_lie_as_results_do(plain, device):
     """Whole planes, too, whose outputs are of every format: by their strides the gradient knows."""
     seed = torch.tensor(7, device=device)
-    for layout, size in (
-        (torch.contiguous_format, (5, 6)),
-        (torch.channels_last, (5, 6)),
-        (torch.channels_last_3d, (2, 3, 4)),
+    for layout, size, dtype in (
+        (torch.contiguous_format, (16, 17), torch.float16),  # codes of two bytes
+        (torch.channels_last, (5, 6), torch.float32),
+        (torch.channels_last_3d, (2, 3, 4), torch.float64),
     ):
-        x = torch.randn(2, 4, *size, device=device).contiguous(memory_format=layout)
+        x = torch.randn(2, 4, *size, device=device, dtype=dtype).contiguous(memory_format=layout)
         for kernel in (size, [2] * len(size)):
             window = kernel, kernel, [0] * len(size), [1] * len(size), False
             results = []
@@ -411,8 +449,13 @@ def test_fakes_lie_as_results_do(plain, device):
                 with mode:
                     y = x.clone()
                     output, code = ops.sample(y, None, seed, *window)
-                    grad, _ = ops.sample_backward(output, code, size, *window, False)
-                    others = ops.expectation(y, None, *window), grad
-                    results.append([t.stride() for t in (output, code, *others)])
+                    g = output.contiguous()
+                    mean = ops.expectation(y, None, *window)
+                    gradients = (
+                        *ops.sample_backward(g, code, size, *window, False),
+                        *ops.expectation_backward(g, y, None, *window, False),
+                    )
+                    tensors = (output, code, mean, *gradients)
+                    results.append([(t.shape, t.stride(), t.dtype) for t in tensors])
             assert results[0] == results[1]
-            assert grad.stride() == x.stride()
+            assert gradients[0].stride() == gradients[2].stride() == x.stride()

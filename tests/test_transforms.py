@@ -10,7 +10,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import func
 
-from stochastic_pooling import stochastic_pool1d, stochastic_pool2d, stochastic_pool3d
+from stochastic_pooling import autograd, stochastic_pool1d, stochastic_pool2d, stochastic_pool3d
+from stochastic_pooling.functional import _window
 
 # The derivatives are the same code on every backend.
 pytestmark = pytest.mark.usefixtures("plain")
@@ -66,6 +67,28 @@ def test_second_derivatives_in_both_orders(dims, training, device):
     )
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float16)])
+def test_second_derivatives_of_mixed_dtypes(dtypes, training, device):
+    """Each has the dtype of its input; they are those of one input alone, and in both orders."""
+    pool = drawing_alike(2, training, device)
+    arguments = [tensor.to(dtype) for tensor, dtype in zip(inputs(2, device), dtypes, strict=True)]
+    directions = [torch.randn_like(tensor) for tensor in arguments]
+
+    def loss(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return pool(x, bias).square().sum()
+
+    gradients, tangents = func.jvp(func.grad(loss, (0, 1)), tuple(arguments), tuple(directions))
+    _, pull_back = func.vjp(func.grad(loss, (0, 1)), *arguments)
+    for results in (gradients, tangents, pull_back(tuple(directions))):
+        assert tuple(result.dtype for result in results) == dtypes
+    for tangent, product in zip(tangents, pull_back(tuple(directions)), strict=True):
+        torch.testing.assert_close(tangent, product, rtol=1e-2, atol=1e-2)
+    for number, tangent in enumerate(tangents):
+        _, alone = func.jvp(func.grad(loss, number), tuple(arguments), tuple(directions))
+        torch.testing.assert_close(alone, tangent)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_second_derivatives_where_sums_overflow_or_vanish(device):
     """The weights 1e38, 3e38 and 2e38 sum to infinity in fp32; scaled down they are ordinary."""
     ratios = torch.tensor([[[1.0, 3.0, 2.0, -1.0]]], device=device)
@@ -82,6 +105,8 @@ def test_second_derivatives_where_sums_overflow_or_vanish(device):
         large_grad, large_second = derivatives(scale)
         torch.testing.assert_close(large_grad, grad)
         torch.testing.assert_close(large_second * scale, second, rtol=1e-4, atol=1e-6)
+    with torch.autograd.detect_anomaly():  # which no NaN escapes
+        derivatives(0.0)
     # Below 2**-100 the gradient is zero by definition, and so are its derivatives.
     for derivative in derivatives(1e-35):
         assert torch.equal(derivative, torch.zeros_like(derivative))
@@ -96,6 +121,9 @@ def test_forward_mode_where_sums_overflow_and_the_default_dtype_is_fp16(device):
     finally:
         torch.set_default_dtype(torch.float32)
     assert mean.item() == 2.5
+    ones = torch.ones(1, 1, 2, 2, device=device, dtype=torch.float16)
+    _, mean = func.jvp(lambda x: stochastic_pool2d(x, 2, training=False), (ones,), (4e4 * ones,))
+    assert mean.item() == 4e4  # of tangents whose sum overflows, too
 
 
 def test_forward_mode_agrees_with_reverse_mode(training, device):
@@ -145,10 +173,13 @@ def test_forward_mode_inside_forward_mode(training, device):
     x, bias = inputs(2, device)
     first, second = torch.randn_like(x), torch.randn_like(x)
 
-    def along(x: torch.Tensor) -> torch.Tensor:
-        return func.jvp(lambda x: pool(x.pow(2), bias), (x,), (first,))[1]
+    def along(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return func.jvp(lambda x: pool(x.pow(2), bias), (x,), (first.to(x.dtype),))
 
-    _, tangent = func.jvp(along, (x,), (second,))
+    (output, _), (_, tangent) = func.jvp(along, (x,), (second,))
+    torch.testing.assert_close(output, pool(x.pow(2), bias))
+    halves = func.jvp(along, (x.half(),), (second.half(),))
+    assert {half.dtype for pair in halves for half in pair} == {torch.float16}
     cotangent = torch.randn_like(tangent)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
@@ -157,6 +188,29 @@ def test_forward_mode_inside_forward_mode(training, device):
     _, product = torch.autograd.functional.hvp(loss, x, second)
     torch.testing.assert_close((tangent * cotangent).sum(), (product * first).sum())
     assert tangent.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"padding": 1}, {"dilation": 2}, {"ceil_mode": True}], ids=str
+)
+@pytest.mark.parametrize("size", [(5, 7), (6, 5, 7)], ids=str)
+def test_the_composed_expectation_is_the_fused_one(size, options, dtype, device):
+    """What ONNX and forward mode within forward mode get, dead windows and NaNs included."""
+    x = torch.randn(1, 2, *size, device=device, dtype=dtype)
+    x[..., :4, :4] = -2
+    bias = torch.rand(2, device=device)
+    window = _window(len(size), 2, **options)
+    results = []
+    for expectation in (autograd._composed_expectation, autograd.expectation):
+        leaves = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        output = expectation(*leaves, window)
+        spoiled = expectation(
+            x.index_fill(-1, torch.tensor(2, device=device), torch.nan), bias, window
+        )
+        results.append((output, spoiled, *torch.autograd.grad(output.square().sum(), leaves)))
+    for composed, fused in zip(*results, strict=True):
+        torch.testing.assert_close(composed, fused, equal_nan=True)
 
 
 def test_tangents_of_an_empty_batch_of_a_nan_and_of_the_bias_alone(training, device):
@@ -178,20 +232,32 @@ def batch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.rand(4, SHAPES[2][1], dtype=torch.float64, device=device)
 
 
+IN_DIMS = ((0, 0), (0, None), (None, 0), (1, 0), (2, 1))
+
+
+def mapped(in_dims: tuple, device: torch.device) -> tuple[list, list]:
+    """A batch as `vmap` takes it with these `in_dims`, and its examples one by one."""
+    whole = batch(device)
+    arguments = [
+        tensor[0] if dim is None else tensor.movedim(0, dim)
+        for tensor, dim in zip(whole, in_dims, strict=True)
+    ]
+    examples = [
+        [tensor[0 if dim is None else n] for tensor, dim in zip(whole, in_dims, strict=True)]
+        for n in range(4)
+    ]
+    return arguments, examples
+
+
 def test_vmap_of_the_expectation_is_the_loop(device):
     def loss(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return stochastic_pool2d(x, 3, 1, 1, bias=bias, training=False).square().sum()
 
-    x, bias = batch(device)
-    for in_dims in ((0, 0), (0, None), (None, 0), (1, 0)):
-        arguments = [
-            tensor[0] if dim is None else tensor.movedim(0, dim)
-            for tensor, dim in zip((x, bias), in_dims, strict=True)
-        ]
+    for in_dims in IN_DIMS:
+        arguments, examples = mapped(in_dims, device)
         values = func.vmap(loss, in_dims)(*arguments)
         gradients = func.vmap(func.grad(loss, argnums=(0, 1)), in_dims)(*arguments)
-        for n in range(4):
-            example = (x[0] if in_dims[0] is None else x[n], bias[0 if in_dims[1] is None else n])
+        for n, example in enumerate(examples):
             torch.testing.assert_close(values[n], loss(*example))
             expected = func.grad(loss, argnums=(0, 1))(*example)
             for gradient, other in zip(gradients, expected, strict=True):
@@ -202,15 +268,17 @@ def test_vmap_of_the_draw_follows_its_randomness(device):
     def loss(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return stochastic_pool2d(x, 3, 1, 1, bias=bias).square().sum()
 
-    x, bias = batch(device)
     per_example = func.grad(loss, argnums=(0, 1))
-    torch.manual_seed(1)
-    gradients = func.vmap(per_example, randomness="same")(x, bias)
-    for n in range(4):
+    for in_dims in IN_DIMS:
+        arguments, examples = mapped(in_dims, device)
         torch.manual_seed(1)
-        for gradient, other in zip(gradients, per_example(x[n], bias[n]), strict=True):
-            torch.testing.assert_close(gradient[n], other)
+        gradients = func.vmap(per_example, in_dims, randomness="same")(*arguments)
+        for n, example in enumerate(examples):
+            torch.manual_seed(1)
+            for gradient, other in zip(gradients, per_example(*example), strict=True):
+                torch.testing.assert_close(gradient[n], other)
 
+    x, bias = batch(device)
     alike = [tensor[:1].expand_as(tensor) for tensor in (x, bias)]
     torch.manual_seed(1)
     values = func.vmap(loss, randomness="different")(*alike)
@@ -218,9 +286,25 @@ def test_vmap_of_the_draw_follows_its_randomness(device):
     torch.manual_seed(1)
     assert torch.equal(func.vmap(loss, randomness="different")(*alike), values)
     assert not torch.isin(func.vmap(loss, randomness="different")(*alike), values).any()
-    # The draws of each example are draws: 0 where a window is dead, else one of its cells.
-    pooled = func.vmap(lambda x: stochastic_pool2d(x, 3, 1, 1), randomness="different")(x)
-    assert torch.isin(pooled, torch.cat((x.flatten(), x.new_zeros(1)))).all()
+
+    # The draws of each example are draws: 0 where a window is dead, else one of its cells, to which
+    # its gradient goes.
+    def sums(x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = stochastic_pool2d(x, 3, 1, 1, bias=bias)
+        return output.sum(), output
+
+    for in_dims in IN_DIMS:
+        arguments, examples = mapped(in_dims, device)
+        gradients, (_, outputs) = func.vmap(
+            func.grad_and_value(sums, (0, 1), has_aux=True), in_dims, randomness="different"
+        )(*arguments)
+        for n, (x, bias) in enumerate(examples):
+            cells = (x + bias[:, None, None]).relu()
+            for channel in range(3):
+                assert torch.isin(outputs[n][:, channel], cells[:, channel]).all()
+            torch.testing.assert_close((gradients[0][n] * cells).sum(), outputs[n].sum())
+            torch.testing.assert_close(gradients[1][n], gradients[0][n].sum((0, 2, 3)))
+    x, bias = batch(device)
     with pytest.raises(RuntimeError, match="randomness"):
         func.vmap(loss)(x, bias)
 

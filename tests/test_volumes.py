@@ -13,6 +13,7 @@ from stochastic_pooling import (
     adaptive_stochastic_pool1d,
     adaptive_stochastic_pool2d,
     adaptive_stochastic_pool3d,
+    functional,
     philox,
     reference,
     stochastic_pool2d,
@@ -33,6 +34,7 @@ VOLUMES = {
     "tiles side by side": ((1, 2, 4, 4, 6), Window(2, 2, 2, 2, 0, 0, 1, 1, False, 2, 2, 0, 1)),
     "mixed": ((1, 2, 7, 6, 5), Window(3, 2, 2, 1, 1, 1, 1, 2, True, 2, 3, 1, 2)),
     "slice by slice": ((2, 2, 2, 5, 6), Window(3, 3, 2, 2, 1, 1, 1, 1, False)),
+    "every other slice": ((1, 2, 5, 4, 4), Window(3, 3, 1, 1, 1, 1, 1, 1, False, 1, 2, 0, 1)),
     "along the depth": ((1, 2, 7, 2, 3), Window(1, 1, 1, 1, 0, 0, 1, 1, True, 3, 2, 1, 1)),
 }
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
@@ -211,7 +213,9 @@ def test_adaptive_pools_keep_channels_last(dims, output_size, device):
         torch.testing.assert_close(output, expected)
 
 
-def test_adaptive_pool_of_equal_windows_is_the_pool(device):
+def test_adaptive_pool_of_equal_windows_is_the_pool(device, monkeypatch):
+    """And lays nothing out."""
+    monkeypatch.setattr(functional, "_adaptive_windows", None)
     x, bias = torch.randn(2, 3, 6, 8, device=device), torch.randn(3, device=device)
     for training in (True, False):
         adaptive = adaptive_stochastic_pool2d(
@@ -221,6 +225,16 @@ def test_adaptive_pool_of_equal_windows_is_the_pool(device):
             x, (2, 4), bias=bias, training=training, generator=generator(device)
         )
         assert torch.equal(adaptive, pool)
+
+
+def test_adaptive_expectations_are_of_each_window(device):
+    """Of its cells alone, each once."""
+    x = torch.rand(1, 1, 5, 7, device=device)
+    mean = adaptive_stochastic_pool2d(x, (3, 4), training=False)
+    for i, j in itertools.product(range(3), range(4)):
+        rows = slice(i * 5 // 3, math.ceil((i + 1) * 5 / 3))
+        cells = x[0, 0, rows, j * 7 // 4 : math.ceil((j + 1) * 7 / 4)]
+        torch.testing.assert_close(mean[0, 0, i, j], cells.square().sum() / cells.sum())
 
 
 def test_adaptive_gradients(device):
@@ -243,9 +257,12 @@ def test_adaptive_dead_windows_and_bad_arguments(device):
     assert torch.equal(output, torch.zeros(1, 1, 2, 3, device=device))
     assert indices.tolist() == [[[[0, 2, 4], [14, 16, 18]]]]
     # A bias does not bring to life the cells that the shorter windows lack.
-    mean = adaptive_stochastic_pool2d(x, 3, bias=x.new_full((1,), 3), training=False)
-    assert torch.equal(mean, torch.full_like(mean, 2))
-    for wrong, message in ((0, "must be positive"), ((1, 2, 3), "one int or two")):
+    mean = adaptive_stochastic_pool2d(2 * x, 3, bias=x.new_full((1,), 3), training=False)
+    assert torch.equal(mean, torch.ones_like(mean))
+    with pytest.raises(TypeError, match="'output_size' must be an int"):
+        adaptive_stochastic_pool2d(x, 2.5)
+    wrongs = ((0, "must be positive"), ((5, 0), "must be positive"), ((1, 2, 3), "one int or two"))
+    for wrong, message in wrongs:
         with pytest.raises(RuntimeError, match=message):
             adaptive_stochastic_pool2d(x, wrong)
     with pytest.raises(RuntimeError, match="Expected 3D or 4D"):
