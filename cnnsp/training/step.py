@@ -79,7 +79,6 @@ class Learner:
         Returns the mean loss of the whole batch, without label smoothing: float32 on the device,
         still to be computed there.
         """
-        self._forward.train()
         seed_draws(self.options.seed, number, self.team.rank)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -144,7 +143,7 @@ class Learner:
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         # A checkpoint has all settings of the optimiser, those that fit its machine included.
         ours = self._optimizer.param_groups[0]
-        settings = {name: value for name, value in ours.items() if name not in ("params", "lr")}
+        settings = {name: value for name, value in ours.items() if name != "params"}
         groups = [{**group, **settings} for group in state["param_groups"]]
         self._optimizer.load_state_dict({**state, "param_groups": groups})
         for parameter, values in self._optimizer.state.items():
