@@ -13,6 +13,18 @@ from .scripts import ENVIRONMENT, ROOT, load_script
 from .test_train import load, make_photographs, read_summary
 
 main = load_script("train").main
+# train.py, after a question to each process.
+CODE = """
+import runpy, sys
+from cnnsp.training import processes
+def start(device, start=processes.start):
+    team = start(device)
+    assert [team.highest(n) for n in (team.rank, 1 - team.rank, 5)] == [1, 1, 5]
+    return team
+processes.start = start
+sys.argv[0] = {!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.slow
@@ -20,16 +32,19 @@ main = load_script("train").main
 def test_two_processes_and_then_one_make_the_run_of_one(tmp_path: Path) -> None:
     """Pools that draw nothing, so that the runs may be compared; 8 items in batches of 7.
 
-    The two processes get 4 and 3 images of a batch, in two parts, and 1 and 0 of an epoch's last.
+    The two processes get 4 and 3 images of a batch, in as many parts, and 1 and 0 of an epoch's
+    last.
     """
     photos = make_photographs(tmp_path / "photos")
     flags = ["--pool", "max", "--dropout", "0", "--augment", "random", "--repeats", "2", "-b", "7"]
-    flags += ["--epochs", "3", "--ema", "0.5", "--accumulate", "2", "--lr", "0.001"]
+    flags += ["--epochs", "3", "--ema", "0.5", "--accumulate", "4", "--lr", "0.001"]
     flags += ["--device", "cpu", "--data-dir", str(photos), "--output-dir"]
     assert main([*flags, str(tmp_path / "one")]) == 0
 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = [str(ROOT / "scripts/train.py"), *flags, str(tmp_path / "two"), "--max-steps", "3"]
+    code = tmp_path / "code.py"
+    code.write_text(CODE.format(str(ROOT / "scripts/train.py")))
+    script = [str(code), *flags, str(tmp_path / "two"), "--max-steps", "3"]
     result = subprocess.run(
         [*launch, *script],
         env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},

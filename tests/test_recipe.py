@@ -17,7 +17,6 @@ from cnnsp.training.step import (
     average_weights,
     make_optimizer,
     mixed,
-    seed_draws,
     smoothed,
 )
 
@@ -65,13 +64,19 @@ def test_weight_average_is_the_weighted_sum_of_all_weights() -> None:
 
 
 def test_draws_depend_on_seed_step_and_process() -> None:
-    def draw(seed: int, step: int, rank: int) -> float:
-        seed_draws(seed, step, rank)
-        return float(torch.rand(()))
+    """Those of dropout, which the loss shows, and those after them; the weights on the seed."""
+    images, labels = torch.randn(1, 3, 256, 256), torch.tensor([0])
 
-    numbers = [draw(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1)]
-    assert len(set(numbers)) == 8
-    assert draw(1, 0, 1) == numbers[5]
+    def draw(seed: int, step: int, rank: int) -> tuple[float, float, float]:
+        options = TrainOptions(pool="max", dropout=0.5, seed=seed)
+        learner = Learner(options, 3, torch.device("cpu"), Team(rank))
+        weight = float(learner.model.fc2.weight[0, 0].detach())
+        loss = learner.step(images, labels, batch_size=1, number=step, lr=0.01)
+        return weight, float(loss), float(torch.rand(()))
+
+    drawn = [draw(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1)]
+    assert [len({*numbers}) for numbers in zip(*drawn, strict=True)] == [2, 8, 8]
+    assert draw(1, 0, 1) == drawn[5]
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
@@ -82,7 +87,7 @@ def test_a_batch_in_parts_makes_the_same_step(opt: str) -> None:
     whole = Learner(options, 3, torch.device("cpu"), Team())
     parts = Learner(replace(options, accumulate=2), 3, torch.device("cpu"), Team())
     losses = [
-        learner.step(images, labels, batch_size=5, number=0, lr=1e-3) for learner in (whole, parts)
+        learner.step(images, labels, batch_size=5, number=0, lr=2e-3) for learner in (whole, parts)
     ]
     torch.testing.assert_close(losses[0], losses[1])
     fresh = Learner(options, 3, torch.device("cpu"), Team()).model
@@ -95,13 +100,17 @@ def test_a_batch_in_parts_makes_the_same_step(opt: str) -> None:
         assert not torch.equal(one, start)
         for part in (other, start):
             torch.testing.assert_close(one.grad, part.grad, rtol=1e-4, atol=1e-6)
+        if opt == "sgd":  # at the rate of the step, not that of the options
+            torch.testing.assert_close(one, start - 2e-3 * one.grad)
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adam", "adamw"])
 def test_settings_reach_the_optimizer(opt: str) -> None:
     options = TrainOptions(opt=opt, weight_decay=0.01, momentum=0.5, nesterov=True)
     weight = nn.Parameter(torch.ones(1))
-    (group,) = make_optimizer([weight], options, torch.device("cpu")).param_groups
+    optimizer = make_optimizer([weight], options, torch.device("cpu"))
+    assert type(optimizer).__name__.lower() == opt
+    (group,) = optimizer.param_groups
     assert group["weight_decay"] == 0.01
     if opt == "sgd":
         assert group["momentum"] == 0.5
@@ -112,8 +121,11 @@ def test_the_network_of_a_run_with_averaging_is_the_average() -> None:
     options = TrainOptions(ema=0.9)
     learner = Learner(options, 3, torch.device("cpu"), Team())
     images, labels = torch.randn(2, 3, 256, 256), torch.tensor([0, 1])
-    for number in range(2):
+    expected = learner.model.fc2.weight.clone()
+    for number, decay in enumerate((1 / 10, 2 / 11)):
         learner.step(images, labels, batch_size=2, number=number, lr=0.01)
+        expected = decay * expected + (1 - decay) * learner.model.fc2.weight
+    torch.testing.assert_close(learner.network.fc2.weight, expected)
     state = learner.state()
     assert learner.network is not learner.model
     assert not torch.equal(state["average"]["fc2.weight"], state["model"]["fc2.weight"])
@@ -132,7 +144,12 @@ def test_mixup_takes_the_loss_of_both_images_by_their_shares(monkeypatch) -> Non
     learner = Learner(options, 3, torch.device("cpu"), Team())
     start = deepcopy(learner.model)
     share, others = torch.tensor(0.3), torch.tensor([2, 0, 3, 1])
-    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: share)
+
+    def sample(self: torch.distributions.Beta) -> torch.Tensor:
+        assert float(self.concentration1) == float(self.concentration0) == pytest.approx(0.4)
+        return share
+
+    monkeypatch.setattr(torch.distributions.Beta, "sample", sample)
     monkeypatch.setattr(torch, "randperm", lambda count, device: others)
     loss = learner.step(images, labels, batch_size=4, number=0, lr=0.01)
     with torch.no_grad():
@@ -142,10 +159,10 @@ def test_mixup_takes_the_loss_of_both_images_by_their_shares(monkeypatch) -> Non
 
 
 def test_cutmix_pastes_a_rectangle_and_takes_labels_by_its_area() -> None:
-    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 256, 256).clone()
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 64, 64).clone()
     images = images.to(memory_format=torch.channels_last)
-    areas = set()
-    for seed in range(20):
+    shares, tops, lefts = [], set(), set()
+    for seed in range(100):
         torch.manual_seed(seed)
         result, others, share = mixed(images, TrainOptions(cutmix=1.0, mixup=0.4))
         assert others is not None
@@ -157,8 +174,13 @@ def test_cutmix_pastes_a_rectangle_and_takes_labels_by_its_area() -> None:
                 assert strange.float().mean() == pytest.approx(1 - share)
                 height, width = (int(strange.any(side).sum()) for side in (1, 0))
                 assert height * width == strange.sum()  # one rectangle
-        areas.add(share)
-    assert len(areas) > 10
+                if height:
+                    top, left = strange.nonzero()[0].tolist()
+                    tops.add(top)
+                    lefts.add(left)
+        shares.append(share)
+    assert min(len({*shares}), len(tops), len(lefts)) > 20
+    assert sum(shares) / 100 == pytest.approx(0.5, abs=0.1)  # they are uniform
     assert torch.equal(images[:, 0, 0, 0], torch.arange(4.0))  # the bank's own stay
     empty, _, _ = mixed(images[:0], TrainOptions(cutmix=1.0))  # a process's part of a small batch
     assert len(empty) == 0

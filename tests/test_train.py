@@ -18,12 +18,12 @@ from PIL import Image
 
 from cnnsp import CNN_SP, UserError, files
 from cnnsp.data import images, synthetic
-from cnnsp.data.batches import ImageBank
+from cnnsp.data.batches import ImageBank, epoch_batches
 from cnnsp.data.images import ImageSet
 from cnnsp.results import pictures
-from cnnsp.results.evaluation import evaluate
+from cnnsp.results.evaluation import Evaluation, evaluate
 from cnnsp.results.history import EpochResult
-from cnnsp.training import devices
+from cnnsp.training import devices, run
 from cnnsp.training.recipe import SHORT_RECIPE, TrainOptions, defaults
 from cnnsp.training.step import Learner
 
@@ -432,19 +432,49 @@ def test_another_quarter_held_out_is_warned_of(photos: Path, tmp_path: Path, cap
     assert load(last)["progress"]["best_accuracy"] <= 100
 
 
-def test_a_step_is_told_of_its_own_images(photos: Path, tmp_path: Path, monkeypatch) -> None:
-    """Or an epoch's last batch, which may be smaller, would make a smaller step."""
-    sizes, step = [], Learner.step
+def test_a_run_is_made_of_steps_and_evaluations(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    """A step is told of its own images, or an epoch's last batch, which may be smaller, would make
+    a smaller step; of the average of the weights, the first of the best evaluations is kept."""
+    steps, pixels, step = [], [], Learner.step
 
     def note(self: Learner, images: torch.Tensor, labels: torch.Tensor, **others: Any) -> Any:
-        sizes.append((len(images), others["batch_size"]))
-        return step(self, images, labels, **others)
+        loss = step(self, images, labels, **others)
+        steps.append((labels.tolist(), *others.values(), float(loss)))
+        pixels.append(images.mean((1, 2, 3)))
+        return loss
 
+    def evaluate(network: CNN_SP, *arguments: Any) -> Evaluation:
+        evaluated.append(network.state_dict()["fc2.weight"].clone())
+        scores = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[: len(evaluated)]
+        return Evaluation.of(scores.repeat(2, 1)[:2], torch.tensor([0, 1]))
+
+    evaluated: list[torch.Tensor] = []
     monkeypatch.setattr(Learner, "step", note)
-    flags = ["--augment", "random", "--repeats", "1", "--pool", "max", "--epochs", "1", "-b", "3"]
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    flags = ["--augment", "random", "--repeats", "1", "--pool", "max", "--epochs", "3", "-b", "3"]
+    flags += ["--lr-step", "1", "--warmup-epochs", "1", "--ema", "0.9", "--seed", "1"]
     flags += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
     assert main([*CPU, *flags]) == 0
-    assert sizes == [(3, 3), (1, 1)]
+    labels, sizes, numbers, rates, losses = zip(*steps, strict=True)
+    classes = torch.tensor([0, 0, 1, 1])
+    orders = [[*epoch_batches(4, 3, seed=1, epoch=epoch)] for epoch in range(3)]
+    assert [*labels] == [classes[items].tolist() for order in orders for items in order]
+    assert sizes == (3, 1) * 3
+    assert numbers == (0, 1, 2, 3, 4, 5)
+    assert rates == pytest.approx((0.005, 0.01, 0.001, 0.001, 0.0001, 0.0001))
+    rows = read_summary(tmp_path / "run")
+    for epoch, row in enumerate(rows):
+        mean = (3 * losses[2 * epoch] + losses[2 * epoch + 1]) / 4
+        assert float(row["train_loss"]) == pytest.approx(mean, rel=1e-4)
+        assert float(row["lr"]) == pytest.approx(rates[2 * epoch + 1])
+    # Each epoch draws other augmentation.
+    first, second = (torch.cat(pixels[start : start + 2]) for start in (0, 2))
+    assert not torch.isclose(first[:, None], second, rtol=0, atol=1e-5).any()
+    assert [row["test_accuracy"] for row in rows] == ["50", "100", "100"]
+    best, last = load(tmp_path / "run" / "best.pt"), load(tmp_path / "run" / "last.pt")
+    for state, weights in ((best, evaluated[1]), (last, evaluated[2])):
+        assert torch.equal(state["average"]["fc2.weight"], weights)
+    assert best["progress"]["best_epoch"] == last["progress"]["best_epoch"] == 2
 
 
 @pytest.mark.slow
