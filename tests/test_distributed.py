@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cnnsp.errors import UserError
+from cnnsp.training.devices import choose_device
+from cnnsp.training.processes import own_device
+
 from .scripts import ENVIRONMENT, ROOT, load_script
 from .test_train import load, make_photographs, read_summary
 
@@ -67,3 +71,23 @@ def test_two_processes_and_then_one_make_the_run_of_one(tmp_path: Path) -> None:
         assert row["test_accuracy"] == other["test_accuracy"]
         for name in ("train_loss", "test_loss"):
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4)
+
+
+def test_each_process_takes_its_gpu(monkeypatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
+    for name, index in (("cuda", 0), ("cuda:1", 1)):
+        assert own_device(choose_device(name)) == torch.device("cuda", index)
+    with pytest.raises(UserError, match=r"there are 2 GPUs, numbered from 0"):
+        choose_device("cuda:2")
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert own_device(choose_device("cuda")) == torch.device("cuda", 1)
+    assert taken == [0, 1, 1]
+    with pytest.raises(UserError, match="without a number"):
+        own_device(choose_device("cuda:1"))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"more processes here than there are GPUs \(2\)"):
+        own_device(choose_device("cuda"))

@@ -164,7 +164,8 @@ def test_a_signal_acts_while_the_run_waits(
         monkeypatch.setattr(run, "evaluate", block)
     start = time.monotonic()
     flags = ["--augment", "random", "--repeats", "1", "--epochs", "1", "-b", "4"]
-    flags += ["--device", "cpu", "--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
+    flags += ["--schedule", "cosine", "--device", "cpu"]
+    flags += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
     try:
         assert main(flags) == 143
     finally:
@@ -175,6 +176,7 @@ def test_a_signal_acts_while_the_run_waits(
     monkeypatch.undo()
     assert main(["--device", "cpu", "--resume", str(tmp_path / "run")]) == 0
     (row,) = load(tmp_path / "run" / "last.pt")["progress"]["history"]
+    assert row["lr"] == 0.01  # of the step, not of what would follow
     assert math.isnan(row["images_per_second"]) == (where == "evaluation")
     assert (" images/s, " in capsys.readouterr().out) != (where == "evaluation")
 

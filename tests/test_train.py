@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -393,9 +394,10 @@ def test_part_of_an_epoch_is_shown_as_a_part(trained: Path, tmp_path: Path, caps
     assert main(["--device", "cpu", "--resume", str(tmp_path / "run"), "--max-steps", "1"]) == 0
     printed = capsys.readouterr().out
     assert "Epoch 1/2, only its first 2 of 61 steps (--max-steps): train loss" in printed
-    assert [float(row["epoch"]) for row in read_summary(tmp_path / "run")] == [
-        pytest.approx(2 / 61, rel=1e-4)
-    ]
+    (later,) = read_summary(tmp_path / "run")
+    assert float(later["epoch"]) == pytest.approx(2 / 61, rel=1e-4)
+    for one in (row, later):  # the mean of the images until then, of two classes
+        assert float(one["train_loss"]) == pytest.approx(math.log(2), abs=0.3)
 
 
 def test_recorded_folders_are_whole_paths(
@@ -432,7 +434,9 @@ def test_another_quarter_held_out_is_warned_of(photos: Path, tmp_path: Path, cap
     assert load(last)["progress"]["best_accuracy"] <= 100
 
 
-def test_a_run_is_made_of_steps_and_evaluations(photos: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_is_made_of_steps_and_evaluations(
+    photos: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     """A step is told of its own images, or an epoch's last batch, which may be smaller, would make
     a smaller step; of the average of the weights, the first of the best evaluations is kept."""
     steps, pixels, step = [], [], Learner.step
@@ -443,7 +447,8 @@ def test_a_run_is_made_of_steps_and_evaluations(photos: Path, tmp_path: Path, mo
         pixels.append(images.mean((1, 2, 3)))
         return loss
 
-    def evaluate(network: CNN_SP, *arguments: Any) -> Evaluation:
+    def evaluate(network: CNN_SP, bank: ImageBank, batch_size: int, *_: Any) -> Evaluation:
+        assert batch_size == 2  # half of one of the training's, which comes in two parts
         evaluated.append(network.state_dict()["fc2.weight"].clone())
         scores = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[: len(evaluated)]
         return Evaluation.of(scores.repeat(2, 1)[:2], torch.tensor([0, 1]))
@@ -453,6 +458,7 @@ def test_a_run_is_made_of_steps_and_evaluations(photos: Path, tmp_path: Path, mo
     monkeypatch.setattr(run, "evaluate", evaluate)
     flags = ["--augment", "random", "--repeats", "1", "--pool", "max", "--epochs", "3", "-b", "3"]
     flags += ["--lr-step", "1", "--warmup-epochs", "1", "--ema", "0.9", "--seed", "1"]
+    flags += ["--accumulate", "2", "--log-interval", "5"]
     flags += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
     assert main([*CPU, *flags]) == 0
     labels, sizes, numbers, rates, losses = zip(*steps, strict=True)
@@ -462,8 +468,9 @@ def test_a_run_is_made_of_steps_and_evaluations(photos: Path, tmp_path: Path, mo
     assert sizes == (3, 1) * 3
     assert numbers == (0, 1, 2, 3, 4, 5)
     assert rates == pytest.approx((0.005, 0.01, 0.001, 0.001, 0.0001, 0.0001))
-    rows = read_summary(tmp_path / "run")
+    rows, printed = read_summary(tmp_path / "run"), capsys.readouterr().out
     for epoch, row in enumerate(rows):
+        assert f"epoch {epoch + 1}/3  step 2/2  loss {losses[2 * epoch + 1]:.4f}" in printed
         mean = (3 * losses[2 * epoch] + losses[2 * epoch + 1]) / 4
         assert float(row["train_loss"]) == pytest.approx(mean, rel=1e-4)
         assert float(row["lr"]) == pytest.approx(rates[2 * epoch + 1])
