@@ -103,6 +103,7 @@ def test_signal_saves_the_run_and_ends_it(
     """Ctrl-C in the first epoch, SIGTERM and a terminal that closes in the second."""
     step, last = Learner.step, tmp_path / "last.pt"
     arguments = [*recipe(photos, tmp_path, EPOCHS), "--checkpoint-interval", "3600"]
+    arguments += ["--log-interval", "3"]  # so that some losses are not yet added up
     for number, status, when, where in [
         (signal.SIGINT, 130, 3, "1 after step 4"),
         (signal.SIGTERM, 143, 8, "2 after step 2"),
@@ -298,8 +299,9 @@ def test_out_of_memory_is_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("interval", ["0", "3600"])
 def test_weights_that_are_not_finite_are_not_saved(
-    photos: Path, tmp_path: Path, monkeypatch, capsys
+    photos: Path, tmp_path: Path, monkeypatch, capsys, interval: str
 ) -> None:
     """The last step of an epoch spoils them: no loss of the epoch can show it."""
     step = Learner.step
@@ -313,8 +315,11 @@ def test_weights_that_are_not_finite_are_not_saved(
 
     monkeypatch.setattr(Learner, "step", spoil)
     output = tmp_path / "run"
-    assert main(recipe(photos, output, 2)) == 2
+    assert main([*recipe(photos, output, 2), "--checkpoint-interval", interval]) == 2
     assert "the weights were not finite in epoch 1, at step 7 of the run" in capsys.readouterr().err
+    if interval != "0":
+        assert not (output / "last.pt").exists()
+        return
     state = load(output / "last.pt")
     assert state["progress"]["total_steps"] == 6
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())

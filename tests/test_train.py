@@ -7,9 +7,11 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from cnnsp.data.images import ImageSet
 from cnnsp.results import pictures
 from cnnsp.results.evaluation import Evaluation, evaluate
 from cnnsp.results.history import EpochResult
-from cnnsp.training import devices, run
+from cnnsp.training import checkpoint, devices, run
 from cnnsp.training.recipe import SHORT_RECIPE, TrainOptions, defaults
 from cnnsp.training.step import Learner
 
@@ -391,8 +393,10 @@ def test_part_of_an_epoch_is_shown_as_a_part(trained: Path, tmp_path: Path, caps
     assert figure._suptitle.get_text() == "title; the last point is within epoch 1"
     assert figure.axes[1].get_xlim()[0] < result.epoch
     shutil.copytree(trained, tmp_path / "run")
-    assert main(["--device", "cpu", "--resume", str(tmp_path / "run"), "--max-steps", "1"]) == 0
+    again = ["--max-steps", "1", "--log-interval", "9"]
+    assert main(["--device", "cpu", "--resume", str(tmp_path / "run"), *again]) == 0
     printed = capsys.readouterr().out
+    assert "epoch 1/2  step 2/61  loss 0." in printed
     assert "Epoch 1/2, only its first 2 of 61 steps (--max-steps): train loss" in printed
     (later,) = read_summary(tmp_path / "run")
     assert float(later["epoch"]) == pytest.approx(2 / 61, rel=1e-4)
@@ -453,12 +457,21 @@ def test_a_run_is_made_of_steps_and_evaluations(
         scores = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[: len(evaluated)]
         return Evaluation.of(scores.repeat(2, 1)[:2], torch.tensor([0, 1]))
 
+    def save(state: dict[str, Any], path: Path) -> None:
+        write(state, path)
+        saved.append((path.name, state["progress"]["total_steps"]))
+
     evaluated: list[torch.Tensor] = []
+    saved, write = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", save)
+    # Each step takes ten seconds.
+    clock = SimpleNamespace(monotonic=lambda: 10.0 * len(steps), perf_counter=time.perf_counter)
+    monkeypatch.setattr(run, "time", clock)
     monkeypatch.setattr(Learner, "step", note)
     monkeypatch.setattr(run, "evaluate", evaluate)
     flags = ["--augment", "random", "--repeats", "1", "--pool", "max", "--epochs", "3", "-b", "3"]
     flags += ["--lr-step", "1", "--warmup-epochs", "1", "--ema", "0.9", "--seed", "1"]
-    flags += ["--accumulate", "2", "--log-interval", "5"]
+    flags += ["--accumulate", "2", "--log-interval", "5", "--checkpoint-interval", "15"]
     flags += ["--data-dir", str(photos), "--output-dir", str(tmp_path / "run")]
     assert main([*CPU, *flags]) == 0
     labels, sizes, numbers, rates, losses = zip(*steps, strict=True)
@@ -478,6 +491,7 @@ def test_a_run_is_made_of_steps_and_evaluations(
     first, second = (torch.cat(pixels[start : start + 2]) for start in (0, 2))
     assert not torch.isclose(first[:, None], second, rtol=0, atol=1e-5).any()
     assert [row["test_accuracy"] for row in rows] == ["50", "100", "100"]
+    assert [number for name, number in saved if name == "last.pt"] == [2, 2, 4, 4, 6, 6]
     best, last = load(tmp_path / "run" / "best.pt"), load(tmp_path / "run" / "last.pt")
     for state, weights in ((best, evaluated[1]), (last, evaluated[2])):
         assert torch.equal(state["average"]["fc2.weight"], weights)
@@ -565,6 +579,8 @@ def test_help_shows_the_defaults_of_the_recipe(photos: Path, capsys) -> None:
     assert "instead of --mixup (default: 0.5)" in shown("--recipe", "best")
     assert "instead of --mixup (default: 0.0)" in shown("--recipe", "best", "--pool", "avg")
     assert defaults("x", "best", "avg", {})["cutmix"] == 0
+    resumed = {"max_steps": 1, "amp_dtype": "float16", "lr": 0.5}
+    assert defaults("x", None, None, resumed) == {"lr": 0.5}
 
 
 def test_every_setting_is_a_flag() -> None:
@@ -604,10 +620,14 @@ def test_checkpoints_that_do_not_fit(photos: Path, trained: Path, tmp_path: Path
         (["--data-dir", str(names)], "without 'rose', with 'tulip'"),
         (["--opt", "adam"], f"{last} was trained with --opt sgd"),
         (["--data-dir", str(renamed)], "within an epoch: it goes on only with the same images"),
-        (["-b", "2"], "the same images, --augment paper, --batch-size 4 and --seed 0"),
     ]
+    within = "the same images, --augment paper, --batch-size 4 and --seed 0"
+    changes = ["-b", "2"], ["--seed", "1"], ["--augment", "random", "--repeats", "61"]
+    refusals += [(flags, within) for flags in changes]
     for flags, message in refusals:
         assert_refused([*resume, last, *flags], message, capsys)
+    torch.save({**load(trained / "last.pt"), "items": 4 * 60}, tmp_path / "fewer.pt")
+    assert_refused([*resume, str(tmp_path / "fewer.pt")], within, capsys)
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes((trained / "last.pt").read_bytes()[:5000])
     assert_refused([*resume, str(damaged)], f"{damaged} is damaged", capsys)
