@@ -40,6 +40,8 @@ def test_warmup_rises_step_by_step_and_then_leaves_the_schedule_alone() -> None:
     options = TrainOptions(lr=0.3, warmup_epochs=1.5, lr_step=2)
     rates = [learning_rate(options, epoch, step, 2) for epoch in range(3) for step in range(2)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.03, 0.03])
+    # Where the rise ends within a step.
+    assert learning_rate(replace(options, warmup_epochs=1.25), 1, 0, 2) == 0.3
 
 
 def test_smoothed_loss_equals_cross_entropy_with_label_smoothing() -> None:
@@ -86,9 +88,12 @@ def test_a_batch_in_parts_makes_the_same_step(opt: str) -> None:
     options = TrainOptions(pool="max", dropout=0.0, opt=opt, label_smoothing=0.2, lr=1e-3)
     whole = Learner(options, 3, torch.device("cpu"), Team())
     parts = Learner(replace(options, accumulate=2), 3, torch.device("cpu"), Team())
+    sizes = []
+    parts.model.register_forward_hook(lambda *call: sizes.append(len(call[2])))
     losses = [
         learner.step(images, labels, batch_size=5, number=0, lr=2e-3) for learner in (whole, parts)
     ]
+    assert sizes == [3, 2]
     torch.testing.assert_close(losses[0], losses[1])
     fresh = Learner(options, 3, torch.device("cpu"), Team()).model
     output = fresh(images)
@@ -247,6 +252,8 @@ def test_optimizer_of_another_machine_takes_the_settings_of_this_one() -> None:
     theirs = Learner(TrainOptions(channels_last=True), 3, torch.device("cpu"), Team())
     images, labels = torch.randn(2, 3, 256, 256), torch.tensor([0, 1])
     theirs.step(images, labels, batch_size=2, number=0, lr=0.01)
+    assert theirs.model.pooling == "stochastic"
+    assert theirs.model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     state = theirs.state()
     state["optimizer"]["param_groups"][0].update(fused=True, foreach=False)
     ours = Learner(TrainOptions(weight_decay=0.5), 3, torch.device("cpu"), Team())

@@ -180,6 +180,7 @@ def test_a_type_of_a_run_is_kept_but_for_a_gpu_s_fp16_on_a_cpu(monkeypatch) -> N
         ((True, None, "cuda", "bfloat16"), "bfloat16"),
         ((None, None, "cpu", "float16"), "bfloat16"),
         ((None, "float16", "cpu", "float16"), "float16"),
+        ((None, "bfloat16", "cuda", "float16"), "bfloat16"),
         ((False, None, "cuda", "float16"), None),
     ):
         amp, name, device, *before = arguments
@@ -313,7 +314,8 @@ def test_flags_that_do_nothing_are_named(capsys) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_asked_for_and_absent(photos: Path, tmp_path: Path, capsys) -> None:
     arguments = ["--data-dir", str(photos), "--output-dir", str(tmp_path / "out")]
-    assert_refused([*arguments, "--device", "cuda"], "--device cuda", capsys)
+    words = "--device cuda: this machine, or this PyTorch, has no CUDA"
+    assert_refused([*arguments, "--device", "cuda"], words, capsys)
     assert not (tmp_path / "out").exists()
 
 

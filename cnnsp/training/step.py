@@ -46,7 +46,7 @@ class Learner:
         if options.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.model = model
-        self._average = deepcopy(model).requires_grad_(False) if options.ema > 0 else None
+        self._average = deepcopy(model) if options.ema > 0 else None
         self._optimizer = make_optimizer(model.parameters(), options, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
 
