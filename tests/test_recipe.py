@@ -66,13 +66,15 @@ def test_weight_average_is_the_weighted_sum_of_all_weights() -> None:
 
 
 def test_draws_depend_on_seed_step_and_process() -> None:
-    """Those of dropout, which the loss shows, and those after them; the weights on the seed."""
+    """Those of dropout, which the loss shows, and those after them; the weights on the seed. An
+    evaluation that ended in an error may have left the network in another mode."""
     images, labels = torch.randn(1, 3, 256, 256), torch.tensor([0])
 
     def draw(seed: int, step: int, rank: int) -> tuple[float, float, float]:
         options = TrainOptions(pool="max", dropout=0.5, seed=seed)
         learner = Learner(options, 3, torch.device("cpu"), Team(rank))
         weight = float(learner.model.fc2.weight[0, 0].detach())
+        learner.model.eval()
         loss = learner.step(images, labels, batch_size=1, number=step, lr=0.01)
         return weight, float(loss), float(torch.rand(()))
 

@@ -79,6 +79,7 @@ class Learner:
         Returns the mean loss of the whole batch, without label smoothing: float32 on the device,
         still to be computed there.
         """
+        self._forward.train()  # an evaluation that was interrupted leaves another mode
         seed_draws(self.options.seed, number, self.team.rank)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
