@@ -213,28 +213,36 @@ def test_adaptive_pools_keep_channels_last(dims, output_size, device):
         torch.testing.assert_close(output, expected)
 
 
-def test_adaptive_pool_of_equal_windows_is_the_pool(device, monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "output_size", "window"),
+    [((6, 8), (3, 2), ((2, 4),)), ((7, 5), 3, (3, 2, (0, 1))), ((3, 4), (4, 3), (2, 1, (1, 0)))],
+)
+def test_adaptive_pool_of_even_windows_is_the_pool(size, output_size, window, device, monkeypatch):
     """And lays nothing out."""
     monkeypatch.setattr(functional, "_adaptive_windows", None)
-    x, bias = torch.randn(2, 3, 6, 8, device=device), torch.randn(3, device=device)
+    x, bias = torch.randn(2, 3, *size, device=device), torch.randn(3, device=device)
     for training in (True, False):
         adaptive = adaptive_stochastic_pool2d(
-            x, (3, 2), bias=bias, training=training, generator=generator(device)
+            x, output_size, bias=bias, training=training, generator=generator(device)
         )
         pool = stochastic_pool2d(
-            x, (2, 4), bias=bias, training=training, generator=generator(device)
+            x, *window, bias=bias, training=training, generator=generator(device)
         )
         assert torch.equal(adaptive, pool)
 
 
-def test_adaptive_expectations_are_of_each_window(device):
+@pytest.mark.parametrize("output_size", [(3, 4), (2, 5)])
+def test_adaptive_expectations_are_of_each_window(output_size, device):
     """Of its cells alone, each once."""
     x = torch.rand(1, 1, 5, 7, device=device)
-    mean = adaptive_stochastic_pool2d(x, (3, 4), training=False)
-    for i, j in itertools.product(range(3), range(4)):
-        rows = slice(i * 5 // 3, math.ceil((i + 1) * 5 / 3))
-        cells = x[0, 0, rows, j * 7 // 4 : math.ceil((j + 1) * 7 / 4)]
-        torch.testing.assert_close(mean[0, 0, i, j], cells.square().sum() / cells.sum())
+    mean = adaptive_stochastic_pool2d(x, output_size, training=False)
+    for place in itertools.product(*map(range, output_size)):
+        rows, columns = (
+            slice(i * length // out, math.ceil((i + 1) * length / out))
+            for i, length, out in zip(place, (5, 7), output_size, strict=True)
+        )
+        cells = x[0, 0, rows, columns]
+        torch.testing.assert_close(mean[0, 0][place], cells.square().sum() / cells.sum())
 
 
 def test_adaptive_gradients(device):
@@ -244,7 +252,7 @@ def test_adaptive_gradients(device):
     for training in (True, False):
         assert torch.autograd.gradcheck(
             lambda x, bias, training=training: adaptive_stochastic_pool2d(
-                x, (2, 3), bias=bias, training=training, generator=generator(device)
+                x, (2, 5), bias=bias, training=training, generator=generator(device)
             ),
             (x, bias),
             check_forward_ad=True,
@@ -257,8 +265,9 @@ def test_adaptive_dead_windows_and_bad_arguments(device):
     assert torch.equal(output, torch.zeros(1, 1, 2, 3, device=device))
     assert indices.tolist() == [[[[0, 2, 4], [14, 16, 18]]]]
     # A bias does not bring to life the cells that the shorter windows lack.
-    mean = adaptive_stochastic_pool2d(2 * x, 3, bias=x.new_full((1,), 3), training=False)
-    assert torch.equal(mean, torch.ones_like(mean))
+    for size in (3, 5):
+        mean = adaptive_stochastic_pool2d(2 * x, size, bias=x.new_full((1,), 3), training=False)
+        assert torch.equal(mean, torch.ones_like(mean))
     with pytest.raises(TypeError, match="'output_size' must be an int"):
         adaptive_stochastic_pool2d(x, 2.5)
     wrongs = ((0, "must be positive"), ((5, 0), "must be positive"), ((1, 2, 3), "one int or two"))

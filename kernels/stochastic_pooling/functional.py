@@ -141,9 +141,10 @@ def adaptive_stochastic_pool2d(
     """Stochastic pooling to a given output size, with the windows of `F.adaptive_max_pool2d`.
 
     Output row i pools the input rows from floor(i H / OH) to ceil((i + 1) H / OH), columns alike;
-    an output size of 1 pools whole planes. All else as `stochastic_pool2d`. Where H or W is not a
-    multiple of the output size, or not known to be while `torch.compile` or an export works with
-    symbolic sizes, the input is laid out window by window first: that takes memory of up to
+    an output size of 1 pools whole planes. All else as `stochastic_pool2d`. The input is laid out
+    window by window first, unless H and W are multiples of the output size, or windows are of up to
+    3 x 3 cells and all start at one distance, as of 13 rows for 6; and unless that is not known
+    while `torch.compile` or an export works with symbolic sizes. It takes memory of up to
     (1 + 2 OH / H) (1 + 2 OW / W) inputs and several times as long, and a bias of infinity gives
     NaN.
 
@@ -211,9 +212,13 @@ def _adaptive(
         return output if batched is input else output.squeeze(0)
     if torch.jit.is_tracing():
         input = _of_this_size(input, dims)
-    if all(known(size % out == 0) for size, out in zip(sizes, outputs, strict=True)):
-        window = _window(dims, [size // out for size, out in zip(sizes, outputs, strict=True)])
-        return _pool(dims, input, window, return_indices, bias, training, generator)
+    sides = [_even_windows(size, out) for size, out in zip(sizes, outputs, strict=True)]
+    if None not in sides:
+        kernel_size, stride, padding = zip(*sides, strict=True)
+        # Of tiles a CPU's backend compiles all sizes at once, of windows that overlap each alone.
+        if kernel_size == stride or all(known(size <= 3) for size in kernel_size):
+            window = _window(dims, kernel_size, stride, padding)
+            return _pool(dims, input, window, return_indices, bias, training, generator)
     kernel: list[int] = []
     places: list[torch.Tensor] = []
     # What windows lack is never drawn: max(-inf + bias, 0) is 0 for any finite bias.
@@ -306,6 +311,17 @@ def _draw_seed(device: torch.device, generator: torch.Generator | None) -> torch
     return torch.randint(
         -(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator
     )
+
+
+def _even_windows(length: int, outputs: int) -> tuple[int, int, int] | None:
+    """Kernel size, stride and padding with which a pool has the adaptive windows along one
+    dimension, if it is known that there are such."""
+    cells, rest = length // outputs, length % outputs
+    if known(rest == 0):
+        return cells, cells, 0
+    if known(rest == 1) and known(cells > 0):
+        return cells + 1, cells, 0
+    return (cells + 2, cells + 1, 1) if known(rest == outputs - 1) else None
 
 
 def _adaptive_windows(
