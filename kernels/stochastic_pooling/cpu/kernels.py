@@ -62,15 +62,14 @@ def _share(call, units):
 
 
 @inlined
-def _phase(j0, plan):
-    """Where a phase's columns of the input start, in the phase and in a row, and how many times how
-    many lanes lie together in the row. `j0` is its first column, from the padding's first on."""
-    stride, step = plan.stride_w, plan.step
-    low = (plan.padding_w - j0 + stride - 1) // stride
-    columns = max((plan.width - 1 + plan.padding_w - j0) // stride + 1 - low, 0)
-    runs, run = (1, columns) if stride == 1 else (columns, 1)
-    first = (low * stride + j0 - plan.padding_w) * step
-    return _lanes(low * step), _lanes(first), _lanes(runs), _lanes(run * step)
+def _runs(plan):
+    """Where each column of the input starts in a row of a block, and how many lanes lie together
+    there, as they do in the input: a column's, or with a stride of 1 the whole row's."""
+    starts = np.empty(plan.width, _lanes)
+    for column in range(plan.width):
+        place, phase = divmod(column + plan.padding_w, plan.stride_w)
+        starts[column] = phase * plan.phase + place * plan.step
+    return starts, plan.step * (plan.width if plan.stride_w == 1 else 1)
 
 
 @inlined
@@ -117,26 +116,24 @@ def _random_halves(halves, words, pairs, lanes, first_plane, group, seed, step):
 
 
 @inlined
-def _weigh(weights, top, end, x, staged, biases, sheet, call, plan):
+def _weigh(weights, top, end, x, staged, runs, biases, sheet, call, plan):
     """Make weights of rows from `top` on: max(x + bias, 0), where NaN stays NaN and no zero is
     negative. Say so if there are some that only the reference takes."""
-    bias, pitch = _lanes(sheet * plan.width * plan.step), _lanes(plan.stride_w * plan.step)
+    bias, (starts, run) = _lanes(sheet * plan.width * plan.step), runs
     with_bias, most = call[WITH_BIAS] > 0, np.uint32(0)
     for row in range(top, end):
         inside, at = 0 <= row < plan.height, min(max(row, 0), plan.height - 1)
         numbers, start = _row(FETCH, staged, x, sheet, at, (plan.height, plan.width), plan)
-        for j0 in range(plan.stride_w):
-            low, first, runs, run = _phase(j0, plan)
-            to = _lanes(((row - top) * plan.stride_w + j0) * plan.phase) + low
-            for m in range(runs):
-                for k in range(run):
-                    lane = first + m * pitch + k
-                    w = widen(numbers[start + lane])
-                    w = w + biases[bias + lane] if with_bias else w
-                    w = _ZERO if w <= _ZERO or not inside else w
-                    weights[to + m * run + k] = w
-                    bits = np.float32(w).view(np.uint32)
-                    most = bits if bits > most else most
+        block = _lanes((row - top) * plan.stride_w * plan.phase)
+        for n in range(plan.width * plan.step // run):  # in the order of memory, for the caches
+            first, to = _lanes(n * run), block + starts[n]
+            for k in range(_lanes(run)):
+                w = widen(numbers[start + first + k])
+                w = w + biases[bias + first + k] if with_bias else w
+                w = _ZERO if w <= _ZERO or not inside else w
+                weights[to + k] = w
+                bits = np.float32(w).view(np.uint32)
+                most = bits if bits > most else most
     if most >= TOO_LARGE:
         call[UNUSUAL] = 1
 
@@ -268,7 +265,7 @@ def forward(number: Any, cell: Any, training: bool, *sides: tuple[int, int, int]
         line, grid = stride_w * plan.phase, (sides, _lanes(plan.step), _lanes(plan.phase))
         rows = (min(GROUP, plan.out_height) - 1) * stride_h + span
         weights = np.zeros(rows * line, np.float32)
-        fetched = np.empty(plan.width * plan.step, number)
+        runs, fetched = _runs(plan), np.empty(plan.width * plan.step, number)
         staged, staged_code = np.empty(out_lanes, number), np.empty(out_lanes, cell)
         calls = (plan.out_width + PAIR - 1) // PAIR * plan.step
         pairs, lanes = np.empty(calls, np.uint32), np.empty(calls, np.uint32)
@@ -283,7 +280,7 @@ def forward(number: Any, cell: Any, training: bool, *sides: tuple[int, int, int]
             sheet, group = unit // groups, unit % groups
             out_top, out_end = group * GROUP, min(group * GROUP + GROUP, plan.out_height)
             tops = out_top * stride_h - plan.padding_h, (out_end - 1) * stride_h - plan.padding_h
-            _weigh(weights, tops[0], tops[1] + span, x, fetched, biases, sheet, call, plan)
+            _weigh(weights, tops[0], tops[1] + span, x, fetched, runs, biases, sheet, call, plan)
             if training:
                 seed, plane = carray(pointers[10], 1, np.int64)[0], sheet * plan.step
                 _random_halves(halves, words, pairs, lanes, plane, group, seed, grid[1])
@@ -345,7 +342,11 @@ def backward(number: Any, cell: Any, training: bool, *sides: tuple[int, int, int
         fetched = np.empty(max(plan.width, plan.out_width) * plan.step, number)
         fetched_code = np.empty(fetched.size, cell)
         staged = np.empty(plan.width * plan.step, number)
-        gathered, totals = np.empty(plan.phase, np.float32), np.zeros(plan.phase, np.float32)
+        gathered = np.empty(stride_w * plan.phase, np.float32)
+        totals = np.zeros(plan.phase, np.float32)
+        runs = starts, run = _runs(plan)
+        low = _lanes(plan.padding_w // stride_w) * step
+        high = _lanes((plan.width - 1 + plan.padding_w) // stride_w + 1) * step
         # Windows outside the plane drew nothing, and pass on nothing.
         dead = cell(np.int32(DEAD))
         codes = np.full(most * plan.phase, dead, cell)
@@ -361,7 +362,7 @@ def backward(number: Any, cell: Any, training: bool, *sides: tuple[int, int, int
             above = out_top * stride_h - plan.padding_h
             if not training:
                 bottom = out_last * stride_h - plan.padding_h + span
-                _weigh(weights, above, bottom, x, fetched, biases, sheet, call, plan)
+                _weigh(weights, above, bottom, x, fetched, runs, biases, sheet, call, plan)
             for oh in range(out_top, out_last + 1):
                 to = _lanes(oh - out_top) * phase + _lanes(taps_w - 1) * step
                 if not 0 <= oh < plan.out_height:
@@ -391,23 +392,21 @@ def backward(number: Any, cell: Any, training: bool, *sides: tuple[int, int, int
                 i0 = (row + plan.padding_h) % stride_h
                 upper = (row + plan.padding_h) // stride_h - (taps_h - 1) - out_top
                 for j0 in range(stride_w):
-                    low, first, runs, run = _phase(j0, plan)
-                    corner = _lanes(upper) * phase + low
-                    weight = _lanes((row - above) * stride_w + j0) * phase + low
-                    for lane in range(runs * run):
-                        at = corner + lane
+                    weight = _lanes((row - above) * stride_w + j0) * phase
+                    for lane in range(low, high):
+                        at = _lanes(upper) * phase + lane
                         total = _gather(grads, codes, at, grid, taps, i0, j0, training)
                         if not training:
                             off = _gather(offsets, codes, at, grid, taps, i0, j0, training)
                             w = weights[weight + lane]
                             total = w * (total + total) - off if w != _ZERO else _ZERO
-                        gathered[lane] = total
-                    for lane in range(_lanes(call[WITH_BIAS]) * runs * run):
-                        totals[lane] += gathered[lane]
-                    for m in range(runs):
-                        for k in range(run):
-                            value = narrow(gathered[m * run + k], target)
-                            target[to + first + m * _lanes(stride_w) * step + k] = value
+                        gathered[_lanes(j0) * phase + lane] = total
+                    for lane in range(low, high if call[WITH_BIAS] else low):
+                        totals[lane] += gathered[_lanes(j0) * phase + lane]
+                for n in range(plan.width * plan.step // run):
+                    first, start = to + _lanes(n * run), starts[n]
+                    for k in range(_lanes(run)):
+                        target[first + k] = narrow(gathered[start + k], target)
                 _row(STORE, staged, grad_input, sheet, row, size, plan)
             for column in range(_lanes(call[WITH_BIAS] * totals.size) // step):
                 for k in range(step):
