@@ -65,7 +65,7 @@ class _Plan:
         sizes = shape, (self.batch, channels, out_height, out_width)
         models = (torch.empty(size, device="meta", memory_format=layout) for size in sizes)
         # With the strides said it takes half the time.
-        empty: Any = functools.partial(functools.partial, torch.empty_strided, device="cpu")
+        empty: Any = functools.partial(functools.partial, _NOTHING.new_empty_strided)
         self.input, self.output = (empty(model.shape, model.stride()) for model in models)
 
     def dense(self, tensor: Tensor) -> Tensor:

@@ -102,18 +102,19 @@ _process = os.getpid()
 def run(body: Callable[[Any], None], threads: int, *arguments: int) -> bool:
     """Run a pass of kernels.py, whose arguments are whether there is a bias, the addresses of the
     plan and of the tensors; False if there are numbers that it does not take."""
+    if threads == 1:
+        return _call(body, 0, 1, *arguments)
     # A forked child has the team, but none of its threads.
-    team = _parallel if threads > 1 and os.getpid() == _process else None
-    parts = threads if threads > 1 and team is None else 1
-    calls = [_Call(0, part, 0 if team else parts, 0, *arguments) for part in range(parts)]
-    for call in calls:
-        call[0] = ctypes.addressof(call)
-    if team is not None:
-        team(body, calls[0], threads, 0)
-    elif parts == 1:
-        body(calls[0])
-    else:
-        # Threads for this call alone: there is nothing that a fork or other threads could break.
-        with ThreadPoolExecutor(parts) as pool:
-            list(pool.map(body, calls))
-    return not any(call[3] for call in calls)
+    if _parallel is not None and os.getpid() == _process:
+        team = functools.partial(_parallel, body)
+        return _call(lambda call: team(call, threads, 0), 0, 0, *arguments)
+    # Threads for this call alone: there is nothing that a fork or other threads could break.
+    with ThreadPoolExecutor(threads) as pool:
+        return all(pool.map(lambda part: _call(body, part, threads, *arguments), range(threads)))
+
+
+def _call(function: Callable[[Any], object], part: int, parts: int, *arguments: int) -> bool:
+    call = _Call(0, part, parts, 0, *arguments)
+    call[0] = ctypes.addressof(call)
+    function(call)
+    return not call[3]
