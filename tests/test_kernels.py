@@ -37,6 +37,21 @@ def case_ids(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
+def draw_alike(
+    kernels: ModuleType, x: torch.Tensor, bias: torch.Tensor | None, window: Window
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernels draw: the reference's cells and their values, to the last bit."""
+    seed = torch.tensor(SEED, device=x.device)
+    output, code = kernels.sample(x, bias, seed, window)
+    expected, expected_code = reference.sample(x, bias, seed, window)
+    assert torch.equal(code, expected_code)
+    # Triton's interpreter cuts bf16 off where a GPU rounds.
+    exact = x.device.type != "cpu" or x.dtype != torch.bfloat16
+    close = {"rtol": 0, "atol": 0} if exact else TOLERANCE[x.dtype]
+    torch.testing.assert_close(output, expected, equal_nan=True, **close)
+    return output, code
+
+
 @pytest.fixture(params=["triton", "numba"])
 def kernels(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
     if request.param == "numba" and device.type != "cpu":
@@ -62,16 +77,8 @@ def test_sample_draws_the_reference_cells(kernels, case, dtype, layout, device):
     shape, window = CASES[case]
     x = plane(shape, dtype, layout).to(device)
     bias = torch.randn(shape[1], device=device) if shape[1] > 2 else None
-    seed = torch.tensor(SEED, device=device)
-    output, code = kernels.sample(x, bias, seed, window)
-    expected, expected_code = reference.sample(x, bias, seed, window)
-    assert torch.equal(code, expected_code)
+    output, _ = draw_alike(kernels, x, bias, window)
     assert output.is_contiguous(memory_format=layout)
-    # The interpreter cuts bf16 off where a GPU rounds, so one unit in the last place is allowed.
-    exact = device.type != "cpu" or dtype != torch.bfloat16
-    torch.testing.assert_close(
-        output, expected, equal_nan=True, **({"rtol": 0, "atol": 0} if exact else TOLERANCE[dtype])
-    )
 
 
 @grid
@@ -133,14 +140,10 @@ def sliding(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 )
 def test_sliding_kernels_notice_a_special_window(sliding, value, row, col, layout, device):
     shape, window = (1, 2, 9, 10), CASES["overlapping, padded"][1]
-    seed = torch.tensor(SEED, device=device)
     x = torch.full(shape, -1.0) if value == "1e-30" else torch.rand(shape)
     x[0, 1, row, col] = float(value)
     x = x.to(device).contiguous(memory_format=layout)
-    output, code = sliding.sample(x, None, seed, window)
-    expected, expected_code = reference.sample(x, None, seed, window)
-    assert torch.equal(code, expected_code)
-    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
+    draw_alike(sliding, x, None, window)
     torch.testing.assert_close(
         sliding.expectation(x, None, window),
         reference.expectation(x, None, window),
@@ -160,11 +163,7 @@ def test_sliding_kernels_notice_a_special_window(sliding, value, row, col, layou
 )
 def test_windows_that_were_wrong(kernels, size, window, layout, device):
     x = guarded(torch.rand(1, 2, *size).contiguous(memory_format=layout).to(device))
-    seed = torch.tensor(SEED, device=device)
-    output, code = kernels.sample(x, None, seed, window)
-    expected, expected_code = reference.sample(x, None, seed, window)
-    assert torch.equal(code, expected_code)
-    assert torch.equal(output, expected)
+    output, code = draw_alike(kernels, x, None, window)
     grad = guarded(torch.randint(-8, 9, output.shape, device=device).to(output))
     grad_input, _ = kernels.sample_backward(grad, guarded(code), size, window, False)
     assert torch.equal(grad_input, reference.sample_backward(grad, code, size, window, False)[0])
@@ -189,11 +188,7 @@ def test_what_lies_beside_a_view_is_not_read(sliding, view, layout, device, monk
         importlib.import_module("stochastic_pooling.gpu.sliding"), "_strip_again", None
     )
     window = Window(1 if "signals" in view else 3, 3, 1, 1, 0, 1, 1, 1, False)
-    seed = torch.tensor(SEED)
-    output, code = sliding.sample(x, None, seed, window)
-    expected, expected_code = reference.sample(x, None, seed, window)
-    assert torch.equal(output, expected)
-    assert torch.equal(code, expected_code)
+    draw_alike(sliding, x, None, window)
     assert not sliding.expectation(x, None, window).isnan().any()
 
 
@@ -202,13 +197,9 @@ def test_any_strides(kernels, case, device):
     """Views of an input and of a bias, and expanded gradients."""
     window = CASES[case][1]
     storage = torch.randn(2, 8, 9, 6, device=device)
-    seed = torch.tensor(SEED, device=device)
     for x in (storage[:, ::2, 1:, 1::2], storage.transpose(1, 3), storage[:1].expand(3, 8, 9, 6)):
         bias = torch.randn(2 * x.shape[1], device=device)[::2]
-        output, code = kernels.sample(x, bias, seed, window)
-        expected, expected_code = reference.sample(x, bias, seed, window)
-        assert torch.equal(code, expected_code)
-        assert torch.equal(output, expected)
+        output, code = draw_alike(kernels, x, bias, window)
         grad = torch.ones((), device=device).expand(output.shape)
         assert_gradients_close(
             kernels.sample_backward(grad, code, x.shape[2:], window, True),
@@ -245,18 +236,14 @@ def test_sliding_kernels_serve_every_layout(sliding, how, layout, device, monkey
     """A tensor in another layout is read through its strides, not by the general kernels."""
     monkeypatch.setattr(sliding, "_tile", None)
     shape, window = (2, 4, 9, 8), CASES["overlapping, stride 2"][1]
-    seed = torch.tensor(SEED, device=device)
     x = laid_out(torch.empty(shape, device=device), how)
-    output, code = sliding.sample(x, None, seed, window)
-    expected, expected_code = reference.sample(x, None, seed, window)
-    assert torch.equal(code, expected_code)
-    assert torch.equal(output, expected)
+    output, code = draw_alike(sliding, x, None, window)
     assert output.is_contiguous(memory_format=memory_format(x))
     torch.testing.assert_close(
         sliding.expectation(x, None, window), reference.expectation(x, None, window)
     )
 
-    code = expected_code.contiguous(memory_format=layout)
+    code = code.contiguous(memory_format=layout)
     grad = laid_out(output, how)
     grad_input, grad_bias = sliding.sample_backward(grad, code, shape[2:], window, True)
     expected, expected_bias = reference.sample_backward(grad, code, shape[2:], window, True)
@@ -358,11 +345,7 @@ def test_64_bit_indices(kernels, device):
     storage = torch.zeros(1, dtype=torch.float16, device=device).new_empty(2**31 + 16)
     x = storage.as_strided((1, 2, 2, 8), (2**31, 8, 2**31, 1))
     x.copy_(torch.randn(x.shape))
-    seed = torch.tensor(SEED, device=device)
-    output, code = kernels.sample(x, None, seed, window)
-    expected, expected_code = reference.sample(x, None, seed, window)
-    assert torch.equal(code, expected_code)
-    assert torch.equal(output, expected)
+    output, _ = draw_alike(kernels, x, None, window)
     grad = torch.randn_like(output)
     assert_gradients_close(
         kernels.expectation_backward(grad, x, None, window, True),

@@ -22,6 +22,8 @@ from stochastic_pooling import (
 from stochastic_pooling.window import Window
 
 from .conftest import generator
+from .naive import drawn_seed
+from .test_kernels import draw_alike
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "plain"),
@@ -48,11 +50,7 @@ def test_triton_draws_the_reference_cells(case, layout, device):
     x = torch.randn(shape, device=device).contiguous(memory_format=layout)
     x[0, 0, 0, 0, 0], x[0, 1, -1, -1, -1] = torch.nan, torch.inf
     bias = torch.randn(shape[1], device=device)
-    seed = torch.tensor(-77, device=device)
-    output, code = kernels.sample(x, bias, seed, window)
-    expected, expected_code = reference.sample(x, bias, seed, window)
-    assert torch.equal(code, expected_code)
-    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
+    output, code = draw_alike(kernels, x, bias, window)
     mean = kernels.expectation(x, bias, window)
     torch.testing.assert_close(mean, reference.expectation(x, bias, window), equal_nan=True)
     for result in (output, code, mean):
@@ -82,10 +80,7 @@ def test_definition_window_by_window(case, device):
         x, *arguments, ceil_mode=ceil_mode, return_indices=True, generator=generator(device)
     )
     mean = stochastic_pool3d(x, *arguments, ceil_mode=ceil_mode, training=False)
-    seed = torch.randint(
-        -(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator(device)
-    )
-    u = philox.uniforms(seed, output.shape)
+    u = philox.uniforms(torch.tensor(drawn_seed(generator(device)), device=device), output.shape)
     assert output.shape == F.max_pool3d(x, *arguments, ceil_mode=ceil_mode).shape
     sides = window.sides(3)
     for place in itertools.product(*map(range, output.shape)):
