@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
-from cnnsp import UserError
 from cnnsp.data import images, synthetic
 from cnnsp.data.augment import PAPER_VARIANTS
 from cnnsp.data.batches import ImageBank, epoch_batches
-from cnnsp.data.decoding import decode
 from cnnsp.data.folder import find_images, list_folder
 from cnnsp.data.images import ImageFiles, ImageSet, load_folder
 from cnnsp.data.synthetic import CLASSES, synthetic_flowers
@@ -102,22 +99,6 @@ def test_files_make_the_batches_of_those_in_memory(folder: Path, workers: int, m
         for got in (batch, bank.batch(items)):
             assert torch.equal(got[0], expected.batch(items)[0])
             assert torch.equal(got[1], expected.batch(items)[1])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_file_is_named_in_one_line(folder: Path, workers: int, monkeypatch) -> None:
-    damaged = folder / "train_data" / "tulip" / "2.png"
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    monkeypatch.setattr(images, "HOST_BUDGET", 0)
-    train, _ = load_folder(folder, size=32)
-    with pytest.raises(UserError, match=r"^cannot decode .*2\.png: [^\n]*$"):
-        list(ImageBank(train, workers=workers).batches(torch.arange(8).split(4)))
-
-
-def test_photographs(photographs: Path) -> None:
-    path = next(iter(sorted((photographs / "test_data" / "rose").iterdir())))
-    expected = tv.pil_to_tensor(tv.resize(Image.open(path).convert("RGB"), [256, 256]))
-    assert torch.equal(torch.from_numpy(decode(path).copy()).permute(2, 0, 1), expected)
 
 
 def test_synthetic_flowers_depend_on_the_seed_alone() -> None:

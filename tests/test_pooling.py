@@ -54,23 +54,10 @@ def test_outputs_can_be_changed_in_place(training, backend, device):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        (3, 1, 2),
-        (3, 1, -1),
-        (3, 1, 0, 0),
-        (3, -1),
-        (7,),
-        ((3, 3, 3),),
-        (3, (1, 2, 3)),
-        (2.5,),
-        (3, 1, 1.0),
-        (3, 2**31),
-        (2**31 + 1, 1, 2**30),
-    ],
-    ids=str,
+    "arguments", [(2.5,), (3, 1, 1.0), (3, 2**31), (2**31 + 1, 1, 2**30)], ids=str
 )
 def test_bad_arguments_raise_what_max_pool2d_raises(arguments):
+    """Those that are no small integers; test_properties.py has these."""
     x = torch.randn(1, 2, 5, 5)
     errors = (RuntimeError, TypeError)
     with pytest.raises(errors) as expected:

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
@@ -139,18 +138,6 @@ def test_the_title_fits_above_one_image() -> None:
     pictures.pixels(figure)
     (title,) = figure.texts
     assert title.get_window_extent().width < figure.bbox.width
-
-
-def test_drawn_files(tmp_path: Path) -> None:
-    pictures.write(pictures.curves(make_history(1), "title"), tmp_path / "curves.png")
-    names = ("daisy", "dandelion", "rose")
-    confusion = pictures.confusion(random_evaluation(3, 50), names, "title")
-    pictures.write(confusion, tmp_path / "confusion.png")
-    for name in ("curves", "confusion"):
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.format == "PNG"
-            assert picture.height > 400
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_board_shows_an_epoch(tmp_path: Path) -> None:
