@@ -12,10 +12,8 @@ import torch.nn.functional as F
 
 from stochastic_pooling import stochastic_pool2d
 
-from .conftest import backend, generator
+from .conftest import generator
 from .windows import DTYPES, LAYOUTS
-
-__all__ = ["backend"]  # the fixture
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),

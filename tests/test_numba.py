@@ -420,19 +420,18 @@ def test_compiling_is_announced_once_and_needs_no_folder(monkeypatch, caplog):
     """As where the package is installed read-only, for a user without a home."""
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
-    compiling = importlib.import_module("stochastic_pooling.cpu.compiling")
-    part = compiling.inlined(lambda: None)
+    part = cpu.compiling.inlined(lambda: None)
 
     def nothing(pointers):
         part()
         part()
 
     with caplog.at_level(logging.WARNING, "stochastic_pooling"):
-        compiling.compiled_for_c(nothing, "nothing")(0)
+        cpu.compiling.compiled_for_c(nothing, "nothing")(0)
     (record,) = caplog.records
     assert "compiling nothing" in record.getMessage()
 
-    @compiling.compiled
+    @cpu.compiling.compiled
     def double(x):
         return 2 * x
 
@@ -440,7 +439,6 @@ def test_compiling_is_announced_once_and_needs_no_folder(monkeypatch, caplog):
 
 
 def test_threads_that_compile_at_once_leave_each_other_the_thresholds(monkeypatch):
-    compiling = importlib.import_module("stochastic_pooling.cpu.compiling")
     both, unrolled, thresholds = threading.Barrier(2), [], []
 
     def compile_beside_another(*_):
@@ -449,10 +447,10 @@ def test_threads_that_compile_at_once_leave_each_other_the_thresholds(monkeypatc
         unrolled.append(thresholds[-1])
         return SimpleNamespace(address=0)
 
-    monkeypatch.setattr(compiling, "_set_thresholds", lambda unroll, _: thresholds.append(unroll))
-    monkeypatch.setattr(compiling, "_cached", compile_beside_another)
+    monkeypatch.setattr(cpu.compiling, "_set_thresholds", lambda one, _: thresholds.append(one))
+    monkeypatch.setattr(cpu.compiling, "_cached", compile_beside_another)
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(compiling.compiled_for_c, (lambda _: None, lambda _: None), "ab"))
+        list(threads.map(cpu.compiling.compiled_for_c, (lambda _: None, lambda _: None), "ab"))
     assert thresholds == [8192, 300] * 2
     assert unrolled == [8192] * 2
 
@@ -460,8 +458,7 @@ def test_threads_that_compile_at_once_leave_each_other_the_thresholds(monkeypatc
 def test_damaged_files_in_the_cache_are_left_alone(monkeypatch):
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.IndexDataCacheFile, "_load_index", lambda _: pickle.loads(b""))
-    compiling = importlib.import_module("stochastic_pooling.cpu.compiling")
-    compiling.compiled_for_c(lambda pointers: None, "nothing")(0)
+    cpu.compiling.compiled_for_c(lambda pointers: None, "nothing")(0)
 
 
 def test_another_process_finds_what_was_compiled():

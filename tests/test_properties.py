@@ -19,11 +19,9 @@ from hypothesis import strategies as st
 from stochastic_pooling import philox, stochastic_pool1d, stochastic_pool2d
 
 from . import naive
-from .conftest import backend, generator
+from .conftest import generator
 from .naive import Arguments
 from .windows import CASES, DTYPES
-
-__all__ = ["backend"]  # the fixture
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
