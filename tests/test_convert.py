@@ -852,6 +852,7 @@ def test_a_pool_itself_is_returned_as_its_twin():
     twin = replace_pooling(nn.MaxPool2d(2).eval())
     assert type(twin) is StochasticPool2d
     assert not twin.training
+    assert "\nthe model: count_include_pad" in warned(nn.AvgPool2d(3, 1, 1))
 
 
 def test_shared_instances_modes_hooks_and_attributes():

@@ -115,8 +115,9 @@ def replace_pooling(
     twins: dict[nn.Module, nn.Module] = {}
     for name, pool in chosen:
         if pool not in twins:
-            twins[pool] = _twin(name, pool, sample_in_eval)
-            _log.info("%s: %s for %s", name or "the model", twins[pool], pool)
+            shown = name or "the model"
+            twins[pool] = _twin(shown, pool, sample_in_eval)
+            _log.info("%s: %s for %s", shown, twins[pool], pool)
     for name, module in model.named_modules():
         if type(module) in _TWINS and module not in twins:
             _log.info("left as it is: %s: %s", name, type(module).__name__)
@@ -159,15 +160,15 @@ def _twin(name: str, pool: Any, sample_in_eval: bool) -> nn.Module:
     twin = _TWINS[type(pool)](**arguments, sample_in_eval=sample_in_eval)
     padding = arguments.get("padding", 0)
     padded = any(padding if isinstance(padding, (tuple, list)) else (padding,))
+    changes = []
     if padded and getattr(pool, "count_include_pad", False):
-        message = "count_include_pad=True has no twin, because padding is never drawn"
-        warnings.warn(f"{name}: {message}", stacklevel=3)
+        changes.append("count_include_pad=True has no twin, because padding is never drawn")
     if getattr(pool, "divisor_override", None) is not None:
-        message = f"divisor_override={pool.divisor_override} has no twin and is dropped"
-        warnings.warn(f"{name}: {message}", stacklevel=3)
-    if getattr(pool, "return_indices", False) and not sample_in_eval:
-        message = "return_indices=True works in training alone, without sample_in_eval=True"
-        warnings.warn(f"{name}: {message}", stacklevel=3)
+        changes.append(f"divisor_override={pool.divisor_override} has no twin and is dropped")
+    if arguments.get("return_indices") and not sample_in_eval:
+        changes.append("return_indices=True works in training alone, without sample_in_eval=True")
+    for change in changes:
+        warnings.warn(f"{name}: {change}", stacklevel=3)
     # The mode, every kind of hook and what others wrote there. The dicts themselves: handles remove
     # hooks from those.
     vars(twin).update({k: value for k, value in vars(pool).items() if k not in pool.__constants__})
