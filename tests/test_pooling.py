@@ -134,6 +134,8 @@ def test_backend_that_cannot_serve(monkeypatch):
     monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "numba")
     with pytest.raises(RuntimeError, match="serves CPU tensors"):
         ops.backend_for(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="serves planes"):
+        stochastic_pool3d(x, 2)
 
 
 def test_backend_of_each_device(monkeypatch):

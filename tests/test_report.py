@@ -227,13 +227,9 @@ def test_graph_does_not_disturb_training(tmp_path: Path, pooling: str) -> None:
     board.close()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
-    names = [node.name for node in _graph_nodes(tmp_path)]
+    names = [node.name for node in events(tmp_path).Graph().node]
     for layer in ("conv1", "conv5", "pool", "fc2"):
         assert any(f"[{layer}]" in name for name in names), layer
-
-
-def _graph_nodes(folder: Path) -> list:
-    return list(events(folder).Graph().node)
 
 
 class _Untraceable(nn.Module):

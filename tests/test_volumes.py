@@ -155,12 +155,6 @@ def test_unbatched_volumes_and_bad_ones(device):
         stochastic_pool3d(x, 6)
 
 
-def test_numba_says_that_it_serves_planes(monkeypatch):
-    monkeypatch.setenv("STOCHASTIC_POOLING_BACKEND", "numba")
-    with pytest.raises(RuntimeError, match="serves planes"):
-        stochastic_pool3d(torch.randn(1, 1, 2, 2, 2), 2)
-
-
 ADAPTIVE = {
     1: (adaptive_stochastic_pool1d, F.adaptive_max_pool1d, (11,), [1, 4, (11,), 17]),
     2: (

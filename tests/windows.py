@@ -44,17 +44,11 @@ COMBINATIONS = [pytest.param(case, torch.float32) for case in CASES] + [
 
 def sliding_windows() -> Iterator[Window]:
     """Every window that Triton's sliding kernels serve."""
-    for (kernel_h, stride_h, padding_h), (kernel_w, stride_w, padding_w) in itertools.product(
-        itertools.product((2, 3), (1, 2), (0, 1)), repeat=2
-    ):
-        for ceil_mode in (False, True) if 2 in (stride_h, stride_w) else (False,):
-            yield Window.of(
-                (kernel_h, kernel_w),
-                (stride_h, stride_w),
-                (padding_h, padding_w),
-                (1, 1),
-                ceil_mode,
-            )
+    sides = itertools.product((2, 3), (1, 2), (0, 1))
+    for pair in itertools.product(sides, repeat=2):
+        kernel, stride, padding = zip(*pair, strict=True)
+        for ceil_mode in (False, True) if 2 in stride else (False,):
+            yield Window.of(kernel, stride, padding, (1, 1), ceil_mode)
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
