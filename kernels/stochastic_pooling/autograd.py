@@ -58,18 +58,11 @@ class StochasticSample(Function):
             return None, None, None, None
         (code,) = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
-        if torch.compiler.is_compiling():  # which differentiates once
-            grad_input, grad_bias = ops.sample_backward(
-                grad_output, code, ctx.size, *ctx.window.arguments(len(ctx.size)), with_bias
-            )
-        elif _eager(ctx, grad_output, code):
-            grad_input, grad_bias = ctx.backend.sample_backward(
-                grad_output, code, ctx.size, ctx.window, with_bias
-            )
+        arguments = grad_output, code, ctx.size, ctx.window, with_bias
+        if _eager(ctx, grad_output, code):
+            grad_input, grad_bias = ctx.backend.sample_backward(*arguments)
         else:
-            grad_input, grad_bias = StochasticSampleBackward.apply(
-                grad_output, code, ctx.window, with_bias, *ctx.size
-            )
+            grad_input, grad_bias = StochasticSampleBackward.apply(*arguments)
         return grad_input, grad_bias if with_bias else None, None, None
 
     @staticmethod
@@ -79,13 +72,13 @@ class StochasticSample(Function):
 
 
 class StochasticSampleBackward(Function):
-    """`(grad_output, code, window, with_bias, *size) -> (grad_input, grad_bias)`: linear."""
+    """`(grad_output, code, size, window, with_bias) -> (grad_input, grad_bias)`: linear."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        grad_output: Tensor, code: Tensor, window: Window, with_bias: bool, *size: int
+        grad_output: Tensor, code: Tensor, size: Sequence[int], window: Window, with_bias: bool
     ) -> tuple[Tensor, Tensor]:
         return ops.sample_backward(grad_output, code, size, *window.arguments(len(size)), with_bias)
 
@@ -99,11 +92,11 @@ class StochasticSampleBackward(Function):
     @staticmethod
     def backward(ctx: Any, tangent: Tensor | None, bias_tangent: Tensor | None) -> tuple:
         (code,) = ctx.saved_tensors
-        window, _, *size = ctx.arguments
+        size, window, _ = ctx.arguments
         grad = None
         if tangent is not None or bias_tangent is not None:
             grad = _pick(tangent, bias_tangent, code, size, window)
-        return grad, None, *[None] * len(ctx.arguments)
+        return grad, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple:
