@@ -36,7 +36,7 @@ def make_parser() -> ArgumentParser:
         help="average the probabilities over N draws of the stochastic pools, and show their "
         "standard deviation",
     )
-    add("--seed", type=number(int, 0, most=2**63 - 1), default=0, help="of the draws")
+    add("--seed", type=number(int, 0, most=2**63 - 1), default=0, help="of the draws of --mc")
     parser.add_common("--json", "-b --batch-size", "--device", "-j --workers")
     return parser
 

@@ -1,9 +1,9 @@
 """The operator read aloud, for the other tests: plain Python numbers, one window at a time.
 
-It follows `shared/SPEC.md` and the order of arithmetic in `reference.py`, and shares no code with
-the package: its own Philox, windows as loops over cells, and sums rounded to fp32 after every step,
-as hardware would, where the operator computes in fp32. So a draw must agree index for index in
-every dtype, and not only where u * S is far from a cell's boundary.
+It follows the operator's docstrings and the order of arithmetic in `reference.py`, and shares no
+code with the package: its own Philox, windows as loops over cells, and sums rounded to fp32 after
+every step, as hardware would, where the operator computes in fp32. So a draw must agree index for
+index in every dtype, and not only where u * S is far from a cell's boundary.
 """
 
 from __future__ import annotations
