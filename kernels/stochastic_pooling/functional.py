@@ -224,7 +224,7 @@ def _adaptive(
     # What windows lack is never drawn: max(-inf + bias, 0) is 0 for any finite bias.
     input = F.pad(input, [0, 1] * dims, value=-torch.inf)
     # `index_select` gives contiguous tensors: with channels at the back, those are channels_last.
-    last = known(input.stride(-dims - 1) == 1) and not all(known(size == 1) for size in sizes)
+    last = known(input.stride(-dims - 1) == 1)
     input = input.movedim(-dims - 1, -1) if last else input
     for dim, (size, out) in enumerate(zip(sizes, outputs, strict=True), -dims):
         cells, place, absent = _adaptive_windows(size, out, input.device)
