@@ -390,17 +390,20 @@ def test_folder_that_cannot_be_written_keeps_the_checkpoint_before(tmp_path: Pat
 
 
 def test_a_checkpoint_that_is_being_read_is_waited_for(tmp_path: Path, monkeypatch) -> None:
-    """As evaluate.py reads it, on Windows, while the run writes the next one."""
-    path, replace, asked = tmp_path / "last.pt", os.replace, []
+    """As evaluate.py reads it, on Windows, while the run writes the next one, which is on the disk
+    before it takes that one's name."""
+    path, replace, done = tmp_path / "last.pt", os.replace, []
 
     def refuse(*paths: Path) -> None:
-        asked.append(paths)
-        if len(asked) < 3:
+        done.append("renamed")
+        if len(done) < 4:
             raise PermissionError(errno.EACCES, "Access is denied")
         replace(*paths)
 
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_size))
     monkeypatch.setattr(os, "replace", refuse)
     checkpoint.save({"format": checkpoint.FORMAT}, path)
+    assert done == [path.stat().st_size, *["renamed"] * 3]
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
