@@ -207,7 +207,12 @@ def test_adaptive_pools_keep_channels_last(dims, size, output_size, device):
 
 @pytest.mark.parametrize(
     ("size", "output_size", "window"),
-    [((6, 8), (3, 2), ((2, 4),)), ((7, 5), 3, (3, 2, (0, 1))), ((3, 4), (4, 3), (2, 1, (1, 0)))],
+    [
+        ((6, 8), (3, 2), ((2, 4),)),
+        ((7, 5), 3, (3, 2, (0, 1))),
+        ((3, 4), (4, 3), (2, 1, (1, 0))),
+        ((1, 1), (2, 1), ((2, 1), 1, (1, 0))),
+    ],
 )
 def test_adaptive_pool_of_even_windows_is_the_pool(size, output_size, window, device, monkeypatch):
     """And lays nothing out."""
@@ -260,6 +265,10 @@ def test_adaptive_dead_windows_and_bad_arguments(device):
     for size in (3, 5):
         mean = adaptive_stochastic_pool2d(2 * x, size, bias=x.new_full((1,), 3), training=False)
         assert torch.equal(mean, torch.ones_like(mean))
+    # Nor are they drawn where it makes NaN of all.
+    nan = x.new_full((1,), torch.nan)
+    _, indices = adaptive_stochastic_pool2d(x, 5, bias=nan, return_indices=True)
+    assert torch.equal(indices, F.adaptive_max_pool2d(x + nan, 5, return_indices=True)[1])
     with pytest.raises(TypeError, match="'output_size' must be an int"):
         adaptive_stochastic_pool2d(x, 2.5)
     wrongs = ((0, "must be positive"), ((5, 0), "must be positive"), ((1, 2, 3), "one int or two"))
