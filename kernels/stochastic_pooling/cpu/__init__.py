@@ -51,9 +51,7 @@ class _Plan:
         step, groups = -(-self.planes // sheets), -(-height // ROWS)
         self.partial_size = sheets, groups, step
         # Room for all columns of windows, and in a gather for windows on both sides of them.
-        columns = (
-            max(out_width * window.stride_w, self.width + window.padding_w) + _spans(window)[1]
-        )
+        columns = self.width + window.padding_w + _spans(window)[1]
         phase = (-(-columns // window.stride_w) + 1) * step
         numbers = (planar, self.planes, step, sheets, height, self.width, out_height, out_width)
         tile = window.kernel_h, window.kernel_w

@@ -347,9 +347,8 @@ def backward(number: Any, cell: Any, training: bool, *sides: tuple[int, int, int
         runs = starts, run = _runs(plan)
         low = _lanes(plan.padding_w // stride_w) * step
         high = _lanes((plan.width - 1 + plan.padding_w) // stride_w + 1) * step
-        # Windows outside the plane drew nothing, and pass on nothing.
-        dead = cell(np.int32(DEAD))
-        codes = np.full(most * plan.phase, dead, cell)
+        # Windows outside the plane pass on nothing, whatever they seem to have drawn.
+        codes = np.empty(most * plan.phase, cell)
         grads, offsets = np.zeros(codes.size, np.float32), np.zeros(codes.size, np.float32)
         rows = (most - 1) * stride_h + max(span, stride_h)  # between windows, too
         weights = np.zeros((1 - training) * rows * stride_w * plan.phase, np.float32)
@@ -367,7 +366,7 @@ def backward(number: Any, cell: Any, training: bool, *sides: tuple[int, int, int
                 to = _lanes(oh - out_top) * phase + _lanes(taps_w - 1) * step
                 if not 0 <= oh < plan.out_height:
                     for k in range(out_lanes):
-                        codes[to + k], grads[to + k], offsets[to + k] = dead, _ZERO, _ZERO
+                        grads[to + k], offsets[to + k] = _ZERO, _ZERO
                     continue
                 numbers, first = _row(FETCH, fetched, grad, sheet, oh, out_size, plan)
                 if training:
