@@ -387,6 +387,8 @@ def test_folder_that_cannot_be_written_keeps_the_checkpoint_before(tmp_path: Pat
     with pytest.raises(UserError, match=r"cannot write .*last\.pt: .*; the one before it is intac"):
         checkpoint.save({"format": checkpoint.FORMAT}, path)
     assert path.read_bytes() == b"before"
+    with pytest.raises(UserError, match=r"cannot write .*first\.pt: [^;]*$"):
+        checkpoint.save({"format": checkpoint.FORMAT}, tmp_path / "none" / "first.pt")
 
 
 def test_a_checkpoint_that_is_being_read_is_waited_for(tmp_path: Path, monkeypatch) -> None:
@@ -404,6 +406,10 @@ def test_a_checkpoint_that_is_being_read_is_waited_for(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "replace", refuse)
     checkpoint.save({"format": checkpoint.FORMAT}, path)
     assert done == [path.stat().st_size, *["renamed"] * 3]
+    done.clear()
+    monkeypatch.setattr(time, "sleep", lambda _: done.clear())  # it is read for ever
+    with pytest.raises(UserError, match=r"last\.pt: Access is denied; the one before it is intact"):
+        checkpoint.save({"format": checkpoint.FORMAT}, path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
@@ -415,5 +421,8 @@ def test_checkpoint_with_one_bit_changed_is_damaged(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["model"].count_nonzero() == 1
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load(path)
+    torch.save(path, path)  # what only code can make
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.load(path)

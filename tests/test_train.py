@@ -633,8 +633,9 @@ def test_checkpoints_that_do_not_fit(photos: Path, trained: Path, tmp_path: Path
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes((trained / "last.pt").read_bytes()[:5000])
     assert_refused([*resume, str(damaged)], f"{damaged} is damaged", capsys)
-    torch.save({"model": {}}, tmp_path / "other.pt")
-    assert_refused([*resume, str(tmp_path / "other.pt")], "no checkpoint that train.py", capsys)
+    for state in ({"model": {}}, {"model": {}, "format": 2}):
+        torch.save(state, tmp_path / "other.pt")
+        assert_refused([*resume, str(tmp_path / "other.pt")], "no checkpoint that train.py", capsys)
     assert not output.exists()
 
 
