@@ -239,6 +239,9 @@ def test_no_pass_is_lost_on_tiny_weights(window, layout, monkeypatch):
     expected = reference.expectation_backward(grad, x, None, window, False)[0]
     assert 0 < mean.min() < 1e-32
     assert not expected[:, :, 9].any()
+    tiny = torch.full_like(x, 1e-40)  # where the inverse of a sum overflows
+    result, right = (pools.expectation(tiny, None, window) for pools in (cpu, reference))
+    torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-44)
     for name in ("expectation", "expectation_backward"):
         monkeypatch.delattr(reference, name)
     torch.testing.assert_close(cpu.expectation(x, None, window), mean, rtol=1e-5, atol=1e-44)
