@@ -143,10 +143,10 @@ def adaptive_stochastic_pool2d(
     Output row i pools the input rows from floor(i H / OH) to ceil((i + 1) H / OH), columns alike;
     an output size of 1 pools whole planes. All else as `stochastic_pool2d`. The input is laid out
     window by window first, unless H and W are multiples of the output size, or windows are of up to
-    3 x 3 cells and all start at one distance, as of 13 rows for 6; and unless that is not known
-    while `torch.compile` or an export works with symbolic sizes. It takes memory of up to
-    (1 + 2 OH / H) (1 + 2 OW / W) inputs and several times as long, and a bias of infinity gives
-    NaN.
+    3 x 3 cells and all start at one distance, as of 13 rows for 6; while `torch.compile` or an
+    export works with symbolic sizes, only what is known of those counts. To lay it out takes memory
+    of up to (1 + 2 OH / H) (1 + 2 OW / W) inputs and several times as long, and a bias of infinity
+    gives NaN then.
 
     Args:
         output_size: one int, or (OH, OW); None keeps the input's size.

@@ -105,15 +105,15 @@ def run(body: Callable[[Any], None], threads: int, *arguments: int) -> bool:
     if threads == 1:
         return _call(body, 0, 1, *arguments)
     # A forked child has the team, but none of its threads.
-    if _parallel is not None and os.getpid() == _process:
-        team = functools.partial(_parallel, body)
-        return _call(lambda call: team(call, threads, 0), 0, 0, *arguments)
+    if (parallel := _parallel) is not None and os.getpid() == _process:
+        return _call(lambda call: parallel(body, call, threads, 0), 0, 0, *arguments)
     # Threads for this call alone: there is nothing that a fork or other threads could break.
     with ThreadPoolExecutor(threads) as pool:
         return all(pool.map(lambda part: _call(body, part, threads, *arguments), range(threads)))
 
 
 def _call(function: Callable[[Any], object], part: int, parts: int, *arguments: int) -> bool:
+    """Call with a pass's arguments for one of so many parts; with 0, those of a team."""
     call = _Call(0, part, parts, 0, *arguments)
     call[0] = ctypes.addressof(call)
     function(call)
