@@ -59,6 +59,7 @@ TOLERANCE = 0.03
 class Case(NamedTuple):
     """A call of the operator that compiles to code of its own."""
 
+    call: str
     variant: str
     dtype: str
     launch: functools.partial[Any]
@@ -85,7 +86,7 @@ def cases(dtypes: list[str], windows: list[str], device: str = "cpu") -> Iterato
         }
         for call, arguments in calls.items():
             launch = functools.partial(getattr(backend, call), *arguments)
-            yield Case(f"{call} {shape} {layout}", dtype, launch, y.numel())
+            yield Case(call, f"{call} {shape} {layout}", dtype, launch, y.numel())
 
 
 # ---------------------------------------------------------------- compiling
@@ -101,17 +102,23 @@ class _AbsentGpu:
 
 
 class Launch(NamedTuple):
-    """A kernel that was compiled instead of run, and what it would have been run with."""
+    """A kernel that was compiled instead of run, and what it would have been run with.
 
-    name: str
+    Simulators of a GPU make these, too, and choose cases by their call: they know the fields.
+    """
+
     kernel: Any
     arguments: dict[str, Any]
     programs: int
+    warp_size: int
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.metadata.name.strip("_"))
 
     def instructions(self) -> collections.Counter[str]:
         """Those that all threads of all programs execute, by class."""
-        metadata = self.kernel.metadata
-        threads = self.programs * metadata.num_warps * metadata.target.warp_size
+        threads = self.programs * self.kernel.metadata.num_warps * self.warp_size
         known = averages(self.name, self.arguments)
         per_thread = instructions.count(self.kernel, self.arguments, known)
         return collections.Counter({unit: threads * n for unit, n in per_thread.items()})
@@ -134,7 +141,7 @@ def compiled(launch: Callable[[], Any], target: GPUTarget) -> list[Launch]:
         arguments = {name: value for name, value in given.items() if name in self.arg_names}
         grid = kwargs["grid"]
         programs = math.prod(grid(arguments) if callable(grid) else grid)
-        kernels.append(Launch(kernel.metadata.name.strip("_"), kernel, arguments, programs))
+        kernels.append(Launch(kernel, arguments, programs, target.warp_size))
         return kernel
 
     triton.runtime.driver.set_active(_AbsentGpu(target))

@@ -1,4 +1,4 @@
-"""The compiled kernels, executed by an emulator of a GPU that lies beside the project.
+"""The compiled kernels on an emulator and a simulator of a GPU that lie beside the project.
 
 A file of its own, for it takes minutes in CI, whose processes share out the files.
 """
@@ -11,8 +11,21 @@ import pytest
 
 from .scripts import ROOT, run_python
 
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="Triton's assemblers come with Linux wheels"
+)
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's assemblers come with Linux wheels")
+
+def run(name: str, *arguments: str) -> str:
+    """What an instrument says."""
+    script = ROOT.parent / "shared" / "gpu" / name
+    if not script.exists():
+        pytest.skip(f"no {name} beside the project")
+    run = run_python(str(script), *arguments)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
 @pytest.mark.parametrize(
     "cases",
     [
@@ -28,9 +41,10 @@ from .scripts import ROOT, run_python
 )
 def test_compiled_code_executed_by_an_emulator(cases):
     """What the interpreter cannot see: the machine's own accesses to memory, and its rounding."""
-    check = ROOT.parent / "shared" / "gpu" / "check.py"
-    if not check.exists():
-        pytest.skip("no emulator of a GPU beside the project")
-    run = run_python(str(check), "--no-traffic", *cases)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert ": 0 cases, " not in run.stdout, "no case has this name"
+    assert ": 0 cases, " not in run("check.py", "--no-traffic", *cases), "no case has this name"
+
+
+def test_a_simulator_knows_the_kernel_report():
+    """It makes what bench/kernel_report.py makes, so it fails where that changes."""
+    case = ["--pool", "3", "--call", "sample", "--layout", "contiguous", "--target", "sm_86"]
+    assert "pool3 sample" in run("simulate.py", *case)
