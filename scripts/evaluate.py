@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -101,10 +100,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
             "correct": result.correct,
             "total": result.total,
             "classes": list(images.classes),
-            "sensitivities": {
-                name: None if math.isnan(share) else share
-                for name, share in zip(images.classes, result.sensitivities, strict=True)
-            },
+            "sensitivities": dict(zip(images.classes, result.sensitivities, strict=True)),
             "confusion": result.confusion.tolist(),
         }
         print(json.dumps(summary, indent=2, allow_nan=False))

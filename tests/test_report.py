@@ -38,7 +38,7 @@ def random_evaluation(classes: int, images: int) -> Evaluation:
     """One that is right more often than not; the last class has no images."""
     labels = torch.randint(0, classes - 1, (images,))
     logits = torch.randn(images, classes) + 2 * nn.functional.one_hot(labels, classes)
-    return Evaluation.of(logits.log_softmax(1), labels)
+    return Evaluation(logits.log_softmax(1), labels)
 
 
 def make_history(epochs: int) -> list[EpochResult]:
@@ -144,9 +144,7 @@ def test_board_shows_an_epoch(tmp_path: Path) -> None:
     """All in the run's own folder: a folder within would show as another run."""
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     bank = ImageBank(ImageSet(images, torch.tensor([0, 1, 1]), ("a", "b")))
-    evaluation = Evaluation.of(
-        torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]).log(), bank.labels
-    )
+    evaluation = Evaluation(torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]).log(), bank.labels)
     board = boards.Board(tmp_path)
     board.train_loss(0.25, 7)
     board.epoch(make_history(1)[0], 7, memory_mib=512.0)
@@ -209,7 +207,7 @@ def test_board_without_mistakes_shows_none(tmp_path: Path) -> None:
         ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]), ("a",))
     )
     board = boards.Board(tmp_path)
-    evaluation = Evaluation.of(torch.zeros(1, 1), bank.labels)
+    evaluation = Evaluation(torch.zeros(1, 1), bank.labels)
     board.evaluation(pictures.confusion(evaluation, ("a",), "title"), evaluation, bank, 1)
     board.close()
     assert events(tmp_path).Tags()["images"] == ["test/confusion"]

@@ -457,7 +457,7 @@ def test_a_run_is_made_of_steps_and_evaluations(
         assert batch_size == 2  # half of one of the training's, which comes in two parts
         evaluated.append(network.state_dict()["fc2.weight"].clone())
         scores = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[: len(evaluated)]
-        return Evaluation.of(scores.repeat(2, 1)[:2], torch.tensor([0, 1]))
+        return Evaluation(scores.repeat(2, 1)[:2], torch.tensor([0, 1]))
 
     def save(state: dict[str, Any], path: Path) -> None:
         write(state, path)

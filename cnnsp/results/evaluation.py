@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cli import printable
@@ -18,21 +19,22 @@ from ..training.processes import Team
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a network says about labelled images; :meth:`of` makes one."""
+    """What a network says about labelled images, at least one."""
 
-    loss: float  # mean negative log-likelihood
-    confusion: Tensor  # int64 [C, C]: in row t, column p the images of class t taken for class p
     log_probs: Tensor  # float32 [N, C], on the CPU
     labels: Tensor  # int64 [N], on the CPU
 
-    @classmethod
-    def of(cls, log_probs: Tensor, labels: Tensor) -> Evaluation:
-        """From log-probabilities ``[N, C]`` and labels ``[N]`` of at least one image."""
-        log_probs, labels = log_probs.float().cpu(), labels.cpu()
-        classes = log_probs.shape[1]
-        cells = labels * classes + log_probs.argmax(1)
-        confusion = torch.bincount(cells, minlength=classes**2).view(classes, classes)
-        return cls(float(_losses(log_probs, labels).mean()), confusion, log_probs, labels)
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood."""
+        return float(F.nll_loss(self.log_probs.double(), self.labels))
+
+    @cached_property
+    def confusion(self) -> Tensor:
+        """In row t, column p the images of class t taken for class p: int64 ``[C, C]``."""
+        classes = self.log_probs.shape[1]
+        cells = self.labels * classes + self.log_probs.argmax(1)
+        return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
     @property
     def correct(self) -> int:
@@ -50,13 +52,10 @@ class Evaluation:
         return 100 * self.correct / self.total
 
     @property
-    def sensitivities(self) -> tuple[float, ...]:
-        """Of each class, the share of its images that were recognised, in per cent.
-
-        NaN for a class without images.
-        """
-        right = self.confusion.diagonal().double()
-        return tuple((100 * right / self.confusion.sum(1)).tolist())
+    def sensitivities(self) -> list[float | None]:
+        """Of each class, the share of its images that were recognised, in per cent, if any are."""
+        rows = enumerate(self.confusion.tolist())
+        return [100 * row[label] / sum(row) if any(row) else None for label, row in rows]
 
     def most_wrong(self, k: int) -> Tensor:
         """The ``k`` images with the highest loss among those not recognised, worst first.
@@ -64,13 +63,8 @@ class Evaluation:
         Returns positions, int64 ``[k]``; fewer when fewer are wrong.
         """
         wrong = (self.log_probs.argmax(1) != self.labels).nonzero().squeeze(1)
-        losses = _losses(self.log_probs[wrong], self.labels[wrong])
+        losses = F.nll_loss(self.log_probs[wrong], self.labels[wrong], reduction="none")
         return wrong[losses.argsort(descending=True, stable=True)[:k]]
-
-
-def _losses(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Float64 ``[N]``."""
-    return -log_probs.gather(1, labels[:, None]).squeeze(1).double()
 
 
 def evaluate(
@@ -101,7 +95,7 @@ def evaluate(
     log_probs = team.rows(torch.cat(outputs).cpu(), len(items))
     if not log_probs.isfinite().all():
         raise UserError("the network's outputs are not finite: it diverged; a lower --lr may help")
-    return Evaluation.of(log_probs, bank.labels.repeat_interleave(bank.repeats))
+    return Evaluation(log_probs, bank.labels.cpu().repeat_interleave(bank.repeats))
 
 
 def confusion_rows(evaluation: Evaluation, classes: Sequence[str]) -> list[list[str]]:
@@ -110,6 +104,6 @@ def confusion_rows(evaluation: Evaluation, classes: Sequence[str]) -> list[list[
     rows = [["true \\ predicted", *classes, "images", "sensitivity"]]
     counts = evaluation.confusion.tolist()
     for name, row, share in zip(classes, counts, evaluation.sensitivities, strict=True):
-        percent = "none" if math.isnan(share) else f"{share:.2f} %"
+        percent = "none" if share is None else f"{share:.2f} %"
         rows.append([name, *map(str, row), str(sum(row)), percent])
     return rows

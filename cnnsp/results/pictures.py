@@ -174,7 +174,7 @@ def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Fig
     axis.set_xlabel("Predicted class")
     axis.set_ylabel("True class")
     right = axis.secondary_yaxis("right")
-    percents = ["none" if math.isnan(s) else f"{s:.1f} %" for s in evaluation.sensitivities]
+    percents = ["none" if s is None else f"{s:.1f} %" for s in evaluation.sensitivities]
     right.set_yticks(places, percents)
     right.set_ylabel("Sensitivity")
     for axes in (axis, right):
