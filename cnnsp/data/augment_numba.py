@@ -194,14 +194,11 @@ def draw(pixels, rows, numbers, output) -> None:
     """See :func:`cnnsp.data.augment.draw`."""
     # The compiled loop writes fp32: other dtypes are converted a few images at a time.
     part = len(output) if output.dtype == torch.float32 else 8 * torch.get_num_threads()
-    for start in range(0, len(output), max(part, 1)):
-        some = slice(start, start + part)
-        made = output[some]
-        if output.dtype != torch.float32:
-            made = torch.empty_like(made, dtype=torch.float32)
-        _run(_draw, made, pixels.flatten(1), rows[some], numbers[some], _flat(made))
-        if output.dtype != torch.float32:
-            output[some] = made
+    for out, *some in zip(*(t.split(max(part, 1)) for t in (output, rows, numbers)), strict=True):
+        made = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        _run(_draw, made, pixels.flatten(1), *some, _flat(made))
+        if made is not out:
+            out.copy_(made)
 
 
 def _flat(output: Tensor) -> Tensor:
