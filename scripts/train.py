@@ -232,14 +232,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
 def train(
     args: argparse.Namespace, splits: Mapping[str, folder.Split], state: dict[str, Any] | None
 ) -> None:
-    with importing(PROG):
-        import torch
+    import torch
 
-        from cnnsp.data.augment import AS_IS, RandomAugment
-        from cnnsp.data.batches import ImageBank
-        from cnnsp.data.images import GPU_BUDGET
-        from cnnsp.training import devices, memory, processes
-        from cnnsp.training.run import Trainer
+    from cnnsp.data.augment import AS_IS, RandomAugment
+    from cnnsp.data.batches import ImageBank
+    from cnnsp.data.images import GPU_BUDGET
+    from cnnsp.training import devices, memory, processes
+    from cnnsp.training.run import Trainer
+
     devices.keep_freed_memory()
     device = processes.own_device(devices.choose_device(args.device))
     team = processes.start(device)
