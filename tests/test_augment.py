@@ -27,12 +27,6 @@ def random_images(count: int, height: int = 24, width: int = 24) -> ImageSet:
     return ImageSet(images, torch.arange(count) % 2, ("a", "b"))
 
 
-def make_bank(images: ImageSet, recipe: RandomAugment | Sequence[Variant], **options) -> ImageBank:
-    if isinstance(recipe, RandomAugment):
-        return ImageBank(images, augment=recipe, **options)
-    return ImageBank(images, recipe, **options)
-
-
 def reference_variant(image: torch.Tensor, variant: Variant) -> torch.Tensor:
     """One image through torchvision on PIL, as a DataLoader of the replication has it."""
     picture = tv.to_pil_image(image)
@@ -61,6 +55,9 @@ def compiled(request: pytest.FixtureRequest, device) -> bool:
 
 
 FORMATS = pytest.mark.parametrize("channels_last", [False, True])
+RECIPES = pytest.mark.parametrize(
+    "recipe", [{"variants": PAPER_VARIANTS}, {"augment": RandomAugment()}], ids=["paper", "random"]
+)
 
 
 @FORMATS
@@ -79,9 +76,9 @@ def test_variants_equal_torchvision(compiled: bool, device, poisoned, channels_l
     torch.testing.assert_close(batch.cpu(), torch.stack(expected), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("recipe", [PAPER_VARIANTS, RandomAugment()], ids=["paper", "random"])
+@RECIPES
 def test_a_batch_does_not_depend_on_its_company(compiled: bool, device, recipe) -> None:
-    bank = make_bank(random_images(3), recipe, device=device, compiled=compiled)
+    bank = ImageBank(random_images(3), **recipe, device=device, compiled=compiled)
     items = torch.randperm(len(bank))[:21]
     together, labels = bank.batch(items, 5)
     for position, item in enumerate(items):
@@ -138,14 +135,6 @@ def flip(image: Tensor, drawn: augment.Draw) -> Tensor:
     return tv.hflip(image) if drawn.flip else image
 
 
-def crop_and_flip(image: Tensor, drawn: augment.Draw) -> Tensor:
-    return flip(crop(image, drawn), drawn)
-
-
-def rotate_and_flip(image: Tensor, drawn: augment.Draw) -> Tensor:
-    return flip(rotate(image, drawn), drawn)
-
-
 def colour(image: Tensor, drawn: augment.Draw) -> Tensor:
     image = tv.adjust_brightness(image, float(drawn.brightness))
     image = tv.adjust_contrast(image, float(drawn.contrast))
@@ -154,19 +143,19 @@ def colour(image: Tensor, drawn: augment.Draw) -> Tensor:
 
 
 # The draws of one operator, or of several whose composition interpolates once.
-OPERATORS: dict[str, tuple[Callable[..., Tensor], dict[str, object]]] = {
-    "nothing": (lambda image, *_: image, {}),
-    "crop": (crop, {"scale": (0.1, 1.0), "ratio": (0.5, 2.0)}),
-    "rotation": (rotate, {"degrees": 180}),
-    "flip": (flip, {"flip": 0.5}),
-    "crop and flip": (crop_and_flip, {"scale": (0.3, 0.9), "flip": 0.5}),
-    "rotation and flip": (rotate_and_flip, {"degrees": 15, "flip": 0.5}),
-    "brightness": (colour, {"brightness": 1}),
-    "contrast": (colour, {"contrast": 1}),
-    "saturation": (colour, {"saturation": 1}),
-    "gamma": (colour, {"gamma": (0.7, 1.3)}),
+OPERATORS: dict[str, tuple[Sequence[Callable[..., Tensor]], dict[str, object]]] = {
+    "nothing": ([], {}),
+    "crop": ([crop], {"scale": (0.1, 1.0), "ratio": (0.5, 2.0)}),
+    "rotation": ([rotate], {"degrees": 180}),
+    "flip": ([flip], {"flip": 0.5}),
+    "crop and flip": ([crop, flip], {"scale": (0.3, 0.9), "flip": 0.5}),
+    "rotation and flip": ([rotate, flip], {"degrees": 15, "flip": 0.5}),
+    "brightness": ([colour], {"brightness": 1}),
+    "contrast": ([colour], {"contrast": 1}),
+    "saturation": ([colour], {"saturation": 1}),
+    "gamma": ([colour], {"gamma": (0.7, 1.3)}),
     "all colour": (
-        colour, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "gamma": (0.7, 1.3)}
+        [colour], {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "gamma": (0.7, 1.3)}
     ),
 }  # fmt: skip
 
@@ -176,7 +165,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], dict[str, object]]] = {
 def test_random_operators_equal_torchvision(
     compiled: bool, device, poisoned, name: str, channels_last: bool
 ) -> None:
-    operator, ranges = OPERATORS[name]
+    operators, ranges = OPERATORS[name]
     recipe = dataclasses.replace(STILL, **ranges)
     images = random_images(2, HEIGHT, WIDTH)
     options = {"device": device, "channels_last": channels_last, "compiled": compiled}
@@ -189,7 +178,9 @@ def test_random_operators_equal_torchvision(
     drawn = recipe.draw(items, 7, HEIGHT, WIDTH)
     for item in range(len(bank)):
         one = augment.Draw(*(numbers[item] for numbers in drawn))
-        image = operator(images.images[item // 5] / 255, one)
+        image = images.images[item // 5] / 255
+        for operator in operators:
+            image = operator(image, one)
         expected = tv.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
         torch.testing.assert_close(batch[item].cpu(), expected, rtol=0, atol=TOLERANCE)
 
@@ -248,14 +239,14 @@ def test_draws_fill_their_ranges() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("recipe", [PAPER_VARIANTS, RandomAugment()], ids=["paper", "random"])
+@RECIPES
 def test_batches_come_in_the_training_dtype(compiled: bool, device, dtype, recipe) -> None:
     images = random_images(2)
     items = torch.arange(0, 122, 5)
     options = {"device": device, "compiled": compiled}
-    expected, _ = make_bank(images, recipe, **options).batch(items)
+    expected, _ = ImageBank(images, **recipe, **options).batch(items)
     for channels_last in (False, True):
-        bank = make_bank(images, recipe, dtype=dtype, channels_last=channels_last, **options)
+        bank = ImageBank(images, **recipe, dtype=dtype, channels_last=channels_last, **options)
         # Rounded once more: a last bit of fp32 may make a last bit of the type.
         batch = bank.batch(items)[0]
         assert batch.dtype == dtype
@@ -290,7 +281,7 @@ def test_batches_are_those_of_batch(device, channels_last: bool, budget_bytes: i
 
 @pytest.mark.parametrize("items", [[-1], [0, 122]])
 def test_items_that_are_not_there_are_refused(compiled: bool, items: list[int]) -> None:
-    bank = make_bank(random_images(2), PAPER_VARIANTS, compiled=compiled)
+    bank = ImageBank(random_images(2), PAPER_VARIANTS, compiled=compiled)
     with pytest.raises(IndexError, match=r"items must be in range\(122\)"):
         bank.batch(torch.tensor(items))
 
