@@ -19,6 +19,7 @@ from cnnsp.data.folder import check_folder, find_images, list_folder
 from cnnsp.data.images import load_folder
 
 from .scripts import run_code
+from .test_train import make_photographs
 
 RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
 GREY = np.repeat((RAMP * 255).round().astype(np.uint8)[..., None], 3, 2)
@@ -205,35 +206,26 @@ def test_errors_name_their_files(tmp_path: Path, monkeypatch) -> None:
             decode(tmp_path / name)
 
 
-def make_set(folder: Path) -> Path:
-    for split in ("train_data", "test_data"):
-        for name in ("a", "b"):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(3):
-                picture().save(folder / split / name / f"{number}.png")
-    return folder
-
-
 @pytest.mark.parametrize("budget", [images.HOST_BUDGET, 0], ids=["memory", "files"])
 def test_all_bad_files_are_named_at_once(tmp_path: Path, budget: int, monkeypatch) -> None:
     monkeypatch.setattr(images, "HOST_BUDGET", budget)
-    folder = make_set(tmp_path)
-    bad = [folder / "train_data" / "a" / "1.png", folder / "train_data" / "b" / "2.png"]
+    folder = make_photographs(tmp_path)
+    bad = [folder / "train_data" / "daisy" / "1.jpg", folder / "train_data" / "rose" / "0.jpg"]
     if budget > 0:  # else they are decoded when they are used
-        bad.append(folder / "test_data" / "a" / "0.png")
+        bad.append(folder / "test_data" / "daisy" / "0.jpg")
     for path in bad:
         path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UserError) as caught:  # noqa: PT012  where it is raised is one of the two
         train, _ = load_folder(folder)
-        list(train.batches([train.labels.new_tensor(range(6))], train.labels.device, 2))
+        list(train.batches([train.labels.new_tensor(range(4))], train.labels.device, 2))
     assert all(str(path) in str(caught.value) for path in bad)
     assert "\n" not in str(caught.value)
 
 
 def test_all_that_is_wrong_with_folders_is_named_at_once(tmp_path: Path) -> None:
-    folder = make_set(tmp_path)
-    (folder / "train_data" / "a" / "more").mkdir()
-    (folder / "test_data" / "b" / "gone.png").symlink_to(folder / "nowhere")
+    folder = make_photographs(tmp_path)
+    (folder / "train_data" / "daisy" / "more").mkdir()
+    (folder / "test_data" / "rose" / "gone.png").symlink_to(folder / "nowhere")
     (folder / "test_data" / "c").mkdir()
     with pytest.raises(UserError) as caught:
         list_folder(folder)
@@ -252,7 +244,7 @@ def test_one_class_is_too_few_for_quarters_too(tmp_path: Path) -> None:
 
 
 def test_a_folder_too_deep_and_one_that_cannot_be_read(tmp_path: Path, monkeypatch) -> None:
-    folder = make_set(tmp_path / "set")
+    folder = make_photographs(tmp_path / "set")
     with pytest.raises(UserError, match=r"train_data/train_data is missing.*--data-dir \S*set may"):
         list_folder(folder / "train_data")
 

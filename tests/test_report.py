@@ -363,11 +363,8 @@ def test_a_notebook_s_backend_is_left_alone() -> None:
 def test_a_full_disk_under_the_output_is_named() -> None:
     code = "from cnnsp.cli import exit_status\n"
     code += "exit(exit_status('x', lambda: print('text')))"
-    command = [sys.executable, "-c", code]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-        )
+        done = run_code(code, capture_output=False, stdout=full, stderr=subprocess.PIPE)
     message = f"x: error: cannot write the output: {os.strerror(errno.ENOSPC)}\n"
     assert (done.returncode, done.stderr) == (2, message)
 
