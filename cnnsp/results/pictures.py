@@ -124,15 +124,14 @@ def curves(history: Sequence[EpochResult], title: str) -> Figure:
     loss.plot(epochs, train_losses, color="C0", label="training", **style)
     loss.plot(epochs, test_losses, color="C3", label="test", **style)
     loss.axhline(lowest, color="C3", linestyle=":", linewidth=1)
-    loss.set_title(f"Loss, lowest of the test images {lowest:.4f}")
-    loss.set_ylim(0, 1.06 * max(train_losses + test_losses))
+    top = 1.06 * max(train_losses + test_losses)
+    loss.set(title=f"Loss, lowest of the test images {lowest:.4f}", ylim=(0, top))
     loss.legend()
     accuracy.plot(epochs, accuracies, color="C3", **style)
     accuracy.axhline(best, color="C3", linestyle=":", linewidth=1)
     accuracy.set_title(f"Test accuracy (%), best {best:.2f}")
     for axis in (loss, accuracy):
-        axis.set_xlabel("Epoch")
-        axis.set_xlim(min(epochs[0], 1) - 0.5, math.ceil(epochs[-1]) + 0.5)
+        axis.set(xlabel="Epoch", xlim=(min(epochs[0], 1) - 0.5, math.ceil(epochs[-1]) + 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     return figure
@@ -171,8 +170,7 @@ def confusion(evaluation: Evaluation, classes: Sequence[str], title: str) -> Fig
     style: Any = {"rotation": 45, "ha": "right"} if turn else {"ha": "center"}
     axis.set_xticks(places, classes, rotation_mode="anchor", parse_math=False, **style)
     axis.set_yticks(places, classes, parse_math=False)
-    axis.set_xlabel("Predicted class")
-    axis.set_ylabel("True class")
+    axis.set(xlabel="Predicted class", ylabel="True class")
     right = axis.secondary_yaxis("right")
     percents = ["none" if s is None else f"{s:.1f} %" for s in evaluation.sensitivities]
     right.set_yticks(places, percents)
@@ -200,13 +198,9 @@ def mistakes(
     size = (2.3 * columns, (2.85 if names else 2.7) * rows + 0.4)
     figure = Figure(figsize=size, dpi=_PHOTOGRAPHS_DPI, layout="constrained")
     figure.suptitle("Most wrong test images")  # fits above one
-    for place, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        if place >= len(images):
-            axis.set_visible(False)
-            continue
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.imshow(images[place].permute(1, 2, 0).numpy())
+    for place, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        axis = figure.add_subplot(rows, columns, place + 1, xticks=[], yticks=[])
+        axis.imshow(image)
         found = int(log_probs[place].argmax())
         true, predicted = (shortened(classes[label], 22) for label in (int(labels[place]), found))
         caption = f"{true} → {predicted} p={float(log_probs[place, found].exp()):.2f}"

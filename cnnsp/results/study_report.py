@@ -182,8 +182,8 @@ def draw(runs: pd.DataFrame, epochs: pd.DataFrame, path: Path) -> None:
     accuracy.grid(axis="y", alpha=0.3)
     for axis, recipe in zip(curves, recipes, strict=True):
         lines(axis, epochs[epochs["recipe"] == recipe], "test_loss")
-        axis.set_title(f"Test loss, recipe {recipe}")
-        axis.set_ylim(0, epochs["test_loss"].max() * 1.05)
+        top = epochs["test_loss"].max() * 1.05
+        axis.set(title=f"Test loss, recipe {recipe}", ylim=(0, top))
     pictures.write(figure, path)
 
 
