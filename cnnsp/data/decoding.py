@@ -125,28 +125,24 @@ def naming(path: Path) -> Iterator[None]:
 
     In this thread alone; after the last of several threads, Python's warnings are what they were.
     """
-    _decoded.path = path
-    _count(1)
-    try:
-        yield
-    finally:
-        _count(-1)
-        del _decoded.path
-
-
-def _count(change: int) -> None:
-    """Take Python's warnings over for the first of the contexts under way, until the last ends."""
     # Python's own context serves one thread, and forgets what other code has warned of before.
     global _under_way, _show_others
-    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    _decoded.path = path
     with _lock:
-        _under_way += change
-        if _under_way == change:
-            filters[:0] = _FILTERS
+        _under_way += 1
+        if _under_way == 1:
+            warnings.filters[:0] = _FILTERS  # type: ignore[index]
             if warnings.showwarning is not _show:
                 _show_others = warnings.showwarning
                 warnings.showwarning = _show  # type: ignore[assignment]
-        elif _under_way == 0:
-            filters[:] = [entry for entry in filters if entry not in _FILTERS]
-            if warnings.showwarning is _show:
-                warnings.showwarning = _show_others
+    try:
+        yield
+    finally:
+        with _lock:
+            _under_way -= 1
+            if _under_way == 0:
+                others = [entry for entry in warnings.filters if entry not in _FILTERS]
+                warnings.filters[:] = others  # type: ignore[index]
+                if warnings.showwarning is _show:
+                    warnings.showwarning = _show_others
+        del _decoded.path
