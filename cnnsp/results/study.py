@@ -131,8 +131,8 @@ class Study:
     def _recorded_flags(self) -> list[str]:
         return ["--data-dir", str(self.data_dir), *self.flags]
 
-    def command(self, case: Case) -> list[str]:
-        """The command that trains ``case``, or goes on with it."""
+    def _train(self, case: Case, place: str, requests: Requests) -> int:
+        """Train ``case``, or go on with it; returns the exit status of train.py."""
         folder = self.folder / str(case)
         command = [sys.executable, str(self.script), "--recipe", case.recipe, "--pool", case.pool]
         command += ["--seed", str(case.seed), "--data-dir", str(self.data_dir)]
@@ -142,7 +142,10 @@ class Study:
         command += self.flags
         if (folder / "last.pt").exists():
             command += ["--resume", str(folder / "last.pt")]
-        return command
+        files.make_folder(folder)
+        files.write_json(folder / "flags.json", self._recorded_flags())
+        print(f"{place} {quoted(*command)}", flush=True)
+        return call(command, requests)
 
     def run(self, planned: Sequence[Case]) -> list[str]:
         """Run what is not finished, in this order; returns what failed, and how.
@@ -182,14 +185,6 @@ class Study:
                 )
         self.write()
         return failures
-
-    def _train(self, case: Case, place: str, requests: Requests) -> int:
-        folder = self.folder / str(case)
-        command = self.command(case)
-        files.make_folder(folder)
-        files.write_json(folder / "flags.json", self._recorded_flags())
-        print(f"{place} {quoted(*command)}", flush=True)
-        return call(command, requests)
 
     def write(self) -> None:
         """Write ``runs.csv``, ``epochs.csv``, ``study.md`` and ``study.png`` of all finished runs.
