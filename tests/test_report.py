@@ -19,6 +19,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 from torch import nn
 from wcwidth import wcswidth
 
@@ -45,6 +46,13 @@ def make_history(epochs: int) -> list[EpochResult]:
     return [
         EpochResult(e, 1 / e, 0.5 + 0.1 * e, 70 + e, 0.01, 100.0, 5.0) for e in range(1, epochs + 1)
     ]
+
+
+@pytest.fixture(autouse=True)
+def _numbers_of_a_process(monkeypatch) -> None:
+    """Each process numbers its event files from 0; of one second, 10 would be read before 9."""
+    counter = event_file_writer.AtomicCounter(0)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
 
 
 def events(folder: Path) -> EventAccumulator:
