@@ -5,6 +5,7 @@ Each property runs on every backend, with fewer and smaller examples in Triton's
 
 from __future__ import annotations
 
+import collections
 import itertools
 import os
 from collections.abc import Callable
@@ -388,9 +389,21 @@ def test_one_live_cell_makes_it_max_pooling(backend, device):
 # ---------------------------------------------------------------- shapes and errors
 
 NUMBER = st.integers(-1, 5)
-ARGUMENT = st.one_of(NUMBER, NUMBER, st.tuples(NUMBER, NUMBER), st.lists(NUMBER, max_size=3))
-STRIDE = st.one_of(st.none(), ARGUMENT.filter(lambda stride: stride != []))  # see test_extremes.py
+ANY = st.one_of(NUMBER, NUMBER, st.tuples(NUMBER, NUMBER), st.lists(NUMBER, max_size=3))
+STRIDE = st.one_of(st.none(), ANY.filter(lambda stride: stride != []))  # see test_extremes.py
 DILATION = st.one_of(st.integers(0, 3), pairs(0, 3))
+
+
+@st.composite
+def calls(draw: st.DrawFn, dims: int) -> tuple:
+    """Shape, kernel, stride, padding, dilation and ceil_mode, which go together half the time."""
+    sizes = st.tuples(st.integers(0, 2), st.integers(1, 3), *[st.integers(1, 9)] * dims)
+    if draw(st.booleans()):
+        window = draw(windows())
+        numbers = [number[:dims] for number in window[:4]]
+        return draw(sizes), *numbers, window[4]
+    shapes = st.one_of(sizes, sizes, st.lists(st.integers(0, 9), min_size=1, max_size=5))
+    return draw(st.tuples(shapes, ANY, STRIDE, ANY, DILATION, st.booleans()))
 
 
 def outcome(call: Callable) -> tuple:
@@ -402,20 +415,13 @@ def outcome(call: Callable) -> tuple:
 
 
 @pytest.mark.parametrize("dims", [1, 2])
-def test_shapes_and_errors_are_those_of_max_pooling(dims):
+def test_shapes_and_errors_are_those_of_max_pooling(dims, plain):
     pool, max_pool = (
         (stochastic_pool1d, F.max_pool1d) if dims == 1 else (stochastic_pool2d, F.max_pool2d)
     )
-    sizes = st.lists(st.integers(0, 9), min_size=1, max_size=5)
-    good = st.tuples(st.integers(0, 2), st.integers(1, 3), *[st.integers(1, 9)] * dims)
-    seen: set = set()
+    seen: collections.Counter = collections.Counter()
 
-    @for_all(
-        st.tuples(
-            st.one_of(good, good, sizes), ARGUMENT, STRIDE, ARGUMENT, DILATION, st.booleans()
-        ),
-        600,
-    )
+    @for_all(calls(dims), 600)
     def _(call):
         shape, kernel, stride, padding, dilation, ceil_mode = call
         x = torch.zeros(shape)
@@ -423,7 +429,7 @@ def test_shapes_and_errors_are_those_of_max_pooling(dims):
             lambda: max_pool(x, kernel, stride, padding, dilation, ceil_mode=ceil_mode)
         )
         actual = outcome(lambda: pool(x, kernel, stride, padding, dilation, ceil_mode=ceil_mode))
-        seen.add(type(expected[0]))
+        seen[type(expected[0])] += 1
         assert actual == expected
 
-    assert seen == {int, type}
+    assert min(seen[int], seen[type]) > 100
