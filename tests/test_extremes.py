@@ -46,6 +46,8 @@ SPECIAL_WINDOWS = {
     "largest beside small": (["large", 1, 0], "large", 0, "large", [1, -1, 0]),
     "smallest normal": ([0, -1, "normal"], "normal", 2, "normal", "tiny at 2"),
     "subnormal": (["subnormal", 0, -1], "subnormal", 0, "subnormal", "tiny at 0"),
+    "smallest sum": ([-1, "least", 0], "least", 1, "least", [0, 1, 0]),
+    "sum just below it": ([0, "less", -1], "less", 1, "less", "tiny at 1"),
 }
 
 
@@ -54,12 +56,16 @@ def number(value: float | str, dtype: torch.dtype) -> float:
     # In bf16 Triton's interpreter, not a GPU, takes subnormals for zeros. A sixteenth of the
     # smallest normal number is large enough for fp32's draw: above 2**-134.
     below = 1 if dtype == torch.bfloat16 else 16
+    # Smaller sums have no gradient; those of fp16, and its subnormal ones, are all larger.
+    least = max(2.0**-100, finite.smallest_normal)
     # Beside a large number, 1 is drawn with a probability of less than 2**-15.
     named = {
         "largest": finite.max,
         "large": 65504 if dtype == torch.float16 else 1e38,
         "normal": finite.smallest_normal,
         "subnormal": finite.smallest_normal / below,
+        "least": least,
+        "less": least * (1 - finite.eps / 2),
     }
     return named[value] if isinstance(value, str) else value
 
@@ -151,8 +157,10 @@ def test_a_dead_window_of_negative_zeros_gives_zero(training, with_bias, backend
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_mean_of_the_largest_numbers_is_finite(dtype, backend, device):
-    x = torch.full((1, 1, 3, 3), torch.finfo(dtype).max, dtype=dtype, device=device)
-    assert stochastic_pool2d(x, 3, training=False).isfinite().all()
+    for size in (3, 20):
+        x = torch.full((1, 1, size, size), torch.finfo(dtype).max, dtype=dtype, device=device)
+        mean = stochastic_pool2d(x, size, training=False)
+        torch.testing.assert_close(mean, x[..., :1, :1])
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)  # numba leaves it to torch

@@ -81,7 +81,8 @@ class Example:
             x = torch.where(self.arguments.covered(*self.shape[2:]), x, 1)
         bias = None
         if self.bias_dtype is not None:
-            bias = (torch.randn(self.shape[1]) / 2).to(device, self.bias_dtype).requires_grad_()
+            bias = torch.randn(self.shape[1], dtype=torch.float64) / 2
+            bias = bias.to(device, self.bias_dtype).requires_grad_()
         return viewed(x.to(device), self.view).requires_grad_(), bias
 
     def grad(self, output: torch.Tensor) -> torch.Tensor:

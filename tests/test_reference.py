@@ -68,7 +68,9 @@ def test_codes_have_room_for_every_cell_and_for_dead_windows():
         (32_767, torch.int16),
         (32_768, torch.int32),
     ):
-        assert Window(1, cells, 1, 1, 0, 0, 1, 1, False).code_dtype == dtype
+        window = Window(1, cells, 1, 1, 0, 0, 1, 1, False)
+        assert window.code_dtype == dtype
+        assert window.dead_code == torch.tensor(-1).to(dtype)
 
 
 def test_indices_are_those_of_max_unpool():

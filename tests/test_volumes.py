@@ -138,6 +138,17 @@ def test_windows_within_a_slice_are_those_of_planes(training, device):
         torch.testing.assert_close(result, expected)
 
 
+def test_large_volumes_draw_what_their_corners_draw(device):
+    """Of the first a CPU pools one at a time, of the second two, of the last all."""
+    x = torch.rand(3, 2, 2, 300, 1000, device=device)
+    outputs = [
+        stochastic_pool3d(x[..., :height, :width], 2, generator=generator(device))
+        for height, width in ((300, 1000), (200, 500), (8, 8))
+    ]
+    for output in outputs:
+        assert torch.equal(output[..., :4, :4], outputs[-1])
+
+
 def test_unbatched_volumes_and_bad_ones(device):
     x = torch.randn(3, 4, 5, 6, device=device)
     single = stochastic_pool3d(x, 2, return_indices=True, generator=generator(device))
