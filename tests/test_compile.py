@@ -81,6 +81,7 @@ def counting(backend: str) -> torch._dynamo.testing.CompileCounterWithBackend:
 @pytest.mark.parametrize(
     "training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "evaluation"]
 )
+@pytest.mark.filterwarnings("error:Dynamo detected")
 def test_one_graph_for_every_batch_size(training, network_and_shape, device):
     network, shape = network_and_shape
     network.train(training)
@@ -224,6 +225,18 @@ def test_transforms_compile(training, device):
         torch.testing.assert_close(compiled(argument), expected)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_backward_of_an_eager_call_compiles(training, backend, device):
+    """`torch.compile` of the backward pass alone, in which it sees no numbers."""
+    x = torch.rand(1, 2, 6, 6, device=device, requires_grad=True)
+    output = stochastic_pool2d(x, 3, 1, 1, training=training)
+    (expected,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    compiler = torch.compile(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        output.sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 @pytest.mark.slow
 def test_compiled_model_samples_where_asked_to(device):
     model = nn.Sequential(StochasticPool2d(2), AdaptiveStochasticPool2d(4)).to(device).eval()
@@ -308,7 +321,11 @@ DYNAMIC = {
         [(1, 1), (2, 3), (3, 4), (11, 5), (12, 13)],
     ),
     "dilated": (StochasticPool2d((3, 2), 2, 1, 2, ceil_mode=True), (10, 12), [(5, 6), (11, 8)]),
-    "1d": (StochasticPool1d(2, 3, 1, ceil_mode=True), (10,), [(1,), (2,), (3,), (14,)]),
+    "1d, shorter than the window": (
+        StochasticPool1d(7, 3, 3, ceil_mode=True),
+        (10,),
+        [(1,), (2,), (4,), (14,)],
+    ),
     "3d": (StochasticPool3d((2, 1, 2), 3, (1, 0, 1), 2), (6, 7, 8), [(4, 5, 4), (7, 5, 9)]),
     "huge stride": (StochasticPool2d(2, 10**7), (10, 12), [(2, 3), (13, 5)]),
     "global": (AdaptiveStochasticPool2d(1), (10, 12), [(1, 1), (7, 5)]),
@@ -348,7 +365,7 @@ ONNX = [
             ("ceil_mode, last windows dropped", torch.float32),
             ("huge stride", torch.float16),
             ("adaptive", torch.float16),
-            ("1d", torch.float32),
+            ("1d, shorter than the window", torch.float32),
             ("adaptive, 3d", torch.float32),
         ]
     ),
