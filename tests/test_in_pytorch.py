@@ -11,6 +11,7 @@ import pickle
 import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 import numpy as np
@@ -335,7 +336,8 @@ def test_traced_graphs_replay(pool, device):
     saved = io.BytesIO()
     torch.jit.save(scripted, saved)
     saved.seek(0)
-    for traced in (make_fx(pool)(x), scripted, torch.jit.load(saved)):
+    symbolic = make_fx(pool, tracing_mode="symbolic")(x)
+    for traced in (make_fx(pool)(x), symbolic, scripted, torch.jit.load(saved)):
         torch.testing.assert_close(traced(other), pool(other))
     batch = torch.cat((other, x, other))
     torch.testing.assert_close(scripted(batch), pool(batch))
@@ -556,6 +558,11 @@ def test_overlapping_samplings_end_with_the_last(first_to_end, device):
     assert [calls.draw(), other.draw()] == [first_to_end == 1, first_to_end == 0]
     contexts[1 - first_to_end].__exit__(None, None, None)
     assert not calls.draw()
+    # Where a test's parts run in contexts of their own, as asyncio's may, it ends in another.
+    context = sampling(calls.pool)
+    copy_context().run(context.__enter__)
+    context.__exit__(None, None, None)
+    assert not calls.draw()
     calls.pool.sample_in_eval = True
     with sampling(calls.pool):
         pass
@@ -601,10 +608,12 @@ def test_threads_that_average_leave_the_pool_as_it_was(device):
 
 def test_replicas_of_data_parallel_draw_in_their_threads(device):
     calls = Calls(device)
-    with sampling(calls.pool):
-        replica = calls.pool._replicate_for_data_parallel()
-    with ThreadPoolExecutor(1) as thread:
-        assert not torch.equal(thread.submit(replica, calls.x).result(), calls.expectation)
+    for context, alike in ((sampling(calls.pool), False), (contextlib.nullcontext(), True)):
+        with context:
+            replica = calls.pool._replicate_for_data_parallel()
+        with ThreadPoolExecutor(1) as thread:
+            output = thread.submit(replica, calls.x).result()
+        assert torch.equal(output, calls.expectation) == alike
     assert not calls.draw()
 
 
