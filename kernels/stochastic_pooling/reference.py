@@ -69,8 +69,7 @@ def sample(
 
     def draw(first_plane: int, planes: Tensor, biases: Tensor | None) -> Tensors:
         weights = _Weights(planes, biases, window)
-        u = uniforms(seed, weights.sum.shape, first_plane).to(weights.sum.dtype)
-        threshold = u * weights.sum
+        threshold = uniforms(seed, weights.sum.shape, first_plane) * weights.sum
         # The cells before which the running sum is at most the threshold. Running sums only grow,
         # so the last of them is the drawn one.
         reached = torch.zeros_like(weights.before_row, dtype=window.code_dtype)
@@ -144,8 +143,7 @@ def expectation_backward(
         weights = _Weights(planes, biases, window)
         grad = grad.to(weights.sum.dtype).view(weights.sum.shape)
         # grad_w = 2 w * sum(slope) - sum(offset), over the windows that hold the cell.
-        live = ~(weights.sum < SMALLEST_SUM)
-        slope = torch.where(live, grad / weights.sum, 0)
+        slope = torch.where(weights.sum < SMALLEST_SUM, 0, grad / weights.sum)
         offset = slope * weights.scaled_expectation()
         # The weights of an infinite window are indicators, not multiples of w: no slope there.
         slope = torch.where(weights.infinite, 0, slope * weights.scale)
@@ -181,7 +179,7 @@ class _Weights:
         before_row: R of the row before, `(KD * KH, planes, OD, OH, OW)`.
         sum: S, or the sum of v where S overflows, `(planes, OD, OH, OW)`.
         infinite: where a window holds an infinite cell and no NaN; a scalar if nowhere.
-        scale: v / w, `OVERFLOW_SCALE` where S overflows without an infinite cell, else 1.
+        scale: v / w in a window that is not infinite: `OVERFLOW_SCALE` where S overflows, else 1.
         unusual: whether some S may be NaN, or overflow so that other weights stand in.
     """
 
@@ -202,9 +200,8 @@ class _Weights:
         )
         if self.unusual:
             overflow = self.sum.isinf()
-            infinities = _windows(self.padded.isinf(), window).flatten(0, 2).any(0)
-            self.infinite = overflow & infinities
-            self.scale = torch.where(overflow & ~infinities, OVERFLOW_SCALE, self.scale)
+            self.infinite = overflow & _windows(self.padded.isinf(), window).flatten(0, 2).any(0)
+            self.scale = torch.where(overflow, OVERFLOW_SCALE, self.scale)
             self._add()
 
     def columns(self) -> Iterator[Tensor]:
