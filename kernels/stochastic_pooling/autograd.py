@@ -116,15 +116,12 @@ class StochasticExpectation(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         input, bias, ctx.window = inputs
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, bias)
         ctx.save_for_forward(input, bias)
         ctx.backend = None
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple:
-        if grad_output is None:
-            return None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
         input, bias = ctx.saved_tensors
         with_bias = ctx.needs_input_grad[1]
         arguments = grad_output, input, bias, ctx.window, with_bias
@@ -222,7 +219,7 @@ def expectation(input: Tensor, bias: Tensor | None, window: Window) -> Tensor:
             return ops.expectation(input, bias, *window.arguments(input.dim() - 2))
     elif not ops.wants_ops(input, bias):
         return _EagerExpectation.apply(input, bias, window)
-    elif not _nested_forward_mode() and not torch.onnx.is_in_onnx_export():
+    elif not _nested_forward_mode():
         return StochasticExpectation.apply(input, bias, window)
     return _composed_expectation(input, bias, window)
 
@@ -304,7 +301,7 @@ def _pick(
     window: Window,
 ) -> Tensor:
     """What lies in the drawn cells, `(N, C, OH, OW)`; 0 for a dead window."""
-    picked = None
+    picked: Any = 0
     if tangent is not None:
         index = window.flat_indices(code, *size)
         # `reshape`, for autograd's own batching of gradients has no `flatten`; no -1, for an empty
@@ -313,9 +310,7 @@ def _pick(
         index = index.reshape(*code.shape[:2], math.prod(code.shape[2:]))
         picked = cells.gather(2, index).view(code.shape)
     if bias_tangent is not None:
-        channel = bias_tangent.view(bias_tangent.shape[0], *[1] * (code.dim() - 2))
-        picked = channel.expand(code.shape) if picked is None else picked + channel
-    assert picked is not None
+        picked = picked + bias_tangent.view(bias_tangent.shape[0], *[1] * (code.dim() - 2))
     return torch.where(code == window.dead_code, 0, picked)
 
 
