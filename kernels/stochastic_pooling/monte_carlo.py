@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -92,7 +91,7 @@ def average_draws(
         TypeError: for a model that is no module, or where there is no floating tensor to average.
     """
     check_model(model)
-    if operator.index(draws) < 2:
+    if draws < 2:
         raise ValueError(f"draws must be at least 2 for a spread, got {draws}")
     for name, module in model.named_modules():
         # Exported programs have no modes, but bare modules and, for `eval`, a refusal of their own.
