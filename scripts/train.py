@@ -298,6 +298,7 @@ def train(
                 peak = torch.cuda.max_memory_allocated(device) / 2**20
                 print(f"Peak GPU memory: {peak:.0f} MiB allocated")
             print(trainer.verdict(), flush=True)
+            del trainer  # or what it holds of the processes ends after them: PyTorch 2.9 may hang
     except Interrupted as interruption:
         if team.leads:
             raise

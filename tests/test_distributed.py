@@ -46,7 +46,7 @@ def test_two_processes_and_then_one_make_the_run_of_one(tmp_path: Path) -> None:
     assert main([*flags, str(tmp_path / "one")]) == 0
 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    code = tmp_path / "code.py"
+    code = tmp_path / "process.py"
     code.write_text(CODE.format(str(ROOT / "scripts/train.py")))
     script = [str(code), *flags, str(tmp_path / "two"), "--max-steps", "3"]
     result = subprocess.run(
