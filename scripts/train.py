@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -285,6 +286,12 @@ def train(
             try:
                 trainer.run()
             except (MemoryError, RuntimeError) as error:
+                lacking = r"C\+\+ compiler|Compiler: .* is not found|working triton"
+                if args.torchcompile and re.search(lacking, str(error)):
+                    raise UserError(
+                        "--torchcompile needs a C++ compiler, and for a GPU Triton, which PyTorch "
+                        "does not find; train without it"
+                    ) from None
                 if not lacks_memory(error):
                     raise
                 on_card = isinstance(error, torch.OutOfMemoryError)

@@ -299,6 +299,18 @@ def test_out_of_memory_is_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_missing_compiler_is_one_line(photos: Path, tmp_path: Path) -> None:
+    flags = [*recipe(photos, tmp_path / "run", 1), "--torchcompile"]
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *flags]
+    # A cache of its own, for another run's would do without a compiler.
+    lacking = {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | lacking)
+    assert done.returncode == 2
+    assert "--torchcompile needs a C++ compiler" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("interval", ["0", "3600"])
 def test_weights_that_are_not_finite_are_not_saved(
     photos: Path, tmp_path: Path, monkeypatch, capsys, interval: str
