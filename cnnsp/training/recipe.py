@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import os
 import re
@@ -141,8 +142,8 @@ class TrainOptions:
 def add_options(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
     """Make flags of attributes of :class:`TrainOptions`."""
     types = get_type_hints(TrainOptions, include_extras=True)
-    text = TrainOptions.__doc__ or ""  # there is none under python -OO
-    help = dict(re.findall(r"^ {8}(\w+): ((?:.+\n {12})*.+)$", text, re.M))
+    text = inspect.getdoc(TrainOptions) or ""  # there is none under python -OO
+    help = dict(re.findall(r"^ {4}(\w+): ((?:.+\n {8})*.+)$", text, re.M))
     for name in (field.name for field in fields(TrainOptions) if field.name in names):
         about = dict(*getattr(types[name], "__metadata__", ()))
         flags = [*filter(None, [about.pop("short", None)]), "--" + name.replace("_", "-")]
