@@ -128,20 +128,24 @@ def sliding(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("value", "row", "col"),
+    ("value", "row", "col", "filling"),
     [
-        ("nan", 5, 3),
-        pytest.param("-nan", 8, 9, marks=pytest.mark.slow),
-        pytest.param("inf", 7, 0, marks=pytest.mark.slow),
-        ("3e38", 0, 1),
-        pytest.param("1e20", 4, 4, marks=pytest.mark.slow),
-        ("1e-30", 6, 5),
+        ("nan", 3, 3, 1),
+        pytest.param("-nan", 8, 9, 1, marks=pytest.mark.slow),
+        ("inf", 3, 0, 2**20),
+        ("3e38", 4, 1, 1),
+        pytest.param("2e19", 4, 4, 1, marks=pytest.mark.slow),
+        ("1e-21", 6, 5, 1),
     ],
 )
-def test_sliding_kernels_notice_a_special_window(sliding, value, row, col, layout, device):
-    shape, window = (1, 2, 9, 10), CASES["overlapping, padded"][1]
-    x = torch.full(shape, -1.0) if value == "1e-30" else torch.rand(shape)
-    x[0, 1, row, col] = float(value)
+def test_sliding_kernels_notice_a_special_window(
+    sliding, value, row, col, filling, layout, device, monkeypatch
+):
+    """Also in a row that few windows hold that are looked at: a group's last, above a strip."""
+    monkeypatch.setattr(sliding, "FILLING_THREADS", filling)
+    shape, window = (1, 2, 13, 10), CASES["overlapping, padded"][1]
+    x = torch.full(shape, -1.0) if value == "1e-21" else torch.rand(shape)
+    x[0, 1, row, col : col + 2] = float(value)
     x = x.to(device).contiguous(memory_format=layout)
     draw_alike(sliding, x, None, window)
     torch.testing.assert_close(
@@ -187,7 +191,8 @@ def test_what_lies_beside_a_view_is_not_read(sliding, view, layout, device, monk
     monkeypatch.setattr(
         importlib.import_module("stochastic_pooling.gpu.sliding"), "_strip_again", None
     )
-    window = Window(1 if "signals" in view else 3, 3, 1, 1, 0, 1, 1, 1, False)
+    rows = 1 if "signals" in view else 2
+    window = Window(rows, 3, 1, 1, rows // 2, 1, 1, 1, False)
     draw_alike(sliding, x, None, window)
     assert not sliding.expectation(x, None, window).isnan().any()
 
@@ -217,7 +222,9 @@ def laid_out(like: torch.Tensor, how: str) -> torch.Tensor:
     storage = {
         "contiguous": numbers,
         "channels_last": numbers.contiguous(memory_format=torch.channels_last),
-        "slice": like.new_empty(n, 2 * c, h, w)[:, c:],
+        "slice": like.new_empty(n, 2 * c, h, w + 1)[:, c:, :, :w],
+        "images apart": like.new_empty(n, c * h * w + 1)[:, 1:].unflatten(1, (c, h, w)),
+        "channels apart": like.new_empty(n, c, h * w + 1)[..., 1:].unflatten(2, (h, w)),
         "channels_last slice": like.new_empty(n, h, w, 2 * c).permute(0, 3, 1, 2)[:, c:],
         "transposed": like.new_empty(n, c, w, h).transpose(2, 3),
         "stepped": like.new_empty(n, c, h + 1, 2 * w)[:, :, 1:, 1::2],
@@ -228,14 +235,14 @@ def laid_out(like: torch.Tensor, how: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     "how",
     [
-        "contiguous", "channels_last", "expanded", "slice", "channels_last slice", "transposed",
-        "stepped",
+        "contiguous", "channels_last", "expanded", "slice", "images apart", "channels apart",
+        "channels_last slice", "transposed", "stepped",
     ],
 )  # fmt: skip
 def test_sliding_kernels_serve_every_layout(sliding, how, layout, device, monkeypatch):
     """A tensor in another layout is read through its strides, not by the general kernels."""
     monkeypatch.setattr(sliding, "_tile", None)
-    shape, window = (2, 4, 9, 8), CASES["overlapping, stride 2"][1]
+    shape, window = (2, 4, 10, 8), CASES["overlapping, stride 2"][1]
     x = laid_out(torch.empty(shape, device=device), how)
     output, code = draw_alike(sliding, x, None, window)
     assert output.is_contiguous(memory_format=memory_format(x))
@@ -316,39 +323,59 @@ def test_no_channels(kernels, size, device):
         assert (grad_input.shape, grad_bias.shape) == (x.shape, bias.shape)
 
 
-def test_what_32_bits_do_not_reach_does_not_slide(sliding, monkeypatch):
+def test_plans_of_what_there_is_no_memory_for(sliding, monkeypatch):
     """The gradient of an expanded input is larger than all that is given; columns may lie far
-    apart. The plans alone: there is no such memory."""
+    apart: what 32 bits do not reach does not slide. Nor do windows that skip rows or columns."""
     monkeypatch.setattr(sliding, "_target", lambda device: None)  # meta tensors have no device
+    monkeypatch.setattr(sliding, "FILLING_THREADS", 2**17)
     window = Window(3, 3, 1, 1, 0, 0, 1, 1, False)
     number = torch.zeros((), dtype=torch.float16)
 
-    def name(call, input, output):
-        plan = sliding._plan(call, window, torch.contiguous_format, input, output, output)
-        return None if plan is None else plan.kernel.__name__
+    def plan(call, input, output, grad):
+        return sliding._plan(call, window, torch.contiguous_format, input, output, grad)
 
-    large = number.expand(2, 1024, 1024, 1026), number.expand(2, 1024, 1022, 1024)
-    assert name("gradient", *large) is None
-    small = number.expand(1, 1, 4, 4), number.expand(1, 1, 2, 2)
-    assert name("gradient", *small) == "gradient_sliding_kernel"
-    assert name("gather", *small) == "gather_sliding_kernel"
-    far = (
-        torch.empty(1, 1, 4, 4, device="meta"),
-        torch.empty_strided((1, 1, 2, 2), (1, 1, 1, 2**30), device="meta"),
-    )
-    assert name("gather", *far) == "gather_kernel"
+    large, large_output = number.expand(2, 1024, 1024, 1026), number.expand(2, 1024, 1022, 1024)
+    assert plan("gradient", large, large_output, large_output) is None
+    assert "int64" in str(plan("distribute", large, large_output, None).numbers[-1].index)
+    small, output = number.expand(1, 1, 4, 4), number.expand(1, 1, 2, 2)
+    assert plan("gradient", small, output, output).kernel.__name__ == "gradient_sliding_kernel"
+    assert plan("gather", small, output, output).kernel.__name__ == "gather_sliding_kernel"
+    for strides in ((1, 1, 1, 2**30), (1, 1, 2**31, 1)):
+        far = torch.empty_strided((1, 1, 2, 2), strides, device="meta")
+        assert plan("gather", small, output, far).kernel.__name__ == "gather_kernel"
+    tall, output = number.expand(1, 1, 2**20, 3), number.expand(1, 1, 2**20 - 2, 1)
+    assert plan("sample", tall, output, None).grid[1] < 2**16  # CUDA's limit
+    for sides in ((1, 3), (2, 1), (1, 1)), ((3, 1), (1, 2), (1, 1)), ((2, 3), (1, 1), (2, 1)):
+        kernel, stride, dilation = sides
+        window = Window.of(kernel, stride, (0, 0), dilation, False)
+        assert plan("sample", small, output, None).kernel.__name__ == "sample_kernel", window
 
 
-def test_64_bit_indices(kernels, device):
-    """Two rows that lie 2**31 elements apart, in memory that is reserved and hardly touched."""
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((3, 1, 2, 4), (2**30, 0, 4, 1)),
+        ((1, 3, 2, 4), (0, 2**30, 4, 1)),
+        ((1, 1, 3, 2, 4), (0, 0, 2**30, 4, 1)),
+        ((1, 1, 3, 4), (0, 0, 2**30, 1)),
+    ],
+    ids=["images", "channels", "slices", "rows"],
+)
+def test_64_bit_indices(kernels, shape, strides, device):
+    """Products of numbers that each have 32 bits, in memory that is reserved and hardly touched."""
     window = Window(2, 2, 1, 1, 0, 1, 1, 2, False)  # dilated: the sliding kernels read a copy
-    storage = torch.zeros(1, dtype=torch.float16, device=device).new_empty(2**31 + 16)
-    x = storage.as_strided((1, 2, 2, 8), (2**31, 8, 2**31, 1))
-    x.copy_(torch.randn(x.shape))
-    output, _ = draw_alike(kernels, x, None, window)
-    grad = torch.randn_like(output)
-    assert_gradients_close(
-        kernels.expectation_backward(grad, x, None, window, True),
-        reference.expectation_backward(grad, x, None, window, True),
-        torch.float16,
+    storage = torch.zeros(1, dtype=torch.float16, device=device).new_empty(2**31 + 32)
+    x = storage.as_strided(shape, strides)
+    x.copy_(torch.randn(shape))
+    output, code = draw_alike(kernels, x, None, window)
+    grad = storage.as_strided(output.shape, strides, 16)
+    grad.copy_(torch.randn(grad.shape))
+    results, expected = (
+        (
+            *backend.sample_backward(grad, code, shape[2:], window, True),
+            *backend.expectation_backward(grad, x, None, window, True),
+        )
+        for backend in (kernels, reference)
     )
+    assert_gradients_close(results[:2], expected[:2], torch.float16)
+    assert_gradients_close(results[2:], expected[2:], torch.float16)
