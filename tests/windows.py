@@ -25,7 +25,7 @@ CASES = {
     "ceil_mode, a last partial window": ((1, 2, 6, 8), Window(3, 3, 2, 2, 0, 0, 1, 1, True)),
     "ceil_mode, a last window dropped": ((1, 2, 5, 4), Window(2, 3, 3, 5, 1, 1, 1, 1, True)),
     "planes of one cell": ((2, 3, 1, 1), Window(3, 3, 1, 1, 1, 1, 1, 1, False)),
-    "one row": ((1, 3, 1, 17), Window(1, 3, 1, 2, 0, 1, 1, 1, False)),
+    "one row": ((2, 3, 1, 17), Window(1, 3, 1, 2, 0, 1, 1, 1, False)),
     "global": ((2, 3, 4, 5), Window(4, 5, 1, 1, 0, 0, 1, 1, False)),
     "more than 255 cells": ((1, 1, 15, 16), Window(16, 17, 1, 1, 8, 8, 1, 1, False)),
     "more positions than a tile": ((1, 1, 20, 30), Window(3, 3, 1, 1, 1, 1, 1, 1, False)),
