@@ -297,7 +297,7 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
     batch, channels, height, width = call.in_shape
     out_height, out_width = call.out_shape[2:]
     # Where planes have one row, and windows, images are the rows.
-    folded = height == out_height == window.kernel_h == 1
+    folded = height == window.kernel_h == 1
     if folded:
         batch, height, out_height = 1, batch, batch
     gathers = call.name in ("gather", "gradient")

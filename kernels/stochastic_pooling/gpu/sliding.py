@@ -152,7 +152,7 @@ def _load_columns(
                 columns = columns + (tl.load(here, mask=inside, other=0),)
             else:
                 columns = columns + (tl.load(here),)
-        elif t.unit == 2 and j + FIRST < INSIDE // 2 * 2:
+        elif t.unit == 2 and j + FIRST < INSIDE:
             if (j + FIRST) % 2 == 0:
                 columns = columns + tl.split(tl.load(_pair(tensor[0], index, j + FIRST)))
         elif j + FIRST >= INSIDE and MASK_RIGHT:
