@@ -155,6 +155,13 @@ def test_sliding_kernels_notice_a_special_window(
         rtol=1e-5,
         atol=0,
     )
+    window = Window(2, 2, 1, 1, 1, 1, 1, 1, False)
+    grad = torch.ones(1, 2, 14, 11, device=device)
+    torch.testing.assert_close(
+        sliding.expectation_backward(grad, x, None, window, False)[0],
+        reference.expectation_backward(grad, x, None, window, False)[0],
+        equal_nan=True,
+    )
 
 
 @pytest.mark.parametrize(
