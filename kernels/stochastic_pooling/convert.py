@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from functools import partial
 from itertools import pairwise, product
-from types import CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
 from . import modules
-from .fusion import FRESH, chain, holders, is_patched, runs_in_a_row
+from .fusion import (
+    FRESH,
+    chain,
+    holders,
+    is_patched,
+    is_torch,
+    names_in,
+    reach,
+    runs_in_a_row,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -217,37 +224,21 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
             line = f"{functions} in the code of {kind.__name__} (call a StochasticPool2d there)"
             if functions and line not in beyond:
                 beyond.append(line)
-            if stray := ", ".join(sorted(holders(module, is_stray))):
+            if stray := ", ".join(holders(module, is_stray)):
                 beyond.append(f"{stray} of a {kind.__name__} (holds pools that are no children)")
     return known, beyond
 
 
 def _pooling_functions(module: nn.Module, adaptive: bool) -> set[str]:
-    """What its methods, or the functions that they name or wrap, call max_pool2d, avg_pool1d_same,
-    … and such functions that it holds."""
+    """max_pool2d, avg_pool1d_same, …: those that it holds, and that its functions name."""
     kinds = f"({'adaptive_|' * adaptive}fractional_)?(max|avg|lp)_pool[123]d"
     pattern = re.compile(f"{kinds}(?!_with_indices)")  # of which the plain one is made
-    todo = [value for owner in (module, *type(module).__mro__) for value in vars(owner).values()]
     names: set[str] = set()
-    seen = set()
-    while todo:
-        value = todo.pop()
-        value = value.func if isinstance(value, partial) else getattr(value, "__func__", value)
-        code = getattr(value, "__code__", value)  # a constant may be the code of a function inside
-        if isinstance(value, (dict, list, tuple)):  # from which a forward chooses
-            todo += filter(callable, gc.get_referents(value))
-        if callable(value):  # by the name it was made with, whatever a forward calls it
-            names.add(str(getattr(value, "__name__", "")))
-        if isinstance(value, FunctionType):  # a decorator's closure holds what it decorates
-            todo += gc.get_referents(*(value.__closure__ or ()))
-            todo += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        if not isinstance(code, CodeType) or code in seen:
-            continue
-        seen.add(code)
-        if not (getattr(value, "__module__", None) or "").startswith("torch."):  # FX gives it none
-            names.update(code.co_names)
-            known = getattr(value, "__globals__", {})
-            todo += [*code.co_consts, *(known[name] for name in code.co_names if name in known)]
+    for _, held in reach(module):
+        if callable(held):  # by the name it was made with, whatever a forward calls it
+            names.add(str(getattr(held, "__name__", "")))
+        if isinstance(held, FunctionType) and not is_torch(held):
+            names |= names_in(held.__code__)[0]
     return {name for name in names.difference(module._modules.keys()) if pattern.match(name)}
 
 

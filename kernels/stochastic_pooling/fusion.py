@@ -8,11 +8,11 @@ import functools
 import gc
 import logging
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
-from types import CellType, FunctionType, MethodType
+from logging import Logger
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -226,10 +226,9 @@ def _bias(source: Any, pool: nn.Module) -> Any:
 def _delays_bias(source: Any, pool: nn.Module, input: Any) -> bool:
     bias = _bias(source, pool)
     return (
-        bias is not None
-        and all(map(_is_plain_tensor, (input, source.weight, bias)))
+        all(map(_is_plain_tensor, (input, source.weight, bias)))  # no None, either
         # Else the convolution complains, and the pool would not.
-        and input.dtype == source.weight.dtype == bias.dtype
+        and input.dtype == bias.dtype
         and input.device == bias.device
         and input.dtype in (torch.float32, torch.float64)
         and not input.is_meta  # a device that `is_autocast_enabled` does not know
@@ -245,33 +244,61 @@ def _is_plain_tensor(value: object) -> bool:
     return known and all(type(mode) is DeviceContext for mode in modes)
 
 
-_OPENED = (dict, list, tuple, set, frozenset, deque, partial, CellType, MethodType)
-
-
-def holders(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, None]:
+def holders(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[str]:
     """What in it or its class leads to modules that are wanted past its children, where neither a
     swap nor a copy reaches: the names of functions, hooks too, and of attributes."""
-    found: dict[str, None] = {}
-    kinds = (kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch."))
+    found = {name for name, held in reach(module) if isinstance(held, nn.Module) and wanted(held)}
+    return sorted(found)
+
+
+_PASSED = {"__init__", "__annotations__"}  # The first is done, and types run nothing.
+
+
+def reach(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Whatever it and its class lead to, but not through other modules, each with the name of the
+    attribute or of the function that holds it."""
     todo: list[tuple[str, Any]] = []
-    for owner in (module, *kinds):
-        todo += (item for item in vars(owner).items() if item[0] != "__init__")  # which is done
+    for owner in (module, *type(module).__mro__):
+        todo += (item for item in vars(owner).items() if item[0] not in _PASSED)
     seen = set()
     while todo:
         name, held = todo.pop()
-        if isinstance(held, nn.Module):
-            if wanted(held):
-                found[name] = None
-        elif not isinstance(held, (FunctionType, *_OPENED)) or id(held) in seen:
+        if id(held) in seen:
             continue
-        elif isinstance(held, FunctionType):
-            inside = [held.__defaults__, held.__kwdefaults__, held.__closure__]
-            code = dis.get_instructions(held)
-            known = {step.argval for step in code if step.opname == "LOAD_GLOBAL"}
-            named = map(held.__globals__.get, known)
-            inside += [thing for thing in named if not isinstance(thing, FunctionType)]
-            todo += [(held.__qualname__, thing) for thing in inside]
-        else:
-            todo += [(name, thing) for thing in gc.get_referents(held)]
         seen.add(id(held))
-    return found
+        yield name, held
+        if isinstance(held, FunctionType):
+            if not is_torch(held):
+                todo += [(held.__qualname__, thing) for thing in _read(held)]
+        elif isinstance(held, ref):
+            todo.append((name, held()))
+        # Records of a logger lead to all that was ever logged.
+        elif not isinstance(held, (nn.Module, type, ModuleType, Logger)) and not is_torch(held):
+            todo += [(name, thing) for thing in gc.get_referents(held)]
+
+
+def is_torch(thing: object) -> bool:
+    """Whether it is a function of PyTorch, or of one of its types."""
+    owner = thing if isinstance(thing, FunctionType) else type(thing)
+    return (owner.__module__ or "").startswith("torch.")  # FX gives its functions none
+
+
+def _read(function: FunctionType) -> Iterator[Any]:
+    """What the function holds and the globals that it reads, `helper` and `tools.helper` alike."""
+    yield from (function.__defaults__, function.__kwdefaults__, function.__closure__)
+    names, known = names_in(function.__code__)
+    for thing in map(function.__globals__.get, known):
+        yield thing
+        if isinstance(thing, (type, ModuleType)):
+            yield from map(vars(thing).get, names & vars(thing).keys())
+
+
+@functools.cache
+def names_in(code: CodeType) -> tuple[set[str], set[str]]:
+    """The names in it and in functions that it makes: all of them, and the global ones."""
+    names = set(code.co_names)
+    known = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            names, known = (a | b for a, b in zip((names, known), names_in(inner), strict=True))
+    return names, known
