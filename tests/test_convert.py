@@ -149,56 +149,46 @@ def timm_model(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network(name):
     make, pools, folded = NETWORKS[name]
-    original = make().double()
+    original = make()
     stochastic = copy.deepcopy(original)
     said = f"replace_pooling: {NEGATIVE[name]} may read negative values" if name in NEGATIVE else ""
     assert warned(stochastic).split(", which")[0] == said
     assert len(replaced(stochastic)) == pools
     fused = fuse(stochastic)
     assert fused.meta["folded"] == folded
-
     for one in (stochastic, fused):
         assert list(one.state_dict()) == list(original.state_dict())
         assert list(dict(one.named_modules())) == list(dict(original.named_modules()))
 
+    # A pool's code of one byte takes the place of an int64 index; what falls then is the output of
+    # each folded ReLU, and nothing else.
+    rectified: list[int] = []
+    hooks = [
+        stochastic.get_submodule(relu).register_forward_hook(
+            lambda module, inputs, output: rectified.append(output.nbytes)
+        )
+        for relu in re.findall(r"ReLU ([\w.]+)", " ".join(folded))
+    ]
+    x = torch.randn(2, 3, 64, 64)
+    kept = [saved_bytes(model, x) for model in (original, stochastic, fused)]
+    print(name, *(f"{size / 2**20:.2f}" for size in kept), "MiB")  # for docs/compatibility.md
+    assert len(rectified) == len(folded)
+    assert kept[2] + sum(rectified) == kept[1] < kept[0]
+    for handle in hooks:
+        handle.remove()
+
     x = image(1, 3, 64, 64)
-    original.eval()
     with torch.no_grad():
-        shape = original(x).shape
+        shape = original.double().eval()(x).shape
     for training in (True, False):
-        stochastic.train(training)
-        fused.train(training)
+        stochastic.double().train(training)
+        fused.double().train(training)
         output = assert_same(stochastic, fused, x)
         assert output.shape == shape
         torch.manual_seed(2)
         with torch.no_grad():
             other = copy.deepcopy(stochastic)(x)
         assert torch.equal(other, output) != training  # a draw, or the expectation
-
-
-@pytest.mark.filterwarnings("ignore:replace_pooling", "ignore:fuse. nothing to fold")
-@pytest.mark.parametrize("name", NETWORKS)
-def test_network_keeps_less_for_backward(name):
-    make, _, folded = NETWORKS[name]
-    original = make()
-    stochastic = replace_pooling(copy.deepcopy(original))
-    fused = fuse(stochastic)
-    relus = re.findall(r"ReLU ([\w.]+)", " ".join(folded))
-    rectified = []
-    for relu in relus:
-        stochastic.get_submodule(relu).register_forward_hook(
-            lambda module, inputs, output: rectified.append(output.nbytes)
-        )
-    x = torch.randn(2, 3, 64, 64)
-    most, less, least = (saved_bytes(model, x) for model in (original, stochastic, fused))
-    print(
-        f"{name}: {most / 2**20:.2f} MiB; stochastic {less / 2**20:.2f}, fused {least / 2**20:.2f}"
-    )
-    assert len(rectified) == len(relus) == len(folded)
-    # A pool's code of one byte takes the place of an int64 index.
-    assert less < most
-    # What falls is the output of each folded ReLU, and nothing else.
-    assert less - least == sum(rectified)
 
 
 # ---------------------------------------------------------------- fuse: what it folds
@@ -708,14 +698,16 @@ def test_a_model_that_is_no_module_is_an_error(function):
         pass
 
 
-def test_fused_can_be_copied_and_pickled():
+@pytest.mark.filterwarnings("error")
+def test_fused_can_be_copied_pickled_and_fused_again():
     fused = fuse(of_class(Features)())
     pickled = [pickle.loads(pickle.dumps(fused, protocol)) for protocol in (2, 5)]  # 2: torch.save
-    for other in (copy.deepcopy(fused), *pickled):
+    again = fuse(fused)
+    for other in (copy.deepcopy(fused), *pickled, again):
         assert list(map(type, other.modules())) == list(map(type, fused.modules()))
         assert repr(type(other.features)) == repr(Features)
         assert_same(fused, other, image())
-        assert next(other.parameters()) is not next(fused.parameters())
+        assert (next(other.parameters()) is next(fused.parameters())) == (other is again)
         assert other.meta["folded"] == fused.meta["folded"] != []
 
 
@@ -725,15 +717,6 @@ def test_a_class_derived_from_one_that_folds_folds():
     mixin = type("Mixin", (), {})
     derived.__class__ = type("Derived", (mixin, type(derived)), {})
     assert saved_bytes(derived, image()) == saved_bytes(fused, image())
-
-
-@pytest.mark.filterwarnings("error")
-def test_fuse_twice():
-    fused = fuse(block())
-    again = fuse(fused)
-    assert again.meta == fused.meta
-    assert list(map(type, again.modules())) == list(map(type, fused.modules()))
-    assert_same(fused, again, image())
 
 
 def test_a_meta_of_ones_own_is_kept():
@@ -884,14 +867,10 @@ def test_shared_instances_modes_hooks_and_attributes():
     model = nn.ModuleDict({"a": pool, "b": inner, "c": inner, "d": pool, "e": nn.MaxPool2d(2)})
     replace_pooling(model, "c.0")  # one of its names is enough
     twin = model["a"]
-    assert type(twin) is StochasticPool2d
+    assert replaced(model) == ["a"]
     assert model["d"] is model["b"][0] is twin
-    assert type(model["e"]) is nn.MaxPool2d
-    assert twin.index == -1
-    assert not twin.training
-    assert model.training
+    assert (twin.index, twin.training, model.training) == (-1, False, True)
     twin(torch.rand(1, 1, 4, 4))
-    assert calls == [twin]
     handle.remove()
     twin(torch.rand(1, 1, 4, 4))
     assert calls == [twin]
@@ -964,98 +943,47 @@ by_name = {"max": F.max_pool2d, "avg": F.avg_pool2d}
 stored_pool, stored_pools = nn.MaxPool2d(2), {"pool": nn.MaxPool2d(2)}
 
 
-class Runs(nn.Sequential):
-    """A pool that can be replaced, and a forward that may run others."""
-
-    def __init__(self, *modules: nn.Module, **held: Any) -> None:
-        super().__init__(*(modules or (nn.MaxPool2d(2),)))
-        vars(self).update(held)
-
-
-class Functions(Runs):
-    """A pool with the name of a function, and pools that nobody can replace."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.max_pool2d(x) + self.inner(x) + helper(x)
-
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
-        return sum(F.avg_pool2d(part, 2) for part in (x, x))
-
-
-class Wrapped(Runs):
-    """Pooling functions under other names, and in a method that a decorator hides."""
-
-    @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.adaptive_max_pool2d(halved(renamed(super().forward(x), 2)), 1)
-
-
-class Default(Runs):
-    """Pooling functions as defaults, and a method that has the name of pools elsewhere."""
-
-    def forward(self, x, down=F.max_pool2d, *, again=F.avg_pool2d):
-        return self.stored_pools(again(down(super().forward(x), 2), 2))
-
-    def stored_pools(self, x):
-        return x
-
-
-class Choosing(Runs):
-    def forward(self, x):
-        return by_name["max"](x, 2)
-
-
-class Elsewhere(Runs):
-    """A function of another module."""
-
-    def forward(self, x):
-        return tools.down(x)
-
-
-class Static(Runs):
-    @staticmethod
-    def down(x):
-        return F.max_pool2d(x, 2)
-
-
-class Making(Runs):
-    """A pool that is made anew in each call."""
-
-    def forward(self, x):
-        return nn.MaxPool2d(2)(x)
-
-
-class Sharing(Runs):
-    """Pools of a class and of a module."""
-
-    shared = nn.MaxPool2d(2)
-
-    def forward(self, x):
-        return self.shared(stored_pools["pool"](x))
-
-
-class Storing(Runs):
-    """A pool of the module that is a part since `__init__`."""
-
-    def __init__(self) -> None:
-        super().__init__(stored_pool)
-
-
-def functions() -> nn.Module:
-    model = Functions(down=[F.relu, functools.partial(F.max_pool3d, kernel_size=2)])
-    model.max_pool2d = nn.MaxPool2d(2)
-    return model
+def runs(**attributes: Any) -> nn.Module:
+    """A pool that can be replaced, in a class whose base may run others."""
+    base = type("Base", (nn.Sequential,), attributes)
+    return type("Runs", (base,), {})(nn.MaxPool2d(2))
 
 
 def holding(hold: Callable[[nn.Module], object]) -> nn.Module:
-    model = Runs()
+    model = runs()
     model.held = hold(model[0])
     return model
 
 
+def logger_with(pool: nn.Module) -> logging.Logger:
+    logger: Any = logging.Logger("it has records of a pool")
+    logger.last = pool
+    return logger
+
+
+def functions() -> nn.Module:
+    """A pool with the name of a function, and pools that nobody can replace."""
+    model = runs(
+        forward=lambda self, x: self.max_pool2d(x) + self.inner(x) + helper(x),
+        inner=lambda self, x: sum(F.avg_pool2d(part, 2) for part in (x, x)),
+    )
+    model.max_pool2d = nn.MaxPool2d(2)
+    model.down = [F.relu, functools.partial(F.max_pool3d, kernel_size=2)]
+    return model
+
+
+@torch.no_grad()
+def decorated(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return F.adaptive_max_pool2d(halved(renamed(x, 2)), 1)
+
+
+def with_defaults(self, x, down=F.max_pool2d, *, again=F.avg_pool2d):
+    return self.stored_pools(again(down(x, 2), 2))  # a method with the name of pools elsewhere
+
+
 MAX, AVG, UNKNOWN = nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Upsample(scale_factor=2)
-FUNCTIONS = "leaves max_pool2d in the code of"
-STRAY = "(holds pools that are no children)"
+FUNCTION = "leaves max_pool2d in the code of Runs"
+STRAY = "of a Runs (holds pools that are no children)"
 HELD = "of a Runs holds on to a pool that was replaced"
 
 
@@ -1098,25 +1026,28 @@ HELD = "of a Runs holds on to a pool that was replaced"
         (nn.Sequential(MAX, torch.jit.script(nn.MaxPool2d(2))), "leaves 1: MaxPool2d (no twin)"),
         (nn.Sequential(MAX, torch.jit.script(nn.AdaptiveAvgPool2d(1))), ""),
         (nn.Sequential(MAX, StochasticPool2d(2), nn.AdaptiveAvgPool2d(1)), ""),
+        (nn.Sequential(functions(), functions()), "leaves avg_pool2d, max_pool1d, max_pool3d in"),
+        (runs(forward=decorated), "leaves avg_pool2d, max_pool2d in the code of Runs"),
+        (runs(forward=with_defaults), "leaves avg_pool2d, max_pool2d in the code of Runs"),
+        (runs(forward=lambda self, x: by_name["max"](x)), "leaves avg_pool2d, max_pool2d in the"),
+        (runs(forward=lambda self, x: tools.down(x)), FUNCTION),
+        (runs(down=staticmethod(lambda x: F.max_pool2d(x, 2))), FUNCTION),
+        (runs(down=property(lambda self: F.max_pool2d)), FUNCTION),
+        (runs(forward=lambda self, x: nn.MaxPool2d(2)(x)), "leaves MaxPool2d in the code of Runs"),
+        (runs(hidden=[nn.Sequential(nn.MaxPool2d(2))]), f"leaves hidden {STRAY}"),
+        (runs(hidden=SimpleNamespace(pool=nn.MaxPool2d(2))), f"leaves hidden {STRAY}"),
         (
-            nn.Sequential(functions(), functions()),
-            "avg_pool2d, max_pool1d, max_pool3d in the code of Functions",
+            runs(shared=nn.MaxPool2d(2), forward=lambda self, x: stored_pools["pool"](x)),
+            f"leaves <lambda>, shared {STRAY}",
         ),
-        (Wrapped(), "leaves avg_pool2d, max_pool2d in the code of Wrapped"),
-        (Default(), "leaves avg_pool2d, max_pool2d in the code of Default"),
-        (Choosing(), "leaves avg_pool2d, max_pool2d in the code of Choosing"),
-        (Elsewhere(), f"{FUNCTIONS} Elsewhere"),
-        (Static(), f"{FUNCTIONS} Static"),
-        (Making(), "leaves MaxPool2d in the code of Making"),
-        (Runs(hidden=[nn.Sequential(nn.MaxPool2d(2))]), f"leaves hidden of a Runs {STRAY}"),
-        (Runs(hidden=SimpleNamespace(pool=nn.MaxPool2d(2))), f"leaves hidden of a Runs {STRAY}"),
-        (Sharing(), f"leaves Sharing.forward, shared of a Sharing {STRAY}"),
-        (Storing(), ""),
+        (runs(__init__=lambda self, _: nn.Sequential.__init__(self, stored_pool)), ""),
         # What holds on to a pool
         (holding(lambda pool: {"kept": functools.partial(pool)}), f"held {HELD}"),
         (holding(lambda pool: {pool}), f"held {HELD}"),
         (holding(lambda pool: SimpleNamespace(pool=pool)), f"held {HELD}"),
         (holding(weakref.ref), f"held {HELD}"),
+        (holding(lambda pool: [weakref.proxy(RELU)]), ""),
+        (holding(logger_with), ""),
         (holding(lambda pool: [lambda x: pool(x)]), f"<lambda> {HELD}"),
         (holding(lambda pool: lambda x, kept=pool: kept(x)), f"<lambda> {HELD}"),
         (holding(lambda pool: lambda x, *, kept=[pool]: kept[0](x)), f"<lambda> {HELD}"),
@@ -1130,8 +1061,9 @@ def test_warnings(model, said):
 
 
 def test_adaptive_functions_are_named_with_adaptive_types():
-    text = warned(Wrapped(nn.AdaptiveMaxPool2d(2)), types=nn.AdaptiveMaxPool2d)
-    assert "leaves adaptive_max_pool2d, avg_pool2d, max_pool2d in the code of Wrapped" in text
+    model = runs(forward=decorated).append(nn.AdaptiveMaxPool2d(2))
+    text = warned(model, types=nn.AdaptiveMaxPool2d)
+    assert "leaves adaptive_max_pool2d, avg_pool2d, max_pool2d in the code of Runs" in text
 
 
 def test_what_the_arguments_leave_out_is_logged(caplog):

@@ -146,7 +146,7 @@ def replace_pooling(
 def _swap(held: Any, twins: dict[nn.Module, nn.Module], seen: set[int]) -> Any:
     """`held` with twins for pools, and with their methods: a module may stand in `_modules`, maybe
     twice, and in dicts, lists and tuples that a forward may run through instead."""
-    if isinstance(held, nn.Module):
+    if issubclass(type(held), nn.Module):  # a weak proxy says that it is one, and has no hash
         return twins.get(held, held)
     if isinstance(held, MethodType) and isinstance(held.__self__, nn.Module):
         pool = held.__self__

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from logging import Logger
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
-from weakref import ref
+from weakref import ProxyTypes, ref
 
 import torch
 from torch import nn
@@ -263,7 +263,7 @@ def reach(module: nn.Module) -> Iterator[tuple[str, Any]]:
     seen = set()
     while todo:
         name, held = todo.pop()
-        if id(held) in seen:
+        if id(held) in seen or type(held) in ProxyTypes:  # a dead one raises at any question
             continue
         seen.add(id(held))
         yield name, held
@@ -280,7 +280,7 @@ def reach(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def is_torch(thing: object) -> bool:
     """Whether it is a function of PyTorch, or of one of its types."""
     owner = thing if isinstance(thing, FunctionType) else type(thing)
-    return (owner.__module__ or "").startswith("torch.")  # FX gives its functions none
+    return str(owner.__module__).split(".")[0] == "torch"  # FX gives its functions None
 
 
 def _read(function: FunctionType) -> Iterator[Any]:
@@ -296,9 +296,9 @@ def _read(function: FunctionType) -> Iterator[Any]:
 @functools.cache
 def names_in(code: CodeType) -> tuple[set[str], set[str]]:
     """The names in it and in functions that it makes: all of them, and the global ones."""
-    names = set(code.co_names)
-    known = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            names, known = (a | b for a, b in zip((names, known), names_in(inner), strict=True))
-    return names, known
+    codes = [code]
+    for one in codes:  # which grows
+        codes += (inner for inner in one.co_consts if isinstance(inner, CodeType))
+    steps = (step for one in codes for step in dis.get_instructions(one))
+    known = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"}
+    return {name for one in codes for name in one.co_names}, known
