@@ -1031,6 +1031,7 @@ HELD = "of a Runs holds on to a pool that was replaced"
         (runs(forward=with_defaults), "leaves avg_pool2d, max_pool2d in the code of Runs"),
         (runs(forward=lambda self, x: by_name["max"](x)), "leaves avg_pool2d, max_pool2d in the"),
         (runs(forward=lambda self, x: tools.down(x)), FUNCTION),
+        (runs(forward=lambda self, x: F.max_pool2d_with_indices(x, 2)[0]), "max_pool2d_with_ind"),
         (runs(down=staticmethod(lambda x: F.max_pool2d(x, 2))), FUNCTION),
         (runs(down=property(lambda self: F.max_pool2d)), FUNCTION),
         (runs(forward=lambda self, x: nn.MaxPool2d(2)(x)), "leaves MaxPool2d in the code of Runs"),

@@ -231,8 +231,7 @@ def _survey(model: nn.Module, types: tuple[type[nn.Module], ...]) -> tuple[list[
 
 def _pooling_functions(module: nn.Module, adaptive: bool) -> set[str]:
     """max_pool2d, avg_pool1d_same, …: those that it holds, and that its functions name."""
-    kinds = f"({'adaptive_|' * adaptive}fractional_)?(max|avg|lp)_pool[123]d"
-    pattern = re.compile(f"{kinds}(?!_with_indices)")  # of which the plain one is made
+    pattern = re.compile(f"({'adaptive_|' * adaptive}fractional_)?(max|avg|lp)_pool[123]d")
     names: set[str] = set()
     for _, held in reach(module):
         if callable(held):  # by the name it was made with, whatever a forward calls it
