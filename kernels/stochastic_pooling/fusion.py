@@ -274,7 +274,8 @@ def reach(module: nn.Module) -> Iterator[tuple[str, Any]]:
             todo.append((name, held()))
         # Records of a logger lead to all that was ever logged.
         elif not isinstance(held, (nn.Module, type, ModuleType, Logger)) and not is_torch(held):
-            todo += [(name, thing) for thing in gc.get_referents(held)]
+            # Numbers and texts, which are not tracked, lead nowhere.
+            todo += [(name, thing) for thing in filter(gc.is_tracked, gc.get_referents(held))]
 
 
 def is_torch(thing: object) -> bool:
