@@ -314,6 +314,15 @@ def test_planes_of_one_cell_with_codes_in_channels_last(sliding, device):
     assert torch.equal(result[1], expected[1])
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_dead_is_what_no_running_sum_exceeds(kernels, dilation, device):
+    """Of the smallest numbers u * S may be rounded to S."""
+    x = torch.full((1, 1, 8, 8), 2.0**-149, device=device)
+    window = Window(1, 2, 1, 1, 0, 0, 1, dilation, False)
+    _, code = draw_alike(kernels, x, None, window)
+    assert set(code.unique().tolist()) == {0, 1, window.dead_code}
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_no_channels(kernels, size, device):
     """What `vmap` makes of no example. Planes of one cell have strides as in channels_last."""
