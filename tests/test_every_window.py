@@ -63,6 +63,7 @@ def cases() -> Iterator[ParameterSet]:
 def test_every_window(window, size, layout, filling, dtype, special, device, monkeypatch):
     monkeypatch.setattr(kernels, "SLIDING_BLOCK", 32)
     monkeypatch.setattr(kernels, "FILLING_THREADS", filling)
+    monkeypatch.setattr(kernels, "_tile", None)  # all four slide
     # channels_last: one channel a lane, two, and a number of channels that is a constant.
     channels = 2 if layout == torch.contiguous_format else (3, 4, 8)[window.kernel_h + size[1] - 10]
     shape = (1, channels, *size)

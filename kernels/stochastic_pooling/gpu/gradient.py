@@ -75,14 +75,16 @@ def _input_row(
     for j in tl.static_range(len(biases)):
         bias = tl.where(present, biases[j], float("-inf")) if EDGE else biases[j]
         weights = weights + (rectified(inputs[j].to(tl.float32) * SCALE, bias, tl.float32),)
+    # Minus zero is what the compiler can leave out of a sum.
+    nothing = tl.full(weights[0].shape, -0.0, tl.float32)
     sums = ()
     squares = ()
     for start in tl.static_range(0, len(biases) - v.kernel_w + 1, v.stride_w):
         # An even window begins with its own column, an odd one ends with it: so do two neighbours
         # add up what both hold alike, and the compiler only once.
-        row_sum = weights[start + 1 - start // v.stride_w % 2]
-        row_squared = row_sum * row_sum
-        for j in tl.static_range(2, v.kernel_w):
+        row_sum = nothing
+        row_squared = nothing
+        for j in tl.static_range(1, v.kernel_w):
             w = weights[start + j - start // v.stride_w % 2]
             row_sum = row_sum + w
             row_squared = row_squared + w * w
@@ -96,7 +98,6 @@ def _input_row(
 def _to_columns(per_window, v: tl.constexpr):
     """Sums over the windows that hold each of the lane's two columns; the first window begins
     `v.start` columns from these."""
-    # Minus zero is what the compiler can leave out of a sum.
     both = tl.full(per_window[0].shape, -0.0, tl.float32)
     for c in tl.static_range(len(per_window)):
         if v.start + c * v.stride_w <= 0 and v.start + c * v.stride_w + v.kernel_w >= 2:

@@ -266,7 +266,6 @@ def _planned(call: Call) -> Plan | None:
         call.name in _SLIDING
         and len(call.in_shape) == 4
         and max(window.kernel_h, window.kernel_w) <= 3
-        and min(window.kernel_h, window.kernel_w) >= (2 if call.name == "gradient" else 1)
         and window.stride_h <= min(window.kernel_h, 2)
         and window.stride_w <= min(window.kernel_w, 2)
         and (window.dilation_h, window.dilation_w) == (1, 1)
