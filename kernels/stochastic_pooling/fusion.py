@@ -251,15 +251,14 @@ def holders(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[str]
     return sorted(found)
 
 
-_PASSED = {"__init__", "__annotations__"}  # The first is done, and types run nothing.
-
-
 def reach(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Whatever it and its class lead to, but not through other modules, each with the name of the
     attribute or of the function that holds it."""
     todo: list[tuple[str, Any]] = []
     for owner in (module, *type(module).__mro__):
-        todo += (item for item in vars(owner).items() if item[0] not in _PASSED)
+        # `__init__` is done; annotations, which Python 3.14 has in a function, run nothing.
+        passed = "__init__", "__annot"
+        todo += (item for item in vars(owner).items() if not item[0].startswith(passed))
     seen = set()
     while todo:
         name, held = todo.pop()
