@@ -255,9 +255,9 @@ def reach(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Whatever it and its class lead to, but not through other modules, each with the name of the
     attribute or of the function that holds it."""
     todo: list[tuple[str, Any]] = []
+    # `__init__` is done; annotations, which Python 3.14 has in a function, run nothing.
+    passed = "__init__", "__annot"
     for owner in (module, *type(module).__mro__):
-        # `__init__` is done; annotations, which Python 3.14 has in a function, run nothing.
-        passed = "__init__", "__annot"
         todo += (item for item in vars(owner).items() if not item[0].startswith(passed))
     seen = set()
     while todo:
