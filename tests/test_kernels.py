@@ -367,6 +367,16 @@ def test_plans_of_what_there_is_no_memory_for(sliding, monkeypatch):
         assert plan("sample", small, output, None).kernel.__name__ == "sample_kernel", window
 
 
+def test_programs_of_small_planes_are_full(sliding, layout, monkeypatch):
+    """Whole planes as windows, of which each channel has one."""
+    monkeypatch.setattr(sliding, "_target", lambda device: None)
+    window = Window(7, 7, 7, 7, 0, 0, 1, 1, False)
+    planes, cells = (torch.empty(4, 512, n, n, device="meta") for n in (7, 1))
+    for name, outputs in (("sample", 4 * 512), ("gather", 4 * 512 * 49)):
+        plan = sliding._plan(name, window, layout, planes, cells)
+        assert plan.grid[0] * sliding.TILE_BYTES // 4 < 1.5 * outputs, name
+
+
 @pytest.mark.parametrize(
     ("shape", "strides"),
     [

@@ -413,15 +413,17 @@ def _tile(call: Call, constants: dict[str, Any]) -> Plan:
         strides = (channels * cells, 1, channels) if channels_last else (channels * cells, cells, 1)
         numbers |= {f"{prefix}_stride_{name}": s for name, s in zip("ncp", strides, strict=True)}
 
-    # The tensor that the programs own, in tiles that are long where memory is contiguous.
+    # The tensor that the programs own, in tiles that are long where memory is contiguous and full
+    # where planes are small.
     gathers = call.name in ("gather", "distribute")
     depth, height, width = (1, *(in_shape if gathers else out_shape)[2:])[-3:]
     positions = height * width
     double = call.dtype == torch.float64
     tile = TILE_BYTES // (8 if double else 4)
     # There may be no channels: `vmap` makes them of its examples.
-    block_c = min(triton.next_power_of_2(max(channels, 1)), 64) if channels_last else 1
-    block_p = min(triton.next_power_of_2(max(positions, 1)), tile // block_c)
+    most_c, most_p = (triton.next_power_of_2(max(n, 1)) for n in (channels, positions))
+    block_p = min(most_p, tile // min(most_c, 64) if channels_last else tile)
+    block_c = min(most_c, tile // block_p)
     blocks_p = batch * depth * triton.cdiv(positions, block_p)
     wide = max(*_extents(call, 1), math.prod(in_shape[1:])) >= 2**30
     constants.update(
