@@ -83,11 +83,12 @@ def windows() -> Iterator[ParameterSet]:
 @pytest.mark.parametrize("special", [False, True], ids=["ordinary", "special"])
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [*windows()])
 def test_every_window_that_slides(kernel, stride, dilation, special, layout, request):
-    """Planes of odd and even sides, among them some that are narrower than a window."""
+    """Planes of odd and even sides, among them some that are narrower than a window, and one whose
+    rows are long."""
     if not special:
         request.getfixturevalue("alone")
     paddings = itertools.product(range(kernel[0] // 2 + 1), range(kernel[1] // 2 + 1))
-    sizes = ((5, 7), (8, 9), (7, 4), (3, 3), (2, 11), (1, 6), (12, 2), (17, 5))
+    sizes = ((5, 7), (8, 9), (7, 4), (3, 3), (2, 11), (1, 6), (12, 2), (17, 5), (4, 41))
     bias = torch.randn(21)
     served = 0
     for padding, ceil_mode, size in itertools.product(paddings, (False, True), sizes):
@@ -192,7 +193,7 @@ def test_the_largest_window(layout):
 def test_expectations(window, special, layout, request):
     if not special:
         request.getfixturevalue("alone")
-    for size in ((9, 13), (10, 12), (5, 4)):
+    for size in ((9, 13), (10, 12), (5, 4), (6, 43)):
         x = torch.randn(2, 35, *size)
         x[:, :4, :4] = -1
         if special:

@@ -29,6 +29,7 @@ except Exception as error:  # numba refuses versions of Python and numpy in seve
     raise ImportError(f"numba cannot be used here: {error}") from error
 
 _MOST_PLANES = 32  # contiguous ones that are transposed together
+_LONG_ROW = 40  # of a contiguous plane: enough for vectors, if none of its numbers need be moved
 _CODES = {torch.uint8: np.uint8, torch.int16: np.int16}
 _SMALL_TILE = 4  # cells
 _SMALL = 16_384  # numbers, for which a second thread costs more than it saves
@@ -42,17 +43,20 @@ class _Plan:
         self.batch, channels, height, self.width = shape
         self.layout, self.planes = layout, self.batch * channels
         sides = [(kernel, stride, dilation) for kernel, stride, _, dilation in window.sides(2)]
-        planar = layout == torch.contiguous_format
+        contiguous = layout == torch.contiguous_format
+        alone = window.stride_w == 1 and self.width >= _LONG_ROW
         out_height, out_width = window.output_size(height, self.width)
         # What a pass is compiled for; not the sizes of large tiles, which may be those of the data.
         self.constants = [] if _is_tiled(window) and window.cells > _SMALL_TILE else sides
         self.cell = window.code_dtype
-        sheets = -(-self.planes // _MOST_PLANES) if planar else self.batch
+        most = 1 if alone else _MOST_PLANES
+        sheets = -(-self.planes // most) if contiguous else self.batch
         step, groups = -(-self.planes // sheets), -(-height // ROWS)
         self.partial_size = sheets, groups, step
         # Room for all columns of windows, and in a gather for windows on both sides of them.
         columns = self.width + window.padding_w + _spans(window)[1]
         phase = (-(-columns // window.stride_w) + 1) * step
+        planar = contiguous and step > 1
         numbers = (planar, self.planes, step, sheets, height, self.width, out_height, out_width)
         tile = window.kernel_h, window.kernel_w
         others = (*tile, window.stride_w, window.padding_h, window.padding_w, phase)

@@ -1,7 +1,8 @@
 """What one thread does of the two passes over a tensor.
 
 A sheet is what windows slide over: an image in channels_last, or some contiguous planes that are
-transposed on their way in and out. Either way a row is columns of `step` lanes.
+transposed on their way in and out, or, with a stride of 1, a plane whose rows are long. In any case
+a row is columns of `step` lanes.
 
 A pass does some rows of a sheet at a time, always the same whichever thread does them. Of the rows
 that their windows hold it makes a block of weights, rectified, with zeros for the padding, where
@@ -109,7 +110,10 @@ def _random_halves(halves, words, pairs, lanes, first_plane, group, seed, step):
             k0, k1 = (k0 + _lanes(0x9E3779B9)) & mask, (k1 + _lanes(0xBB67AE85)) & mask
         words[k], words[count + k] = np.uint32(c0), np.uint32(c1)
         words[count * _lanes(2) + k], words[count * _lanes(3) + k] = np.uint32(c2), np.uint32(c3)
-    for column in range(_lanes(words.size) // step):
+    for k in range(_lanes(words.size if step == 1 else 0)):  # one loop, too
+        even = _lanes(PAIR) * k
+        halves[even], halves[even + 1] = np.uint16(words[k]), np.uint16(words[k] >> np.uint32(16))
+    for column in range(_lanes(words.size if step > 1 else 0) // step):
         for k in range(step):
             word, even = words[column * step + k], _lanes(PAIR) * column * step + k
             halves[even], halves[even + step] = np.uint16(word), np.uint16(word >> np.uint32(16))
