@@ -16,15 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnsp import UserError, files
-from cnnsp.cli import (
-    COMMON,
-    ArgumentParser,
-    exit_status,
-    expanded,
-    importing,
-    is_launched,
-    number,
-)
+from cnnsp.cli import COMMON, ArgumentParser, exit_status, expanded, importing, is_launched, number
 from cnnsp.data import folder
 from cnnsp.errors import lacks_memory, quoted
 from cnnsp.interruption import Interrupted
