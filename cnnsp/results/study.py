@@ -60,11 +60,11 @@ def evaluate_run(folder: Path, case: Case, machine: str) -> dict[str, Any]:
         UserError: when the checkpoint or the images cannot be read.
     """
     path = folder / "last.pt"
-    state = checkpoint.load(path)
+    network = load_network(path)
+    state = network.state
     options = TrainOptions(**state["options"])
     history = [EpochResult(**row) for row in state["progress"]["history"]]
     train, test = load_folder(options.data_dir, validate=options.validate)
-    network = load_network(path)
     checkpoint.check_classes(state, path, test.classes)
     model = network.model.to(memory_format=torch.channels_last)
     on_train, on_test = (
