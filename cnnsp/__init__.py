@@ -15,10 +15,6 @@ POOLINGS = ("stochastic", "max", "avg")
 IMAGE_SIZE = 256
 
 
-def __dir__() -> list[str]:
-    return [*{*globals(), *__all__}]
-
-
 def __getattr__(name: str) -> Any:
     # PyTorch takes seconds to import: neither --help nor a wrong folder should wait for it.
     if name == "CNN_SP":
