@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -95,16 +93,3 @@ class Requests:
         if self._at_once:
             self._at_once = False
             raise Asked
-
-
-def end_with_parent() -> None:
-    """Begin a process that leaves Ctrl-C to its parent and ends with it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -36,7 +36,7 @@ def pooling() -> Figure:
 
 def flower(figure: Figure, size: int = 8) -> None:
     """A flower pooled by brightness: the pixels that are picked are shown in their colours."""
-    image = synthetic_flowers(1, workers=1).images[1:2].float() / 255
+    image = synthetic_flowers(1).images[1:2].float() / 255
     brightness = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
 
     def picked(indices: torch.Tensor) -> torch.Tensor:

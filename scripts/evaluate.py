@@ -78,8 +78,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         (images,) = load_splits({args.split: split}, args.workers)
     else:
         name = args.split.removesuffix("_data")
-        number = synthetic.PER_CLASS[name]
-        images = synthetic.synthetic_flowers(number, split=name, workers=args.workers)
+        images = synthetic.synthetic_flowers(synthetic.PER_CLASS[name], split=name)
 
     if own and args.split == "test_data" and args.validate not in (None, trained.get("validate")):
         print(f"warning: {path} was trained on these images", file=sys.stderr)

@@ -181,7 +181,7 @@ def load_images(
             flush=True,
         )
     train, test = (
-        synthetic.synthetic_flowers(number, split=split, workers=args.workers)
+        synthetic.synthetic_flowers(number, split=split)
         for split, number in synthetic.PER_CLASS.items()
     )
     return train, test, variants
