@@ -169,10 +169,8 @@ def mixed(images: Tensor, options: TrainOptions) -> tuple[Tensor, Tensor | None,
         height, width = images.shape[2:]
         side = float(torch.rand(())) ** 0.5  # so its area is uniform
         high, wide = round(side * height), round(side * width)
-        top, left = (
-            int(torch.randint(height - high + 1, ())),
-            int(torch.randint(width - wide + 1, ())),
-        )
+        top = int(torch.randint(height - high + 1, ()))
+        left = int(torch.randint(width - wide + 1, ()))
         images, box = images.clone(), (..., slice(top, top + high), slice(left, left + wide))
         images[box] = images[others][box]
         return images, others, 1 - high * wide / (height * width)
