@@ -120,7 +120,6 @@ class Board:
                 [names[number] for number in worst.tolist()] if names else (),
             )
             self._figure("test/most_wrong", figure, step)
-        self._writer.flush()
 
     def _figure(self, tag: str, figure: Figure, step: int) -> None:
         self._writer.add_image(tag, pictures.pixels(figure), step, dataformats="HWC")
