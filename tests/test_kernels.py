@@ -197,13 +197,15 @@ def test_what_lies_beside_a_view_is_not_read(sliding, view, layout, device, monk
         "channels": storage[:1, 1:3],
         "signals' channels": storage[:, :, :1].contiguous(memory_format=layout)[:, 1:3],
     }[view].normal_()
-    monkeypatch.setattr(
-        importlib.import_module("stochastic_pooling.gpu.sliding"), "_strip_again", None
-    )
+    for name, again in (("sliding", "_strip_again"), ("gradient", "_differentiate_strip_again")):
+        module = importlib.import_module(f"stochastic_pooling.gpu.{name}")
+        monkeypatch.setattr(module, again, None)
     rows = 1 if "signals" in view else 2
     window = Window(rows, 3, 1, 1, rows // 2, 1, 1, 1, False)
-    draw_alike(sliding, x, None, window)
+    output, _ = draw_alike(sliding, x, None, window)
     assert not sliding.expectation(x, None, window).isnan().any()
+    gradient, _ = sliding.expectation_backward(output, x, None, window, False)
+    assert not gradient.isnan().any()
 
 
 @pytest.mark.parametrize("case", ["overlapping, padded", "dilated, not square"])
@@ -253,6 +255,8 @@ def test_sliding_kernels_serve_every_layout(sliding, how, layout, device, monkey
     monkeypatch.setattr(sliding, "_tile", None)
     shape, window = (2, 4, 10, 8), CASES["overlapping, stride 2"][1]
     x = laid_out(torch.empty(shape, device=device), how)
+    if layout == torch.channels_last:
+        x[0, 0, 0, 0] = torch.inf  # so does what is done again
     output, code = draw_alike(sliding, x, None, window)
     assert output.is_contiguous(memory_format=memory_format(x))
     torch.testing.assert_close(
@@ -266,6 +270,11 @@ def test_sliding_kernels_serve_every_layout(sliding, how, layout, device, monkey
     assert torch.equal(grad_input, expected)
     assert torch.equal(grad_bias, expected_bias)
     assert grad_input.is_contiguous(memory_format=layout)
+    assert_gradients_close(
+        sliding.expectation_backward(grad, x, None, window, True),
+        reference.expectation_backward(grad, x, None, window, True),
+        torch.float32,
+    )
 
 
 def test_a_launch_is_planned_once(sliding, layout, device, monkeypatch):
