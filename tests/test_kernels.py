@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from stochastic_pooling import reference
+from stochastic_pooling import philox, reference
 from stochastic_pooling.window import Window, memory_format
 
 from .conftest import MODULES
@@ -332,6 +332,18 @@ def test_dead_is_what_no_running_sum_exceeds(kernels, dilation, device):
     window = Window(1, 2, 1, 1, 0, 0, 1, dilation, False)
     _, code = draw_alike(kernels, x, None, window)
     assert set(code.unique().tolist()) == {0, 1, window.dead_code}
+
+
+@pytest.mark.parametrize("stride", [2, 3])  # by 3 no window slides
+def test_sums_that_meet_the_number(sliding, stride, device):
+    """u * S is the sum of the first row, which the next two cells change together, not alone."""
+    window = Window(3, 2, stride, 2, 0, 0, 1, 1, False)
+    u = philox.uniforms(torch.tensor(SEED, device=device), (1, 4, 1, 16))
+    first, one = u * 2**25, torch.ones_like(u)
+    cells = torch.stack([first, 0 * one, one, one, 2**25 - 2 - first, 0 * one], -1)
+    x = cells.view(1, 4, 16, 3, 2).transpose(2, 3).flatten(3)
+    _, code = draw_alike(sliding, x, None, window)
+    assert (code == torch.where(u < 0.5, 2, 3)).all()
 
 
 @pytest.mark.parametrize("size", [1, 2])
