@@ -275,7 +275,7 @@ def expectation_kernel(
         grad_ptr = grad_output_ptr + image * grad_stride_n + channel.to(v.index) * grad_stride_c
         grad_ptr += out_slice * grad_stride_d + out_row * grad_stride_h + out_col * grad_stride_w
         grad = tl.load(grad_ptr, mask=mask, other=0.0).to(v.acc)
-        slope = tl.where(total < SMALLEST_SUM, 0.0, grad / tl.where(total == 0, 1.0, total))
+        slope = tl.where(total < SMALLEST_SUM, 0.0, grad / total)
         # An approximate quotient takes a mean of the largest number beyond it.
         offset = slope * unscaled(expectation, False, 1.0, v.acc)
         # The weights of an infinite window are indicators, not multiples of w: no slope there.

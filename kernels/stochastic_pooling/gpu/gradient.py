@@ -219,7 +219,7 @@ def _differentiate_strip_again(
             here = grad_output_ptr + (out_row * grad_pitch + out_column * grad_step)
             grad = tl.load(here, mask=mask, other=0.0).to(tl.float32)
             # See expectation_kernel.
-            slope = tl.where(total < SMALLEST_SUM, 0.0, grad / tl.where(total == 0, 1.0, total))
+            slope = tl.where(total < SMALLEST_SUM, 0.0, grad / total)
             offset = slope * unscaled(mean, False, 1.0, tl.float32)
             slope = tl.where(infinite, 0.0, slope * scale)
             first = (left <= pair * 2) & (left + v.kernel_w > pair * 2)
