@@ -133,7 +133,7 @@ def sum_windows(windows, v: tl.constexpr, ACC: tl.constexpr):
     overflow = total == float("inf")
     if tl.max(overflow.to(tl.int32)) > 0:  # rare
         infinite = overflow & (largest == float("inf"))
-        scale = tl.where(overflow & (largest < float("inf")), OVERFLOW_SCALE, 1.0).to(ACC)
+        scale = tl.where(overflow, OVERFLOW_SCALE, 1.0).to(ACC)
         total, largest = window_sums(windows, infinite, scale, v, ACC)
     return total, infinite, scale
 
