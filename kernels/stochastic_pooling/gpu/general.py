@@ -353,7 +353,7 @@ def gather_kernel(
         in_ptr += in_slice * in_stride_d
         in_ptr += position // width * in_stride_h + position % width * in_stride_w
         x = tl.load(in_ptr, mask=mask, other=0.0)
-        w = tl.where(mask, rectified(x, bias, v.acc), 0.0)
+        w = rectified(x, bias, v.acc)
         # Without a slope w does not count, and may be NaN: a cell that no window holds.
         slope = tl.where(gathered == 0, 0.0, w * (2 * gathered))
         gathered = tl.where(w == float("inf"), offsets, slope - offsets)
