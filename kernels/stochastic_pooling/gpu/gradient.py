@@ -298,7 +298,7 @@ def gradient_sliding_kernel(
     first_row = start_row + tl.program_id(1) * strip_rows
     end_row = tl.minimum(first_row + strip_rows, stop_row)
     # A strip's first row is an edge row: so is the first of a plane, that has none above it.
-    inner_row = tl.minimum(first_row + 1, end_row)
+    inner_row = first_row + 1
     groups = tl.maximum(tl.minimum(end_row, inner_rows) - inner_row, 0) // v.rows
     edge_row = inner_row + groups * v.rows
     prior_row = first_row - (v.kernel_h - 1) // v.stride_h
