@@ -29,7 +29,7 @@ CASES = {
     "global": ((2, 3, 4, 5), Window(4, 5, 1, 1, 0, 0, 1, 1, False)),
     "more than 255 cells": ((1, 1, 15, 16), Window(16, 17, 1, 1, 8, 8, 1, 1, False)),
     "more positions than a tile": ((1, 1, 20, 30), Window(3, 3, 1, 1, 1, 1, 1, 1, False)),
-    "more channels than a tile": ((1, 67, 3, 2), Window(2, 2, 1, 1, 1, 1, 1, 1, False)),
+    "more channels than a tile": ((1, 67, 3, 2), Window(2, 2, 1, 1, 1, 1, 1, 2, False)),
     "a window that steps over the input": ((1, 2, 1, 3), Window(2, 2, 1, 1, 1, 1, 2, 2, False)),
 }
 
