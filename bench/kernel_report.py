@@ -46,6 +46,7 @@ WINDOWS = {
     CNN_SP: Window(3, 3, 1, 1, 1, 1, 1, 1, False),
     "3x3 s2 p1": Window(3, 3, 2, 2, 1, 1, 1, 1, False),
     "2x2 s2": Window(2, 2, 2, 2, 0, 0, 1, 1, False),
+    "5x5 s1 p2": Window(5, 5, 1, 1, 2, 2, 1, 1, False),
     "7x5 s3x2 p2 d2": Window(7, 5, 3, 2, 2, 2, 2, 2, True),
 }
 # The input that the kernels are compiled and counted for.
@@ -163,15 +164,20 @@ def averages(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
     ahead = int(kernel == "gradient_sliding_kernel")
     strips = [(first + ahead, min(first + size, stop)) for first in range(start, stop, size)]
     group = int(arguments["v"].rows)
-    prior = (arguments["v"].kernel_h - 1) // arguments["v"].stride_h
+    kernel_h, stride_h = int(arguments["v"].kernel_h), int(arguments["v"].stride_h)
+    prior = (kernel_h - 1) // stride_h
     groups = [max(min(last, inner) - first, 0) // group for first, last in strips]
     edges = [last - first - group * n for (first, last), n in zip(strips, groups, strict=True)]
     again = [(rows + 3) // 4 for rows in edges]
     return rare | {
+        # Where they are loops, in which the first rows are read: of large windows.
+        "top, top + KEPT": kernel_h - stride_h,
+        "top, top + v.kernel_h - v.stride_h": kernel_h - stride_h,
+        "first_row - (v.kernel_h - 1) // v.stride_h, first_row": prior,
         # The gradient's are in a loop that turns twice.
         "groups": sum(groups) / len(strips) / (1 + ahead),
         "edge_row, end_row": sum(edges) / len(strips),
-        "begin, end": (sum(edges) / len(strips) + int(prior) + ahead) / 2,
+        "begin, end": (sum(edges) / len(strips) + prior + ahead) / 2,
         # Rare, which not every Triton's line numbers tell: a strip again.
         "end_row - first_row": 0,
         "first_row - (v.kernel_h - 1) // v.stride_h, end_row": 0,

@@ -97,7 +97,8 @@ SWEEPS = {
         "[(2, c, 28, 28) for c in range(8, 129)], window(3, 1, 1), torch.channels_last",
         (17, 17, 17, 17),  # sixteen multiples of 8, the others
     ),
-    "general": ("[(2, 4, n, n) for n in range(20, 257, 3)], window(5, 2, 2)", (2, 2, 4)),
+    "larger": ("[(2, 4, n, n) for n in range(20, 257, 3)], window(5, 2, 2)", (4, 2, 4, 2)),
+    "general": ("[(2, 4, n, n) for n in range(20, 257, 3)], window(6, 2, 2)", (2, 2, 4)),
 }
 
 

@@ -43,7 +43,7 @@ def cases() -> Iterator[ParameterSet]:
             # Over the windows every variant has its turn.
             layout, width, odd, filling = VARIANTS[(5 * (number // every) + 13 * turn) % 16]
             rows = (5, 9) if special else (8, 14)
-            height = rows[window.stride_h - 1] + odd
+            height = rows[window.stride_h - 1] + odd + max(window.kernel_h - 3, 0)
             dtype = DTYPES[(number // every + turn) % 3]
             name = (
                 f"{window.kernel_h}x{window.kernel_w}-stride{window.stride_h}{window.stride_w}"
@@ -65,7 +65,9 @@ def test_every_window(window, size, layout, filling, dtype, special, device, mon
     monkeypatch.setattr(kernels, "FILLING_THREADS", filling)
     monkeypatch.setattr(kernels, "_tile", None)  # all four slide
     # channels_last: one channel a lane, two, and a number of channels that is a constant.
-    channels = 2 if layout == torch.contiguous_format else (3, 4, 8)[window.kernel_h + size[1] - 10]
+    channels = (
+        2 if layout == torch.contiguous_format else (3, 4, 8)[(window.kernel_h + size[1]) % 3]
+    )
     shape = (1, channels, *size)
     if special:
         x = plane(shape, dtype, layout)

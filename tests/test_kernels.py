@@ -384,8 +384,10 @@ def test_plans_of_what_there_is_no_memory_for(sliding, monkeypatch):
         assert plan("gather", small, output, far).kernel.__name__ == "gather_kernel"
     tall, output = number.expand(1, 1, 2**20, 3), number.expand(1, 1, 2**20 - 2, 1)
     assert plan("sample", tall, output, None).grid[1] < 2**16  # CUDA's limit
-    for sides in ((1, 3), (2, 1), (1, 1)), ((3, 1), (1, 2), (1, 1)), ((2, 3), (1, 1), (2, 1)):
-        kernel, stride, dilation = sides
+    for kernel, stride, dilation in (
+        ((1, 3), (2, 1), (1, 1)), ((3, 1), (1, 2), (1, 1)), ((2, 3), (1, 1), (2, 1)),
+        ((3, 3), (3, 1), (1, 1)), ((2, 6), (1, 1), (1, 1)),
+    ):  # fmt: skip
         window = Window.of(kernel, stride, (0, 0), dilation, False)
         assert plan("sample", small, output, None).kernel.__name__ == "sample_kernel", window
 

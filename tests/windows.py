@@ -43,12 +43,23 @@ COMBINATIONS = [pytest.param(case, torch.float32) for case in CASES] + [
 
 
 def sliding_windows() -> Iterator[Window]:
-    """Every window that Triton's sliding kernels serve."""
+    """Windows that Triton's sliding kernels serve: every one of 2 and 3 cells, some larger ones."""
     sides = itertools.product((2, 3), (1, 2), (0, 1))
     for pair in itertools.product(sides, repeat=2):
         kernel, stride, padding = zip(*pair, strict=True)
         for ceil_mode in (False, True) if 2 in stride else (False,):
             yield Window.of(kernel, stride, padding, (1, 1), ceil_mode)
+    for kernel, stride, padding, ceil_mode in (
+        ((4, 4), (1, 1), (2, 2), False),
+        ((4, 4), (2, 2), (1, 0), True),
+        ((5, 5), (1, 1), (0, 2), False),
+        ((5, 5), (2, 2), (2, 1), False),
+        ((5, 5), (2, 2), (0, 0), True),
+        ((5, 2), (1, 2), (2, 1), False),
+        ((4, 5), (2, 1), (2, 0), False),
+        ((3, 4), (1, 2), (1, 2), True),
+    ):
+        yield Window.of(kernel, stride, padding, (1, 1), ceil_mode)
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:

@@ -285,8 +285,9 @@ def gradient_sliding_kernel(
     bias = _bias(bias_ptr, channel, v) * SCALE
     biases = ()
     for j in tl.static_range((v.columns - 1) * v.stride_w + v.kernel_w):
-        if j + v.start < 0:  # both in the pair before
-            biases = biases + (tl.where(pair > 0, bias, float("-inf")),)
+        if j + v.start < 0:  # with the other column of a pair before
+            inside = pair >= (1 - j - v.start) // 2
+            biases = biases + (tl.where(inside, bias, float("-inf")),)
         elif j + v.start < v.in_inside:
             biases = biases + (bias,)
         elif j + v.start == 3 and v.in_inside == 2:

@@ -45,8 +45,10 @@ _SLIDING = {
     "gather": gather_sliding_kernel,
     "gradient": gradient_sliding_kernel,
 }
-# Registers of a thread, by the window's horizontal stride: so few that the assembler tries hard, so
-# many that it spills none on any target of the kernel report.
+# Cells of a side of the largest window that slides.
+LARGEST_SIDE = 5
+# Registers of a thread, by the horizontal stride of windows of up to 3 cells a side: so few that
+# the assembler tries hard, so many that it spills none on any target of the kernel report.
 _REGISTERS = {
     "sample": (80, 72),
     "expectation": (72, 96),
@@ -265,14 +267,14 @@ def _planned(call: Call) -> Plan | None:
     if (
         call.name in _SLIDING
         and len(call.in_shape) == 4
-        and max(window.kernel_h, window.kernel_w) <= 3
-        and window.stride_h <= min(window.kernel_h, 2)
-        and window.stride_w <= min(window.kernel_w, 2)
-        and (window.dilation_h, window.dilation_w) == (1, 1)
+        and all(
+            size <= LARGEST_SIDE and stride <= min(size, 2) and dilation == 1
+            for size, stride, _, dilation in window.sides(2)
+        )
         and call.dtype != torch.float64
         and math.prod(call.in_shape) * math.prod(call.out_shape) > 0
         # Indices are of 32 bits; those of a lane's columns begin beyond the last one.
-        and max(*_extents(call, 0), math.prod(call.in_shape)) + 4 * step < 2**31
+        and max(*_extents(call, 0), math.prod(call.in_shape)) + (LARGEST_SIDE + 1) * step < 2**31
     ):
         return _slide(call, constants)
     return None if call.name == "gradient" else _tile(call, constants)
@@ -317,11 +319,11 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         # The numbers of channels that networks have get code of their own, with 5 to 14 % fewer
         # instructions; all others share theirs.
         constant = w % 8 == 0 if channels_last else w == 1
-        # What an inner row reads beyond its end lies in the next one, if that begins there and has
-        # room for it; where images are rows, in the next channel's.
+        # What an inner row reads beyond its ends lies in the rows beside it, if these begin and end
+        # there and have room for it; where images are rows, in the next channel's.
         row = shape[3] * w
         adjacent = h == row or (folded and c == row and h == channels * c)
-        masked = h < 4 * w or (w > 0 and not adjacent)
+        masked = h < (window.kernel_w + 1) * w or (w > 0 and not adjacent)
         numbers = {"n": n // unit, "c": c // unit, "pitch": h // unit, "step": w}
         return Constants(unit=unit, step=w * constant, masked=masked), numbers
 
@@ -373,7 +375,9 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
         own=owned[0], read=read[0], grad=grad[0],
     )  # fmt: skip
     registers = _REGISTERS[call.name][window.stride_w - 1]
-    if channels_last and channels % 8:
+    if max(window.kernel_h, window.kernel_w) > 3:
+        registers = 255
+    elif channels_last and channels % 8:
         registers += 8  # for more addresses
     kernel = _SLIDING[call.name]
     numbers = dict(
@@ -472,7 +476,7 @@ def _compiler_options(call: Call, registers: int = 128, lanes: int = 128) -> dic
     if target.backend == "cuda":
         # What the assembler makes for these needs some more.
         more = target.arch == 100 or (target.arch == 120 and call.name == "gradient")
-        options["maxnreg"] = registers + 8 * more
+        options["maxnreg"] = min(registers + 8 * more, 255)
     return options
 
 

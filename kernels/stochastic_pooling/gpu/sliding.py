@@ -1,8 +1,8 @@
-"""Stochastic pooling in Triton, the sliding kernels: windows of up to 3 cells a side, by 1 or 2.
+"""Stochastic pooling in Triton, the sliding kernels: windows of up to 5 cells a side, by 1 or 2.
 
 A lane owns two neighbouring columns of what is written and slides down a strip of rows. It keeps
 the rows that the next window shares in registers, with their sums, so each input is loaded,
-rectified and summed once for the three rows of windows it lies in. One call of Philox serves two
+rectified and summed once for all the rows of windows it lies in. One call of Philox serves two
 columns and four rows.
 
     sample_sliding_kernel        draws the row of the window first, then the cell in it
@@ -563,16 +563,18 @@ def _forward(
                 _store_row(output, code, out_index, made[k], exists, has_second, v)
                 out_index += out_row_step
 
+    # A loop that hands on three rows of moments or more is what LLVM of Triton 3.9 dies of.
+    FIRST: tl.constexpr = KEPT if v.draws or KEPT < 3 else 0
     edge_row = first_row + groups * v.rows
     for out_row in range(edge_row, end_row):
         if v.draws:
             if v.folded | (out_row % 4 == 0):
                 words = _words(pair, out_row, image, channels, channel, key, v)
-        for i in tl.static_range(KEPT, v.kernel_h):
+        for i in tl.static_range(FIRST, v.kernel_h):
             inputs, row_biases = _load_edge(
                 input, out_row * v.stride_h - v.padding_h + i, height, column, width, biases, v
             )
-            rows = rows + (_row(inputs, row_biases, v),)
+            rows = rows[:i] + (_row(inputs, row_biases, v),)
         edge_two, largest, smallest = _finish_row(
             words[0], rows, one, largest, smallest, True, output[0].dtype.element_ty, v
         )
