@@ -273,9 +273,8 @@ def compare(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--window", nargs="+", choices=WINDOWS, default=list(WINDOWS))
+    for option, choices in (("--target", TARGETS), ("--dtype", DTYPES), ("--window", WINDOWS)):
+        parser.add_argument(option, nargs="+", action="extend", choices=choices)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--check", type=Path, metavar="FILE", help="fail if a row has got worse")
     arguments = parser.parse_args()
@@ -283,7 +282,8 @@ def main() -> None:
         parser.error("TRITON_INTERPRET=1 is set: unset it, the interpreter compiles nothing")
     before = json.loads(arguments.check.read_text()) if arguments.check else []
     rows = []
-    for row in report(arguments.target, arguments.dtype, arguments.window):
+    targets, dtypes = arguments.target or list(TARGETS), arguments.dtype or list(DTYPES)
+    for row in report(targets, dtypes, arguments.window or list(WINDOWS)):
         rows.append(row)
         print(json.dumps(row), flush=True)
     if arguments.json:

@@ -376,8 +376,8 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
     )  # fmt: skip
     registers = _REGISTERS[call.name][window.stride_w - 1]
     if max(window.kernel_h, window.kernel_w) > 3:
-        registers = 255
-    elif channels_last and channels % 8:
+        registers = 168 if call.name == "gradient" else 128
+    if channels_last and channels % 8:
         registers += 8  # for more addresses
     kernel = _SLIDING[call.name]
     numbers = dict(
@@ -476,7 +476,7 @@ def _compiler_options(call: Call, registers: int = 128, lanes: int = 128) -> dic
     if target.backend == "cuda":
         # What the assembler makes for these needs some more.
         more = target.arch == 100 or (target.arch == 120 and call.name == "gradient")
-        options["maxnreg"] = min(registers + 8 * more, 255)
+        options["maxnreg"] = registers + 8 * more
     return options
 
 
