@@ -216,7 +216,8 @@ def _adaptive(
     if None not in sides:
         kernel_size, stride, padding = zip(*sides, strict=True)
         # Of tiles a CPU's backend compiles all sizes at once, of windows that overlap each alone.
-        if kernel_size == stride or all(known(size <= 3) for size in kernel_size):
+        few = input.device.type != "cpu" or all(known(size <= 3) for size in kernel_size)
+        if kernel_size == stride or few:
             window = _window(dims, kernel_size, stride, padding)
             return _pool(dims, input, window, return_indices, bias, training, generator)
     kernel: list[int] = []

@@ -376,7 +376,7 @@ def _slide(call: Call, constants: dict[str, Any]) -> Plan:
     )  # fmt: skip
     registers = _REGISTERS[call.name][window.stride_w - 1]
     if max(window.kernel_h, window.kernel_w) > 3:
-        registers = 168 if call.name == "gradient" else 128
+        registers = 168
     if channels_last and channels % 8:
         registers += 8  # for more addresses
     kernel = _SLIDING[call.name]
