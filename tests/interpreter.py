@@ -10,6 +10,7 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -67,7 +68,8 @@ def hurry() -> None:
 
 
 def mend() -> None:
-    """Before Triton 3.8 it takes int() of an array of one number, which NumPy 2.4 refuses."""
+    """Before Triton 3.8 it takes int() of an array of one number, which NumPy 2.4 refuses, and of a
+    NaN and a number NaN for the smaller and the larger, where a GPU takes the number."""
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
@@ -75,6 +77,9 @@ def mend() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
+    builder = interpreter.InterpreterBuilder
+    builder.create_minnumf = lambda self, one, other: self.binary_op(one, other, np.fmin)
+    builder.create_maxnumf = lambda self, one, other: self.binary_op(one, other, np.fmax)
 
 
 hurry()
